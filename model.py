@@ -1,0 +1,199 @@
+"""One decoder-only transformer, Llama family, in plain PyTorch.
+
+A block reads its input twice, each time through a norm, and adds what it computes back (pre-norm residuals):
+
+    h = x + W_o attention(W_q n(x), W_k n(x), W_v n(x))          n = RMSNorm, attention is causal
+    y = h + W_down (silu(W_gate n(h)) * W_up n(h))               SwiGLU
+
+Queries and keys are rotated by their position (RoPE, half-split layout: feature i is paired with feature
+i + head_dim/2, as in Hugging Face checkpoints). Several query heads share one key/value head (grouped-query attention).
+
+Module and parameter names are those of Hugging Face's `LlamaForCausalLM`, so its checkpoints load with unchanged keys.
+The seven `nn.Linear` of a block (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) are what the methods adapt;
+this file knows nothing of adapters, files or tokenizers.
+
+Shapes: B rows, T tokens, S cached slots, d hidden_size, H query heads, K key/value heads, D head_dim, V vocab_size.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """The numbers that fix a model's shape, under the names of a Hugging Face `config.json`."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+
+
+def rope_tables(positions, head_dim, theta):
+    """cos and sin of every angle position * theta^(-2i/D): two tensors (..., T, D/2), fp32, for positions (..., T)."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
+    angles = positions[..., None].float() * frequencies  # (..., T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i+D/2}) of x (B, heads, T, D) by its angle; cos and sin (B or 1, 1, T, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values already computed, in a block of fixed size that never moves: slot j of row b holds token j of row b.
+
+    `lengths` (B,) counts the tokens each row holds, so rows of different lengths live side by side without left padding:
+    a right-padded prompt writes rubbish behind its end, which no query may see and the next tokens overwrite.
+    """
+
+    def __init__(self, config, rows, capacity, dtype, device):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, capacity, D)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
+        self.longest = 0  # an upper bound of lengths, kept on the host: no synchronisation to find the slots in use
+
+    def positions(self, T):
+        """Where the next T tokens of each row go: (B, T)."""
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+
+    def slots(self, T):
+        """How many slots attention must look at once T more tokens are in: rounded up to 64, so that shapes repeat."""
+        return min(self.k.shape[3], -(-(self.longest + T) // 64) * 64)
+
+    def update(self, layer, positions, k, v, slots):
+        """Write k, v (B, K, T, D) at `positions` (B, T) and return all keys and values so far, each (B, K, slots, D)."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer, :, :, :slots], self.v[layer, :, :, :slots]
+
+    def advance(self, tokens, longest):
+        """Count `tokens` (B,) (or one int) more per row, at most `longest` in any row."""
+        self.lengths += tokens
+        self.longest += longest
+
+    def keep(self, rows):
+        """Forget all rows but `rows` (an index tensor)."""
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.heads, self.kv_heads, self.head_dim = \
+            layer, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        else:
+            k, v = cache.update(self.layer, positions, k, v, mask.shape[-1])  # (B, K, S, D)
+            # The query heads of one key head become further queries of it: no copy of k and v, and fast kernels apply.
+            group = self.heads // self.kv_heads
+            q = q.reshape(B, self.kv_heads, group * T, self.head_dim)
+            mask = mask[:, None].expand(-1, group, -1, -1).reshape(B, 1, group * T, -1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, self.heads, T, self.head_dim)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each behind its norm and added to what came in."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, positions, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm: tokens (B, T) -> hidden states (B, T, d)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, tokens, cache=None):
+        """Without a cache the T tokens are whole rows; with one they follow what each row holds.
+
+        Prefill and decoding are the same call: T is the prompt's length or 1. The caller then says how many of the T
+        tokens were real with `cache.advance`. Right padding needs no mask: causal attention never looks ahead.
+        """
+        T, mask = tokens.shape[1], None
+        if cache is None:
+            positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        else:
+            positions = cache.positions(T)  # (B, T)
+            mask = torch.arange(cache.slots(T), device=tokens.device) <= positions[:, :, None]  # (B, T, S)
+        x = self.embed_tokens(tokens)  # (B, T, d)
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (B or 1, 1, T, D/2)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, positions, mask)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    """The decoder and its head: tokens (B, T) -> logits (B, T, V).
+
+    Training and generation call `model.model` for hidden states and apply `lm_head` only where they need logits.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        """Make the head and the embedding one Parameter, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens, cache=None):
+        return self.lm_head(self.model(tokens, cache))

@@ -1,0 +1,56 @@
+"""Small models that the tests build themselves."""
+import json
+
+import torch
+import torch.nn as nn
+
+import adapter
+from model import Config, Model
+
+ATTACHED = ["lora", "pissa", "sorsa"]  # methods that replace linears
+MERGEABLE = ATTACHED
+
+
+def toy_model(seed=0, **changes):
+    """A random Llama of width 32 with grouped-query attention, so that every projection has a shape of its own."""
+    torch.manual_seed(seed)
+    config = Config(**{**dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                              num_key_value_heads=2, head_dim=8, rope_theta=10000.0, max_position_embeddings=256,
+                              tie_word_embeddings=True), **changes})
+    model = Model(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model.eval()
+
+
+def attach(model, method, **options):
+    """Attach by name, at a rank that fits the toy model."""
+    adapter.method_module(method).attach(model, **{"rank": 4, **options} if method != "full" else options)
+    return model
+
+
+@torch.no_grad()
+def perturb(model, scale=0.1, seed=1):
+    """Move everything that trains, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.trainable(model).values():
+        parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    return model
+
+
+def tokens(rows=2, length=12, vocab=97, seed=2):
+    return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def snapshot(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def write_sums(folder, train=40, test=11):
+    """A data folder of the shortest problems there are: their tokens are bytes in the tiny model."""
+    folder.mkdir()
+    for name, count in (("train", train), ("test", test)):
+        lines = [json.dumps({"question": f"What is {i}+1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}) for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
