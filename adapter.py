@@ -1,0 +1,278 @@
+"""The verbs every method shares, and nothing of any method: find, freeze, replace, count, merge, save, load.
+
+A method is a module with `attach(model, ...)`, which works in place on any torch model that has `nn.Linear` modules with
+the target names, and afterwards leaves `requires_grad` True exactly on what the method trains. Its layers derive from
+`AdaptedLinear`: the frozen `weight` (and `bias`) stay under their old names, so base checkpoints keep their keys, and
+
+    layer.forward(x)       the paper's equation, which never builds delta() while training
+    layer.delta()          (out, in), what forward adds to `weight`; absent where it depends on the input
+    layer.lora_factors()   (down (k, in), up (out, k)): up @ down is the change against the ORIGINAL weight
+
+To use a method elsewhere, copy its file, this one and tensorfile.py.
+"""
+import contextlib
+import importlib
+import json
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tensorfile import read_safetensors, write_safetensors
+
+# Which file teaches which method. The order is that of the README.
+METHODS = {"full": "full", "lora": "lora", "pissa": "pissa", "sorsa": "sorsa"}
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class AdaptedLinear(nn.Module):
+    """The `nn.Linear` it replaces, frozen: the same `weight` (out, in) and `bias` (out,) tensors, no copy made."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.requires_grad_(False)
+
+    def base(self, x):
+        """x W^T + b."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self):
+        trained = ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters() if p.requires_grad)
+        return f"in_features={self.in_features}, out_features={self.out_features}, trains: {trained}"
+
+
+def method_module(method):
+    """The module of a method's name; ValueError lists the names there are."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    return importlib.import_module(METHODS[method])
+
+
+# ---- attaching ------------------------------------------------------------------------------------------------------
+
+def find_linears(model, targets, rank=None):
+    """[(name, nn.Linear)] in module order: those whose last name component is one of `targets`, exactly.
+
+    Raises ValueError, before anything has changed, if a method is already attached, if a target matches nothing, or if
+    `rank` is given and is not in 1 .. min(out, in) of every match.
+    """
+    if hasattr(model, "adapter_config"):
+        raise ValueError(f"{model.adapter_config['method']} is already attached to this model: "
+                         "merge it with adapter.merge(model), or start from a fresh base")
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name.rpartition(".")[2] for name, _ in linears]
+    for target in targets:
+        if target not in names:
+            raise ValueError(f"target {target!r} matches no linear layer: this model has "
+                             f"{', '.join(dict.fromkeys(names))}")
+    found = [(name, linear) for (name, linear), last in zip(linears, names) if last in targets]
+    if rank is not None:
+        name, smallest = min(((n, min(m.weight.shape)) for n, m in found), key=lambda pair: pair[1])
+        if not 1 <= rank <= smallest:
+            raise ValueError(f"rank {rank} is out of range: it must be 1 .. {smallest}, the smaller side of {name}")
+    return found
+
+
+def freeze(model):
+    """Nothing of the base trains: frozen before the forward pass, a linear neither saves its input nor computes dW."""
+    model.requires_grad_(False)
+    model.base_keys = frozenset(model.state_dict())  # what attach adds to these is what an adapter file holds
+
+
+def replace(model, name, layer):
+    """Put `layer` in the place of the module called `name`."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+
+
+def record(model, method, **config):
+    """Remember which method was attached, with the arguments that `attach` would need to do it again."""
+    model.adapter_config = {"method": method, **config}
+
+
+def adapted_layers(model):
+    """[(name, layer)] of every layer that a method has put in."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+
+
+# ---- singular vectors -----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def full_precision(device_type):
+    """No autocast and no TF32 inside: both would lift rounding from 1e-7 to 1e-3. What was set is set again after."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+def principal_triplets(weight, rank, svd="gram"):
+    """The `rank` leading singular triplets of weight (out, in): U (out, r), S (r,) descending, Vt (r, in), all fp32.
+
+    svd="exact"  economy SVD in fp32.
+    svd="gram"   eigenvectors of the smaller of W W^T and W^T W in fp64, where squaring the spectrum costs nothing that
+                 fp32 could see; several times faster. A numerically rank-deficient W falls back to "exact".
+    The sign that an SVD leaves free is fixed: the entry of largest magnitude in each row of Vt is positive.
+    """
+    if svd not in ("exact", "gram"):
+        raise ValueError(f"unknown svd {svd!r}: choose exact or gram")
+    with full_precision(weight.device.type):
+        U = S = Vt = None
+        if svd == "gram":
+            U, S, Vt = _triplets_from_gram(weight.double(), rank)
+        if U is None or S[-1] < 1e-5 * S[0]:
+            U, S, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
+            U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
+    largest = Vt.gather(1, Vt.abs().argmax(dim=1, keepdim=True))  # (r, 1)
+    sign = torch.where(largest < 0, -1.0, 1.0).to(Vt)
+    return ((U * sign.T).float().contiguous(), S.float().contiguous(), (Vt * sign).float().contiguous())
+
+
+def _triplets_from_gram(W, rank):
+    """W = U S Vt gives W W^T = U S^2 U^T: eigenvectors of the smaller product, then the other side as a projection."""
+    wide = W.shape[0] <= W.shape[1]
+    eigenvalues, vectors = torch.linalg.eigh(W @ W.T if wide else W.T @ W)  # ascending
+    S = eigenvalues[-rank:].flip(0).clamp(min=0).sqrt()  # (r,)
+    vectors = vectors[:, -rank:].flip(1)  # (smaller side, r)
+    if wide:
+        return vectors, S, (vectors.T @ W) / S[:, None]
+    return (W @ vectors) / S, S, vectors.T
+
+
+@torch.no_grad()
+def subtract(weight, delta):
+    """weight <- weight - delta in place, in fp32, rounded once to the weight's dtype: the residual beside the factors."""
+    with full_precision(weight.device.type):
+        weight.copy_(weight.float() - delta.float())
+
+
+def saved_tensor(saved, name, shape):
+    """The tensor called `name` of an adapter file's tensors; ValueError unless it is there in the expected shape."""
+    if name not in saved:
+        raise ValueError(f"the adapter file has no tensor {name}: it does not fit this model, or was cut off")
+    if tuple(saved[name].shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the adapter file, expected {tuple(shape)}")
+    return saved[name]
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+def trainable(model):
+    """{name: Parameter} of what trains, each tensor once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def parameter_table(model):
+    """Lines of text: what trains, by kind of tensor (layer numbers left out), with counts and the share of the model."""
+    kinds = {}
+    for name, parameter in trainable(model).items():
+        kind = ".".join(part for part in name.split(".") if not part.isdigit()).removeprefix("model.").removeprefix("layers.")
+        kinds.setdefault((kind, tuple(parameter.shape)), []).append(parameter.numel())
+    total, everything = sum(map(sum, kinds.values())), sum(p.numel() for p in model.parameters())
+    lines = [f"{'trainable tensor':<36}{'shape':<16}{'layers':>7}{'parameters':>14}"]
+    lines += [f"{kind:<36}{str(list(shape)):<16}{len(counts):>7}{sum(counts):>14,}" for (kind, shape), counts in kinds.items()]
+    lines += [f"{'all':<59}{total:>14,}  ({100 * total / everything:.2f} % of {everything:,})"]
+    return lines
+
+
+# ---- merging --------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def merge(model):
+    """Turn every adapted layer into a plain `nn.Linear` with weight + delta(), summed in fp32 and rounded once.
+
+    One way: the base cannot be had back by subtracting. Raises ValueError, before anything has changed, for a layer
+    whose change depends on its input.
+    """
+    for name, layer in adapted_layers(model):
+        if not hasattr(layer, "delta"):
+            raise ValueError(f"{name} cannot be merged: its change depends on the input, so no single matrix equals it")
+    for name, layer in adapted_layers(model):
+        with full_precision(layer.weight.device.type):
+            merged = (layer.weight.float() + layer.delta().float()).to(layer.weight.dtype)  # (out, in)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(merged, requires_grad=False), layer.bias
+        replace(model, name, linear)
+    for note in ("adapter_config", "base_keys"):
+        if hasattr(model, note):
+            delattr(model, note)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def adapter_tensors(model):
+    """{name: tensor}: what attach added to the model, and what trains; with the base, all that is needed to rebuild."""
+    added = {name: tensor for name, tensor in model.state_dict().items() if name not in model.base_keys}
+    return {**added, **{name: parameter.detach() for name, parameter in trainable(model).items()}}
+
+
+def save(model, path, base_name="", base_sha256=""):
+    """Write the attached adapter as safetensors; the metadata holds method, hyper-parameters and the base's identity."""
+    metadata = {"adapter": json.dumps(model.adapter_config), "base_name": base_name, "base_sha256": base_sha256}
+    write_safetensors(path, adapter_tensors(model), metadata)
+
+
+def read_config(path):
+    """(tensors, config, base_name, base_sha256) of an adapter file; ValueError if it is not one."""
+    tensors, metadata = read_safetensors(path)
+    if "adapter" not in metadata:
+        raise ValueError(f"{path}: not an adapter file: its metadata has no 'adapter' entry")
+    try:
+        config = json.loads(metadata["adapter"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the 'adapter' metadata is not valid JSON: {error}") from None
+    return tensors, config, metadata.get("base_name", ""), metadata.get("base_sha256", "")
+
+
+@torch.no_grad()
+def load(model, path, base_sha256=""):
+    """Attach the method named in the file to a fresh base `model` and fill in its tensors. Returns the config.
+
+    Raises ValueError if the file is no adapter, if it belongs to another base (both checksums known and different), or
+    if its tensors are not exactly those that the method has on this model.
+    """
+    tensors, config, name, sha256 = read_config(path)
+    if sha256 and base_sha256 and sha256 != base_sha256:
+        raise ValueError(f"{path}: this adapter was trained on another base model ({name}, sha256 {sha256[:12]}...; "
+                         f"the one given has {base_sha256[:12]}...): load that base")
+    arguments = {key: value for key, value in config.items() if key != "method"}
+    method_module(config.get("method")).attach(model, saved=tensors, **arguments)
+    targets = adapter_tensors(model)
+    wrong = [f"missing {key}" for key in targets if key not in tensors]
+    wrong += [f"unexpected {key}" for key in tensors if key not in targets]
+    wrong += [f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(target.shape)}"
+              for key, target in targets.items() if key in tensors and tensors[key].shape != target.shape]
+    if wrong:
+        raise ValueError(f"{path}: does not fit this model: {'; '.join(wrong[:4])}"
+                         + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+    for key, target in targets.items():
+        target.copy_(tensors[key])
+    return config
+
+
+# ---- a look at a method ---------------------------------------------------------------------------------------------
+
+def demonstrate(attach, **options):
+    """What `python METHOD.py` shows: the method on one 24 x 40 linear, its parts, and that it starts and merges exactly."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(40, 24)), torch.randn(5, 40)
+    before = model(x)
+    attach(model, targets=["0"], **options)
+    layer = model[0]
+    print(f"{model.adapter_config['method']} on a linear of shape (out 24, in 40): x {tuple(x.shape)} -> {tuple(before.shape)}")
+    for name, tensor in layer.state_dict().items():
+        print(f"  {name:<7}{str(tuple(tensor.shape)):<10}{'trains' if getattr(layer, name).requires_grad else 'frozen'}")
+    print(f"trainable parameters      {sum(p.numel() for p in trainable(model).values())} of {before.shape[1] * 41}")
+    print(f"|output - base| at step 0 {(model(x) - before).abs().max():.1e}")
+    for parameter in trainable(model).values():  # as if it had been trained
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    after = model(x)
+    print(f"|output - base| trained   {(after - before).abs().max():.1e}")
+    merge(model)
+    print(f"|merged - trained|        {(model(x) - after).abs().max():.1e}")

@@ -1,0 +1,22 @@
+"""Full fine-tuning: the baseline that every method here tries to come close to with far fewer parameters.
+
+    W <- W + dW         no module is replaced and there is no delta(): the change is W_t - W_0
+
+What trains: every parameter of the model (a tied embedding once), or with `targets` only those matrices.
+Cost: gradient and AdamW state take 12 more bytes per parameter, 134,515,008 of them in the default model, and the adapter
+file is the whole model. Precision: fp32 weights; small steps would vanish in bf16.
+"""
+import adapter
+
+
+def attach(model, targets=None, saved=None):
+    """Make all of `model` train, or only the matrices named by `targets`. Nothing is replaced.
+
+    `saved` is part of every attach (the tensors of an adapter file); nothing here is computed from the weights, so it
+    is not needed. Raises ValueError on an unknown target or a second attach.
+    """
+    linears = adapter.find_linears(model, targets or ())
+    adapter.freeze(model)
+    for trained in [linear for _, linear in linears] if targets else [model]:
+        trained.requires_grad_(True)
+    adapter.record(model, "full", targets=list(targets) if targets else None)

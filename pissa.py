@@ -1,0 +1,60 @@
+"""PiSSA: Principal Singular Values and Singular Vectors Adaptation (arXiv 2404.02948).
+
+LoRA with another start. The leading r singular triplets of W become the trainable factors, the rest stays frozen:
+
+    W = U diag(S) V^T + (the remaining triplets)
+    h = W_res x + B A x,        A = diag(sqrt S) V^T,   B = U diag(sqrt S),   W_res = W - B A
+
+    letter   attribute   shape      start                 trains
+    W_res    weight      (out, in)  W - B A               no
+    A        A           (r, in)    diag(sqrt S) V^T      yes
+    B        B           (out, r)   U diag(sqrt S)        yes
+    A_0 B_0  A0, B0      as A, B    copies of the start   no (kept to export and to rebuild W_res without an SVD)
+
+Trainable parameters: r (in + out), as LoRA. Merge: W_res + B A. At step 0 the output is the base model's.
+As a LoRA on the original W the change is B A - B_0 A_0, a product of rank 2r.
+
+What is left open, and what we chose: scale 1, no alpha; the exact triplets (a randomised SVD is only nearly principal on
+these slowly decaying spectra); the residual is formed from the factors as stored, so their rounding costs nothing.
+"""
+import torch
+
+import adapter
+from lora import LoRALinear
+
+
+class PiSSALinear(LoRALinear):
+    """A LoRALinear that starts from A, B instead of zero and takes their product out of the frozen weight."""
+
+    def __init__(self, linear, A, B):
+        super().__init__(linear, A, B)
+        self.register_buffer("A0", self.A.detach().clone())  # (r, in)
+        self.register_buffer("B0", self.B.detach().clone())  # (out, r)
+        adapter.subtract(self.weight, self.delta())
+
+    def lora_factors(self):
+        """(down (2r, in), up (out, 2r)): up @ down = B A - B_0 A_0, the change against the original weight."""
+        return torch.cat((self.A, self.A0)), torch.cat((self.B, -self.B0), dim=1)
+
+
+def attach(model, rank=16, targets=adapter.TARGETS, svd="gram", saved=None):
+    """Replace every target linear of `model` by a PiSSALinear, in place; only the A and B train afterwards.
+
+    `svd` is "gram" or "exact" (see `adapter.principal_triplets`). `saved`, the tensors of an adapter file, gives A0 and
+    B0 in place of an SVD. Raises ValueError on an unknown target, a rank outside 1 .. min(out, in), or a second attach.
+    """
+    linears = adapter.find_linears(model, targets, rank)
+    adapter.freeze(model)
+    for name, linear in linears:
+        if saved is None:
+            U, S, Vt = adapter.principal_triplets(linear.weight, rank, svd)
+            A, B = S.sqrt()[:, None] * Vt, U * S.sqrt()  # (r, in), (out, r)
+        else:
+            A = adapter.saved_tensor(saved, f"{name}.A0", (rank, linear.in_features))
+            B = adapter.saved_tensor(saved, f"{name}.B0", (linear.out_features, rank))
+        adapter.replace(model, name, PiSSALinear(linear, A, B))
+    adapter.record(model, "pissa", rank=rank, targets=list(targets), svd=svd)
+
+
+if __name__ == "__main__":
+    adapter.demonstrate(attach, rank=4)

@@ -1,0 +1,295 @@
+"""The contract that every method keeps."""
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+import adapter
+from tensorfile import read_safetensors, write_safetensors
+from toy import ATTACHED, MERGEABLE, attach, perturb, snapshot, tokens, toy_model
+
+SUM_IN, SUM_OUT, LAYERS = 2 * (32 * 6 + 48), 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32), 14  # of the toy model's 14 linears
+COUNTS = {"lora": 4 * (SUM_IN + SUM_OUT), "pissa": 4 * (SUM_IN + SUM_OUT), "sorsa": 4 * (SUM_IN + SUM_OUT + LAYERS)}
+TRAINED = {"lora": {"A", "B"}, "pissa": {"A", "B"}, "sorsa": {"U", "S", "Vt"}}
+EXACT_START = {"lora"}  # the others take the principal part out of the weight and add it back: equal to rounding
+
+
+def loss_of(model):
+    return nn.functional.cross_entropy(model(tokens())[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
+
+
+def train_steps(model, steps, lr=1e-2):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_step_zero_is_the_base_model(method):
+    """Attaching changes no output: not a bit for LoRA, rounding for methods that split the weight."""
+    model = toy_model()
+    before = model(tokens())
+    after = attach(model, method)(tokens())
+    assert torch.equal(before, after) if method in EXACT_START else (before - after).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_forward_equals_weight_plus_delta(method):
+    """The factored forward is that of the base model under weight + delta(), for arbitrary factors."""
+    model = perturb(attach(toy_model(), method))
+    weights = {f"{name}.weight": layer.weight + layer.delta() for name, layer in adapter.adapted_layers(model)}
+    plain = toy_model()
+    expected = torch.func.functional_call(plain, {**dict(plain.named_parameters()), **weights}, tokens())
+    assert (expected - model(tokens())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_trainable_names_and_count(method):
+    """requires_grad is True exactly on the method's own factors, and their count is the closed formula's."""
+    model = attach(toy_model(), method)
+    names = adapter.trainable(model)
+    assert len(names) == LAYERS * len(TRAINED[method])
+    assert {name.rpartition(".")[2] for name in names} == TRAINED[method]
+    assert sum(p.numel() for p in names.values()) == COUNTS[method]
+    assert f"{COUNTS[method]:,}" in adapter.parameter_table(model)[-1]
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_ten_steps_move_the_factors_and_nothing_else(method):
+    """After ten steps every factor has moved and all other tensors, buffers included, are bitwise unchanged."""
+    model = attach(toy_model(), method)
+    before = snapshot(model)
+    train_steps(model, 10)
+    trained = adapter.trainable(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in trained), name
+
+
+@pytest.mark.parametrize("method", ATTACHED + ["full"])
+def test_fifty_steps_fit_one_batch(method):
+    """Fifty steps on one batch bring its loss down by more than half."""
+    model = attach(toy_model(), method)
+    start = loss_of(model).item()
+    train_steps(model, 50, lr=2e-2)
+    assert loss_of(model).item() < 0.5 * start
+
+
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_merged_equals_unmerged(method):
+    """A merged model holds plain nn.Linear under the base's keys and gives the adapted model's logits."""
+    model = perturb(attach(toy_model(), method))
+    expected = model(tokens())
+    adapter.merge(model)
+    assert not adapter.adapted_layers(model) and model.state_dict().keys() == toy_model().state_dict().keys()
+    assert all(type(m) is nn.Linear for m in model.modules() if hasattr(m, "in_features"))
+    assert (model(tokens()) - expected).abs().max() < 1e-5
+    attach(model, "lora")  # and it is a fresh base for the next method
+
+
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_lora_factors_are_the_change_against_the_original_weight(method):
+    """base weights + up @ down give the adapted model's logits."""
+    model, plain = perturb(attach(toy_model(), method)), toy_model()
+    for name, layer in adapter.adapted_layers(model):
+        down, up = layer.lora_factors()
+        assert down.shape[1] == layer.in_features and up.shape == (layer.out_features, down.shape[0])
+        plain.get_submodule(name).weight.data += up @ down
+    assert (plain(tokens()) - model(tokens())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", ATTACHED + ["full"])
+def test_save_then_load_in_a_fresh_process(method, tmp_path):
+    """A fresh process that builds the same base and loads the file computes the same logits to the last bit."""
+    model = perturb(attach(toy_model(), method), scale=0.05)
+    adapter.save(model, tmp_path / "a.safetensors", "toy", "abc")
+    write_safetensors(tmp_path / "logits.safetensors", {"logits": model(tokens())})
+    code = ("import sys; sys.path[:0] = ['.', 'tests']\n"
+            "import torch, adapter, toy, tensorfile\n"
+            "torch.linalg.svd = torch.linalg.eigh = None  # loading must not need a decomposition\n"
+            "model = toy.toy_model()\n"
+            f"config = adapter.load(model, {str(tmp_path / 'a.safetensors')!r}, 'abc')\n"
+            f"assert config['method'] == {method!r}\n"
+            f"expected = tensorfile.read_safetensors({str(tmp_path / 'logits.safetensors')!r})[0]['logits']\n"
+            "assert torch.equal(model(toy.tokens()), expected)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_factors_are_fp32_on_a_bf16_model(method):
+    """On a bf16 base the factors are fp32, the weight stays bf16, and step 0 differs by bf16 rounding only."""
+    model = toy_model().bfloat16()
+    before = model(tokens())
+    attach(model, method)
+    assert all(p.dtype == torch.float32 for p in adapter.trainable(model).values())
+    after = model(tokens())
+    assert after.dtype == torch.bfloat16
+    assert torch.equal(before, after) if method in EXACT_START else (before - after).abs().max() < 0.05 * before.abs().max()
+    loss_of(model.float()).backward()
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_weight_plus_delta_is_the_original_weight(method):
+    """weight + delta() reproduces W at step 0: 1e-6 relative in fp32, 2e-3 in bf16; square, tall, wide, with bias."""
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-3)):
+        for out, inner in ((24, 24), (40, 24), (24, 40)):
+            torch.manual_seed(0)
+            host = nn.Sequential(nn.Linear(inner, out).to(dtype))
+            W, bias = host[0].weight.detach().float().clone(), host[0].bias
+            attach(host, method, targets=["0"])
+            assert (host[0].weight.float() + host[0].delta() - W).norm() <= tolerance * W.norm()
+            assert host[0].bias is bias and not bias.requires_grad
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_deepcopy_is_independent(method):
+    """A deep copy of an adapted model computes the same and shares nothing that trains."""
+    model = attach(toy_model(), method)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(tokens()), model(tokens()))
+    perturb(twin)
+    assert not torch.equal(twin(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("method", ATTACHED + ["full"])
+def test_attaching_twice_is_refused(method):
+    """A second attach raises and leaves the model as it was."""
+    model = attach(toy_model(), method)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{method} is already attached"):
+        attach(model, method)
+    assert before.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", ATTACHED + ["full"])
+def test_unknown_target_is_refused_by_name(method):
+    """A target that matches nothing raises, listing what there is, before anything has changed."""
+    model = toy_model()
+    with pytest.raises(ValueError, match="'w_pack' matches no linear layer: this model has q_proj, k_proj"):
+        attach(model, method, targets=["q_proj", "w_pack"])
+    assert all(p.requires_grad for p in model.parameters()) and not adapter.adapted_layers(model)
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+@pytest.mark.parametrize("rank", [0, -1, 17])
+def test_rank_out_of_range_is_refused(method, rank):
+    """The rank must be 1 .. the smallest side of any target (16 for the toy model's k and v)."""
+    with pytest.raises(ValueError, match=rf"rank {rank} is out of range: it must be 1 .. 16"):
+        attach(toy_model(), method, rank=rank)
+
+
+def test_targets_match_whole_names_only():
+    """`proj` matches neither `q_proj` nor `foo_proj`: the last component must be equal."""
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.o_proj, self.foo_o_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+    host = attach(Host(), "lora", targets=["o_proj"])
+    assert [name for name, _ in adapter.adapted_layers(host)] == ["o_proj"]
+
+
+def test_unknown_method_lists_the_methods():
+    """A wrong method name is answered with the right ones."""
+    with pytest.raises(ValueError, match="unknown method 'lorra': choose one of full, lora, pissa, sorsa"):
+        adapter.method_module("lorra")
+
+
+def test_merge_refuses_a_layer_without_delta_before_changing_anything():
+    """If one layer's change depends on its input, no layer is merged."""
+    class Routed(adapter.AdaptedLinear):
+        forward = adapter.AdaptedLinear.base
+    model = attach(toy_model(), "lora", targets=["q_proj", "v_proj"])
+    adapter.replace(model, "model.layers.1.mlp.up_proj", Routed(model.model.layers[1].mlp.up_proj))
+    with pytest.raises(ValueError, match="up_proj cannot be merged"):
+        adapter.merge(model)
+    assert len(adapter.adapted_layers(model)) == 5
+
+
+def test_adapter_of_another_base_is_refused(tmp_path):
+    """An adapter remembers its base's checksum, and is refused on another."""
+    adapter.save(attach(toy_model(), "lora"), tmp_path / "a.safetensors", "toy", "1" * 64)
+    with pytest.raises(ValueError, match="trained on another base model .toy, sha256 111111111111"):
+        adapter.load(toy_model(), tmp_path / "a.safetensors", "2" * 64)
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_adapter_that_does_not_fit_is_refused(method, tmp_path):
+    """A file for a wider model, one with a missing tensor, and a file that is no adapter: each raises, naming the tensor."""
+    path = tmp_path / "a.safetensors"
+    adapter.save(attach(toy_model(), method), path)
+    with pytest.raises(ValueError, match="has shape|does not fit"):
+        adapter.load(toy_model(hidden_size=40, head_dim=10), path)
+    with pytest.raises(ValueError, match="no tensor|missing model.layers.2"):
+        adapter.load(toy_model(num_hidden_layers=3), path)
+    with pytest.raises(ValueError, match="unexpected model.layers.1"):
+        adapter.load(toy_model(num_hidden_layers=1), path)
+    write_safetensors(path, read_safetensors(path)[0], {})
+    with pytest.raises(ValueError, match="not an adapter file"):
+        adapter.load(toy_model(), path)
+
+
+@pytest.mark.parametrize("svd", ["gram", "exact"])
+@pytest.mark.parametrize("shape", [(24, 24), (40, 24), (24, 40)])
+def test_principal_triplets_against_float64(svd, shape):
+    """Both routes give the fp64 SVD's leading triplets: descending S, orthonormal sides, fixed signs, no run-to-run change."""
+    torch.manual_seed(0)
+    W = torch.randn(shape)
+    U, S, Vt = adapter.principal_triplets(W, 6, svd)
+    Uf, Sf, Vf = torch.linalg.svd(W.double(), full_matrices=False)
+    assert U.dtype == S.dtype == Vt.dtype == torch.float32 and (S.diff() <= 0).all()
+    assert (S - Sf[:6]).abs().max() < 1e-5
+    assert ((U * S) @ Vt - (Uf[:, :6] * Sf[:6]) @ Vf[:6]).abs().max() < 1e-5
+    assert (U.T @ U - torch.eye(6)).norm() < 1e-4 and (Vt @ Vt.T - torch.eye(6)).norm() < 1e-4
+    assert (Vt.gather(1, Vt.abs().argmax(1, keepdim=True)) > 0).all()
+    assert all(torch.equal(a, b) for a, b in zip((U, S, Vt), adapter.principal_triplets(W, 6, svd)))
+
+
+def test_rank_deficient_weight_falls_back_to_the_exact_svd():
+    """Where sigma_r is zero the Gram route would divide by it: the result is then the exact route's, finite and orthonormal."""
+    torch.manual_seed(0)
+    W = torch.randn(24, 2) @ torch.randn(2, 40)
+    gram, exact = adapter.principal_triplets(W, 6, "gram"), adapter.principal_triplets(W, 6, "exact")
+    assert all(torch.equal(a, b) for a, b in zip(gram, exact))
+    assert (gram[0].T @ gram[0] - torch.eye(6)).norm() < 1e-4
+
+
+def test_full_trains_everything_once_or_the_named_matrices():
+    """Full fine-tuning trains every parameter, the tied embedding once; with targets, exactly those matrices."""
+    model = attach(toy_model(), "full")
+    assert len(adapter.trainable(model)) == len(list(model.parameters())) and "lm_head.weight" not in adapter.trainable(model)
+    model = attach(toy_model(), "full", targets=["down_proj"])
+    assert set(adapter.trainable(model)) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_method_file_runs_as_a_demonstration(method):
+    """`python METHOD.py` prints the parts, an exact start and an exact merge."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, f"{adapter.METHODS[method]}.py"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    start, trained, merged = (float(line.split()[-1]) for line in done.stdout.splitlines()[-3:])
+    assert start < 1e-6 < 0.1 < trained and merged < 1e-6
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_hugging_face_model_as_host(method):
+    """The methods attach to transformers' own Llama: same output at step 0, a training step, a merge."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    host = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).eval()
+    before = host(tokens()).logits
+    attach(host, method)
+    assert (host(tokens()).logits - before).abs().max() < 1e-5
+    host(tokens(), labels=tokens()).loss.backward()
+    assert any(p.grad.abs().max() > 0 for p in adapter.trainable(host).values())
+    perturb(host)
+    expected = host(tokens()).logits
+    adapter.merge(host)
+    assert (host(tokens()).logits - expected).abs().max() < 1e-5 and (expected - before).abs().max() > 1e-2
