@@ -1,0 +1,163 @@
+"""Generation against an uncached loop, and the evaluation script's counts against its own files."""
+import json
+
+import pytest
+import torch
+
+import adapter
+import eval as evaluation
+import gsm8k
+import train
+from toy import attach, perturb, tokens, toy_model, write_sums
+
+EOS = 0
+
+
+@torch.no_grad()
+def naive_greedy(model, prompt, max_new, eos_id):
+    """One row, no cache, no padding: the whole text through the model for every token."""
+    ids = list(prompt)
+    for _ in range(max_new):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if ids[-1] == eos_id:
+            break
+    return ids[len(prompt):]
+
+
+def toy_prompts(count=13):
+    return [tokens(1, 1 + (7 * i) % 40, seed=i)[0].tolist() for i in range(count)]
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_batched_cached_generation_equals_the_naive_loop(batch):
+    """Token for token the text of an uncached one-row loop, for rows of different lengths that end at different times."""
+    model, prompts = toy_model(seed=3), toy_prompts()
+    expected = [naive_greedy(model, prompt, 60, EOS) for prompt in prompts]
+    ends = [len(ids) for ids in expected]
+    eos = max(set(t for ids in expected for t in ids), key=lambda t: sum(t in ids for ids in expected))  # one that many rows reach
+    expected = [naive_greedy(model, prompt, 60, eos) for prompt in prompts]
+    assert len({len(ids) for ids in expected}) > 3 and max(ends) == 60  # rows do leave the batch at different steps
+    assert evaluation.generate(model, prompts, eos, max_new=60, batch=batch) == expected
+
+
+def test_finished_rows_leave_the_batch(monkeypatch):
+    """Once most rows have ended, the decode steps carry only those that have not."""
+    model, prompts, rows = toy_model(seed=3), toy_prompts(), []
+    last = naive_greedy(model, prompts[-1], 1, -1)
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda tokens, cache=None: (rows.append(len(tokens)), forward(tokens, cache))[1])
+    evaluation.generate_batch(model, prompts, EOS, max_new=40, is_done=lambda ids: ids[:1] != last)
+    assert rows[0] == len(prompts) and rows[-1] < len(prompts) / 2
+
+
+def test_forced_tokens_enter_the_row():
+    """What `force` returns is taken in place of the model's choices, and the model goes on from there."""
+    model, prompt = toy_model(seed=3), toy_prompts()[3]
+    free = naive_greedy(model, prompt, 12, -1)
+    forced = evaluation.generate(model, [prompt, prompt], -1, max_new=12, force=lambda ids: [11, 12] if len(ids) == 3 else None)[0]
+    assert forced[:3] == free[:3] and forced[3:5] == [11, 12]
+    assert forced[5:] == naive_greedy(model, prompt + forced[:5], 7, -1)
+
+
+def test_adapted_and_merged_models_generate_the_same():
+    """Merging changes the weights' form, not the text."""
+    model = perturb(attach(toy_model(seed=3), "sorsa"), 0.05)
+    before = evaluation.generate(model, toy_prompts(), EOS, max_new=20)
+    adapter.merge(model)
+    assert evaluation.generate(model, toy_prompts(), EOS, max_new=20) == before
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    """A prompt must leave room for the new tokens."""
+    with pytest.raises(ValueError, match="a prompt of 250 tokens and 20 new ones do not fit the model's context of 256"):
+        evaluation.generate(toy_model(), [[1] * 250], EOS, max_new=20)
+
+
+def test_golden_generation_on_the_real_model(real_base):
+    """On the real model, batched and cached generation gives the uncached one-row loop's text, token for token."""
+    questions = ["What is 3 plus 4?", "Tom has 12 eggs. He eats 2 each day for 3 days. How many eggs are left?", "How many legs do 5 dogs have?"]
+    prompts = [real_base.tokenizer.encode(gsm8k.prompt(question)) for question in questions]
+    expected = [naive_greedy(real_base.model, prompt, 16, real_base.tokenizer.eos_id) for prompt in prompts]
+    assert evaluation.generate(real_base.model, prompts, real_base.tokenizer.eos_id, max_new=16) == expected
+
+
+def test_calculator_on_the_real_model(real_base):
+    """With the calculator, what follows '=' inside << >> is computed, not generated."""
+    shots = [{"question": "Sam has 4 bags with 6 figs each. How many figs?", "answer": "Sam has 4*6 = <<4*6=24>>24 figs.\n#### 24"}] * 2
+    prompt = gsm8k.prompt("Eve has 137 boxes with 68 pens each. How many pens does she have?", shots)
+    with_it, without = (evaluation.complete(real_base.model, real_base.tokenizer, [prompt], max_new=40, calculator=on)[0]["text"] for on in (True, False))
+    assert "<<137*68=9316>>" in with_it and "<<137*68=9316>>" not in without
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_run(tiny_gguf, tmp_path):
+    """A finished run of a tiny model on two handfuls of problems; its data folder and its run folder."""
+    data = write_sums(tmp_path / "data")
+    train.main(["--method", "sorsa", "--rank", "4", "--lr", "1e-2", "--model", str(tiny_gguf), "--data", str(data), "--steps", "30", "--batch", "8",
+                "--held-out", "4", "--out", str(tmp_path / "run"), "--no-sample"])
+    return data, tmp_path / "run"
+
+
+def test_evaluating_a_run(small_run, capsys):
+    """The run's own data and base are used; the printed numbers follow from predictions.jsonl by rescoring it."""
+    data, run = small_run
+    summary = evaluation.main([str(run), "--max-new", "40", "--batch", "4"])
+    records = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert summary["n"] == len(records) == 11 and summary["method"] == "sorsa" and summary["data"] == str(data)
+    assert [r["question"] for r in records] == [f"What is {i}+1?" for i in range(11)]
+    for rule in evaluation.RULES:
+        rescored = [gsm8k.score(r["completion"], f"#### {r['gold']}")[rule] for r in records]
+        assert rescored == [r["scores"][rule] for r in records]
+        p = sum(r["correct"] for r in rescored) / 11
+        assert summary["accuracy"][rule] == p and summary["standard_error"][rule] == pytest.approx((p * (1 - p) / 11) ** 0.5)
+    assert summary["capped"] == sum(r["finish"] == "cap" for r in records) / 11
+    assert json.loads((run / "eval.json").read_text()) == summary
+    out = capsys.readouterr().out
+    assert f"answer    {100 * summary['accuracy']['answer']:6.2f} %" in out and "11 of 11 problems" in out
+
+
+def test_evaluating_a_base_model_alone_and_asking(small_run, tiny_gguf, tmp_path, capsys):
+    """--model alone measures the base, --limit takes the first problems, --ask answers one question and writes nothing."""
+    data, run = small_run
+    summary = evaluation.main(["--model", str(tiny_gguf), "--data", str(data), "--limit", "3", "--max-new", "8", "--out", str(tmp_path / "base")])
+    assert summary["n"] == 3 and summary["method"] == "none" and (tmp_path / "base" / "predictions.jsonl").exists()
+    capsys.readouterr()
+    evaluation.main([str(run), "--ask", "What is 2+1?", "--max-new", "8"])
+    assert "Question: What is 2+1?\nAnswer:" in capsys.readouterr().out and not (run / "predictions.jsonl").exists()
+
+
+def test_perfect_answers_score_one_hundred(tmp_path):
+    """Completions that are the reference solutions are right by our rule and the strict one, and summed up so."""
+    examples = gsm8k.practice("test", 20)
+    completions = [{"text": gsm8k.target(e["answer"]), "finish": "eos", "new_tokens": 5} for e in examples]
+    summary = evaluation.summarise(evaluation.score_all(examples, completions))
+    assert summary["accuracy"]["answer"] == summary["accuracy"]["strict"] == 1 and summary["standard_error"]["answer"] == 0
+    wrong = evaluation.summarise(evaluation.score_all(examples, [{**c, "text": " no idea", "finish": "cap"} for c in completions]))
+    assert wrong["accuracy"]["answer"] == 0 and wrong["no_answer"] == wrong["capped"] == 1 and summary["new_tokens"] == 100
+
+
+BAD = [([], "name a run"), (["no/such/run"], "no/such/run: no such file"), (["--model", "x.gguf", "--shots", "-1"], "cannot be negative"),
+       (["--model", "gpt5"], "--model gpt5 is not known")]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_one_line_and_status_2(flags, message, capsys):
+    """What a user can mend ends with status 2 and one line that names it."""
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.run_script(lambda: evaluation.main(flags))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+
+
+def test_an_adapter_on_another_base_is_refused(small_run, tiny_gguf, tmp_path, capsys):
+    """Naming another base file than the run's own is refused by its checksum."""
+    _, run = small_run
+    other = tmp_path / "other.gguf"
+    content = bytearray(tiny_gguf.read_bytes())
+    content[-1] ^= 1
+    other.write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.run_script(lambda: evaluation.main([str(run), "--model", str(other), "--ask", "?"]))
+    assert stopped.value.code == 2 and "trained on another base model" in capsys.readouterr().err

@@ -1,0 +1,299 @@
+"""The training script: batches, loss, accumulation, the order of a step, and whole runs on a tiny model."""
+import json
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import adapter
+import train
+from eval import run_script
+from tensorfile import read_safetensors, write_safetensors
+from toy import attach, perturb, tokens, toy_model, write_sums
+
+METHODS = ["full", "lora", "pissa", "sorsa"]
+NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+
+
+def toy_examples(count, seed=0):
+    """(ids, prompt_length) pairs of very different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(2, 30, (count, 2), generator=generator).tolist()
+    return [(tokens(1, p + a, seed=i)[0].tolist(), p) for i, (p, a) in enumerate(sizes)]
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in adapter.trainable(model).items()}
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+def test_an_epoch_covers_every_example_once():
+    """Every index comes once per epoch; the order depends on the seed and the epoch and on nothing else."""
+    lengths = [len(ids) for ids, _ in toy_examples(96)]
+    first = train.epoch_batches(lengths, 8, seed=0, epoch=0, window=4)
+    assert sorted(i for batch in first for i in batch) == list(range(96)) and {len(b) for b in first} == {8}
+    assert first == train.epoch_batches(lengths, 8, seed=0, epoch=0, window=4)
+    assert first != train.epoch_batches(lengths, 8, seed=0, epoch=1, window=4) != train.epoch_batches(lengths, 8, 1, 1, window=4)
+
+
+def test_unfilled_batches_are_left_out_unless_alone():
+    """97 examples make 12 batches of 8; 5 examples make one batch of 5."""
+    assert [len(b) for b in train.epoch_batches([3] * 97, 8, 0, 0)] == [8] * 12
+    assert [len(b) for b in train.epoch_batches([3] * 5, 8, 0, 0)] == [5]
+
+
+def test_bucketing_leaves_little_padding_and_is_not_sorted():
+    """Batches hold similar lengths (under 10 % padding where random ones have over 30 %), in an order that is not by length."""
+    lengths = [10 + i % 200 for i in range(2000)]
+    batches = train.epoch_batches(lengths, 16, 0, 0)
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert sum(lengths[i] for b in batches for i in b) / padded > 0.9
+    longest = [max(lengths[i] for i in b) for b in batches]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_held_out_examples_are_apart_and_the_same_for_every_seed():
+    """The held-out slice is disjoint from the training examples and nothing is lost; too large a slice is refused."""
+    examples = [{"question": str(i)} for i in range(50)]
+    rest, held_out = train.split(examples, 8)
+    assert len(held_out) == 8 and sorted(map(str, rest + held_out)) == sorted(map(str, examples))
+    assert train.split(examples, 8) == (rest, held_out)
+    with pytest.raises(ValueError, match="--held-out 50 leaves nothing to train on"):
+        train.split(examples, 50)
+
+
+def test_collate_shifts_and_masks():
+    """Targets are the next tokens of the answer; question and padding carry none."""
+    inputs, targets = train.collate([([5, 6, 7, 8, 9], 3), ([1, 2, 3], 1)], "cpu")
+    assert inputs.tolist() == [[5, 6, 7, 8], [1, 2, 0, 0]]
+    assert targets.tolist() == [[-100, -100, 8, 9], [2, 3, -100, -100]]
+    assert train.answer_tokens([([5, 6, 7, 8, 9], 3), ([1, 2, 3], 1)]) == 4
+
+
+def test_learning_rate_schedules():
+    """Warm-up rises to the peak, cosine and linear end near zero, constant stays."""
+    cosine, linear, constant = ([train.learning_rate(s, 100, 2.0, name, 0.1) for s in range(100)] for name in ("cosine", "linear", "constant"))
+    for rates in (cosine, linear, constant):
+        assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0 == max(rates)
+    assert cosine[55] == pytest.approx(1.0) and linear[55] == pytest.approx(1.0) and constant[-1] == 2.0
+    assert 0 < cosine[-1] < 0.001 < linear[-1] < 0.03
+    assert train.learning_rate(0, 1, 2.0, "cosine", 0.03) == 2.0
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
+def test_gradient_in_forward_equals_plain_cross_entropy(count, monkeypatch):
+    """The frozen-head loss and its gradient equal F.cross_entropy's, whatever the chunks, and under a factor."""
+    monkeypatch.setattr(train, "CHUNK", 8)
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(count, 16, requires_grad=True), torch.randn(50, 16), torch.randint(0, 50, (count,))
+    expected = F.cross_entropy(hidden @ head.T, targets, reduction="sum")
+    gradient, = torch.autograd.grad(0.3 * expected, hidden)
+    loss = train.FrozenHeadLoss.apply(hidden, head, targets)
+    (0.3 * loss).backward()
+    assert torch.allclose(loss, expected, rtol=1e-6) and torch.allclose(hidden.grad, gradient, atol=1e-6)
+
+
+def test_loss_is_over_answers_only_and_blind_to_padding():
+    """A batch's loss is the sum over its rows alone, each by the definition: next-token loss of the answer's tokens."""
+    model, batch = attach(toy_model(), "lora"), toy_examples(5)
+    expected = 0.0
+    for ids, prompt_length in batch:
+        logits = model(torch.tensor([ids]))[0, :-1]
+        expected += F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")[prompt_length - 1:].sum()
+    assert torch.allclose(train.answer_loss(model, *train.collate(batch, "cpu")), expected, rtol=1e-5)
+
+
+def test_trained_head_gets_the_plain_loss():
+    """With full fine-tuning the tied head's gradient is autograd's, both of its uses included."""
+    model, batch = attach(toy_model(), "full"), toy_examples(5)
+    inputs, targets = train.collate(batch, "cpu")
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+    gradient, = torch.autograd.grad(expected, model.lm_head.weight)
+    loss = train.answer_loss(model, inputs, targets)
+    loss.backward()
+    assert torch.allclose(loss, expected, rtol=1e-6) and torch.allclose(model.lm_head.weight.grad, gradient, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_gives_the_same_update(method):
+    """One batch of 8, two of 4 and eight of 1 give the same gradients to rounding, though their answers differ in length."""
+    batch, results = toy_examples(8), []
+    for micro_batch in (8, 4, 1):
+        model = perturb(attach(toy_model(), method), 0.02)
+        loss = train.accumulate_gradients(model, batch, micro_batch, "cpu", NO_AUTOCAST)
+        if method == "sorsa":
+            adapter.method_module("sorsa").add_regularizer_grad(model, 0.4)
+        results.append((loss, gradients(model)))
+    (loss, whole), *others = results
+    for other_loss, parts in others:
+        assert torch.allclose(loss, other_loss, rtol=1e-5)
+        for name in whole:
+            assert (whole[name] - parts[name]).abs().max() < 1e-5 * max(1, whole[name].abs().max()), name
+
+
+def test_nothing_flows_below_the_first_adapted_layer():
+    """With adapters in the second block only, the first block's output takes no part in the backward pass."""
+    model = toy_model()
+    adapter.freeze(model)
+    model.base_keys = None
+    down = model.model.layers[1].mlp.down_proj
+    down.weight.requires_grad_(True)
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    train.answer_loss(model, *train.collate(toy_examples(3), "cpu")).backward()
+    assert seen == [False] and down.weight.grad.any()
+
+
+def test_regularizer_comes_after_clipping_and_outside_the_logged_norm(tmp_path):
+    """With a tiny clip limit the pull on the factors still arrives in full, and the logged norm is the loss's own."""
+    model, seen = attach(toy_model(), "lora"), []
+    factors = adapter.trainable(model).values()
+    start = [p.detach().clone() for p in factors]
+
+    def regularize():
+        seen.append(torch.cat([p.grad.flatten() for p in factors]).norm().item())
+        for p in factors:
+            p.grad += 5.0
+        return torch.tensor(7.0)
+
+    args = types.SimpleNamespace(lr=1e-2, weight_decay=0.0, clip=1e-6, steps=1, seed=0, batch=4, micro_batch=4, schedule="constant",
+                                 warmup=0.0, eval_every=1, log_every=1)
+    with open(tmp_path / "log", "w") as log:
+        train.train(args, model, regularize, toy_examples(8), lambda step: 0.0, torch.device("cpu"), NO_AUTOCAST, log)
+    line = json.loads((tmp_path / "log").read_text())
+    assert seen[0] == pytest.approx(1e-6, rel=1e-3) and line["grad_norm"] > 0.01 and line["regularizer"] == 7
+    for p, before in zip(factors, start):  # AdamW's first step is lr times the gradient's sign
+        assert torch.allclose(p, before - 1e-2, atol=1e-5)
+
+
+def test_flop_count_of_the_reference_case():
+    """4 N_b + 4 a N_e + 6 P per token for LoRA, 6 N_b + 6 a N_e for full fine-tuning."""
+    for method, expected in (("lora", lambda body, head, P: 4 * body + 4 * head + 6 * P), ("full", lambda body, head, P: 6 * body + 6 * head)):
+        model = toy_model()
+        body = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
+        attach(model, method)
+        P = sum(p.numel() for p in adapter.trainable(model).values())
+        assert train.gflop_per_token(model, 0.5)[1] * 1e9 == pytest.approx(expected(body, 0.5 * 97 * 32, P))
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def run(tiny_gguf, tmp_path):
+    """Six short steps of train.py on the tiny model, into the folder named."""
+    data = write_sums(tmp_path / "data")
+    return lambda name, *flags: train.main(["--model", str(tiny_gguf), "--data", str(data), "--held-out", "8", "--steps", "6", "--batch", "4",
+                                            "--out", str(tmp_path / name), "--no-sample", *flags])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_learns_and_leaves_its_files(method, run, tiny_gguf, tmp_path, capsys):
+    """Six steps lower the held-out loss; the log, the result and the adapter are there and agree with what was printed."""
+    rank = [] if method == "full" else ["--rank", "4"]
+    result = run("run", "--method", method, "--lr", "1e-2", *rank)
+    assert result["held_out_after"] < result["held_out_before"] - 0.05
+    printed = capsys.readouterr().out
+    assert f"held-out loss {result['held_out_before']:.4f} -> {result['held_out_after']:.4f}" in printed.splitlines()[-2]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["held_out_after"] == result["held_out_after"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 2, 4, 6]
+    assert ("regularizer" in lines[1]) == (method == "sorsa")
+    tensors, config, name, _ = adapter.read_config(tmp_path / "run" / "adapter.safetensors")
+    assert config["method"] == method and name == str(tiny_gguf)
+    trained = result["trainable_parameters"]
+    assert sum(t.numel() for t in tensors.values()) == trained * (1 if method in ("full", "lora") else 2)
+
+
+def test_same_seed_same_losses(run, tmp_path):
+    """Two runs with one seed log the same losses to the last bit; another seed, or a regularizer, gives others."""
+    def losses(name, *flags):
+        run(name, "--method", "sorsa", "--rank", "4", *flags)
+        return [line["loss"] for line in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) if "loss" in line]
+    first = losses("a")
+    assert first == losses("b") and first != losses("c", "--seed", "1")
+    assert first != losses("d", "--gamma", "0") and first[0] == losses("e", "--gamma", "0")[0]
+
+
+def test_a_diverging_run_stops_before_it_saves(run, tmp_path):
+    """A loss that is not finite ends the run with the step and a remedy; no adapter is written."""
+    with pytest.raises(FloatingPointError, match=r"step \d: loss .*lower --lr"):
+        run("run", "--method", "lora", "--rank", "4", "--lr", "1e30", "--clip", "1e30")
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_a_second_run_gets_its_own_folder(tiny_gguf, tmp_path, monkeypatch):
+    """Without --out the first free of runs/METHOD, runs/METHOD-2 is taken; --out over a run is refused, or replaces it."""
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    for _ in range(2):
+        args = train.parse_arguments(["--method", "lora"])
+        train.choose_out(args)
+        (args.out / "log.jsonl").write_text("x")
+        folders.append(str(args.out))
+    assert folders == ["runs/lora", "runs/lora-2"]
+    with pytest.raises(ValueError, match="--out runs/lora already holds a run"):
+        train.check_out(train.parse_arguments(["--out", "runs/lora"]))
+    args = train.parse_arguments(["--out", "runs/lora", "--overwrite"])
+    train.check_out(args)
+    train.choose_out(args)
+    assert not (tmp_path / "runs/lora/log.jsonl").exists()
+
+
+BAD = [
+    (["--method", "lorra"], "unknown method 'lorra': choose one of full, lora, pissa, sorsa"),
+    (["--method", "lora", "--rank", "0"], "rank 0 is out of range: it must be 1 .. 32"),
+    (["--method", "sorsa", "--rank", "33"], "rank 33 is out of range: it must be 1 .. 32, the smaller side of"),
+    (["--method", "lora", "--targets", "q_proj,w_pack"], "target 'w_pack' matches no linear layer: this model has q_proj"),
+    (["--method", "lora", "--targets", ","], "--targets is empty"),
+    (["--lr", "-0.1"], "argument --lr: '-0.1' is not a positive number"),
+    (["--lr", "nan"], "argument --lr: 'nan' is not a positive number"),
+    (["--lr", "fast"], "argument --lr: 'fast' is not a positive number"),
+    (["--warmup", "2"], "argument --warmup: '2' is not a number from 0 to 1"),
+    (["--steps", "0"], "argument --steps: '0' is not a whole number of at least 1"),
+    (["--steps", "3", "--epochs", "1"], "give --steps or --epochs, not both"),
+    (["--method", "lora", "--gamma", "1e-3"], "--gamma does not belong to lora: its own flags are --alpha, --rank, --targets"),
+    (["--method", "full", "--rank", "8"], "--rank does not belong to full"),
+    (["--held-out", "100000"], "--held-out 100000 leaves nothing to train on"),
+    (["--data", "no/such/folder"], "no/such/folder"),
+    (["--model", "no/such.gguf"], "no/such.gguf: no such file"),
+    (["--model", "gpt5"], "--model gpt5 is not known"),
+    (["--max-tokens", "5"], "examples have more than 5 tokens: raise --max-tokens"),
+    (["--device", "cuda:9"], "--device cuda:9"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_is_one_line_and_status_2(flags, message, tiny_gguf, tmp_path, capsys):
+    """What a user can mend ends with status 2 and one line that names it; nothing is left behind."""
+    arguments = ["--model", str(tiny_gguf), "--data", "practice", "--out", str(tmp_path / "run"), *flags]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: train.main(arguments))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+RECORD = '{"question": "How many?", "answer": "One and one. #### 2"}\n'
+BAD_DATA = [
+    ("", "holds no problems"),
+    (RECORD + "{not json\n", "train.jsonl:2: not valid JSON"),
+    ('{"question": "How many?"}\n', "train.jsonl:1"),
+    ('{"answer": "#### 2"}\n', "train.jsonl:1"),
+    (RECORD + '{"question": "How many?", "answer": "two"}\n', "train.jsonl:2"),
+]
+
+
+@pytest.mark.parametrize("text, message", BAD_DATA, ids=["empty", "json", "no answer", "no question", "no ####"])
+def test_bad_data_is_named_by_file_and_line(text, message, tiny_gguf, tmp_path, capsys):
+    """Malformed data stops before anything is trained, naming the file and the line."""
+    (tmp_path / "train.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: train.main(["--model", str(tiny_gguf), "--data", str(tmp_path), "--out", str(tmp_path / "run")]))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], lines

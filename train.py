@@ -1,0 +1,468 @@
+"""Fine-tune a model on GSM-8K with one of the methods: `python train.py --method sorsa`.
+
+The loop is plain: batches of examples of similar length, the loss on answer tokens only, one optimizer step per batch
+however it is cut into micro-batches. Everything that was chosen is printed; every choice is a flag.
+"""
+import argparse
+import inspect
+import itertools
+import json
+import math
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import adapter
+import checkpoint
+import gsm8k
+from eval import Parser, choose_device, complete, positive, run_script
+from tensorfile import atomic_write
+
+# Found by `python sweep.py` on the default model (results/sweep.jsonl): best of a grid at 40 steps of 8, not universal.
+DEFAULT_LR = {"full": 5e-5, "lora": 1e-3, "pissa": 5e-4, "sorsa": 1e-3}
+IGNORE = -100  # the target of a position that has no loss: the question, and padding
+SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+def encode_examples(tokenizer, examples, max_tokens):
+    """[(ids, prompt_length)] of the examples that have at most max_tokens tokens; ValueError if none has."""
+    encoded = [gsm8k.encode(tokenizer, example) for example in examples]
+    kept = [(ids, prompt_length) for ids, prompt_length in encoded if len(ids) <= max_tokens]
+    if not kept:
+        raise ValueError(f"all {len(encoded)} examples have more than {max_tokens} tokens: raise --max-tokens")
+    return kept
+
+
+def split(examples, held_out):
+    """(examples to train on, `held_out` examples kept apart): the same split whatever the seed of the run."""
+    if held_out >= len(examples):
+        raise ValueError(f"--held-out {held_out} leaves nothing to train on: the data has {len(examples)} examples")
+    shuffled = random.Random(SPLIT_SEED).sample(examples, len(examples))
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+def epoch_batches(lengths, batch, seed, epoch, window=32):
+    """Lists of `batch` indices that cover an epoch, with little padding: shuffle, sort windows by length, cut, shuffle.
+
+    The order depends on (seed, epoch) alone. A last batch that cannot be filled is left out, unless it is the only one.
+    """
+    rng = random.Random(f"{seed} {epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    batches = []
+    for start in range(0, len(order), window * batch):
+        by_length = sorted(order[start:start + window * batch], key=lambda i: lengths[i])
+        batches += [by_length[i:i + batch] for i in range(0, len(by_length), batch)]
+    full = [indices for indices in batches if len(indices) == batch] or batches
+    return rng.sample(full, len(full))
+
+
+def endless_batches(lengths, batch, seed):
+    """The batches of epoch after epoch."""
+    for epoch in itertools.count():
+        yield from epoch_batches(lengths, batch, seed, epoch)
+
+
+def collate(encoded, device):
+    """Tokens (B, T) and targets (B, T), padded on the right: targets are the next tokens, IGNORE outside answers."""
+    T = max(len(ids) for ids, _ in encoded) - 1
+    tokens = torch.zeros(len(encoded), T, dtype=torch.long)  # (B, T)
+    targets = torch.full((len(encoded), T), IGNORE)  # (B, T)
+    for row, (ids, prompt_length) in enumerate(encoded):
+        tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[row, prompt_length - 1:len(ids) - 1] = torch.tensor(ids[prompt_length:])
+    return tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def answer_tokens(encoded):
+    """How many tokens of these examples carry loss."""
+    return sum(len(ids) - prompt_length for ids, prompt_length in encoded)
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------
+
+CHUNK = 512  # answer tokens whose logits live at once: 512 x 49152 fp32 are 100 MB
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross entropy of hidden (n, d) under a frozen head (V, d), which takes its gradient in the forward pass.
+
+    The gradient of a token's loss with respect to its logits is softmax - onehot, known as soon as the logits are: taking
+    it at once leaves (n, d) numbers to keep instead of (n, V), and no second pass over the vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets):
+        loss, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
+            logits = (hidden[rows] @ head.T).float()  # (chunk, V)
+            logits -= logits.amax(dim=1, keepdim=True)
+            at_target = logits.gather(1, targets[rows, None])  # (chunk, 1)
+            total = logits.exp_().sum(dim=1, keepdim=True)  # (chunk, 1)
+            loss += (total.log() - at_target).sum()
+            if ctx.needs_input_grad[0]:
+                logits.div_(total).scatter_add_(1, targets[rows, None], torch.full_like(total, -1.0))
+                gradient[rows] = logits.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradient, = ctx.saved_tensors
+        return upstream.to(gradient.dtype) * gradient, None, None
+
+
+def answer_loss(model, tokens, targets):
+    """Summed cross entropy over the positions of `targets` (B, T) that are not IGNORE; only they reach the head."""
+    hidden = model.model(tokens)  # (B, T, d)
+    answers = targets != IGNORE  # (B, T)
+    hidden, targets, head = hidden[answers], targets[answers], model.lm_head.weight  # (n, d), (n,), (V, d)
+    if not head.requires_grad:
+        return FrozenHeadLoss.apply(hidden, head, targets)
+    return sum(F.cross_entropy((h @ head.T).float(), t, reduction="sum")
+               for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)))
+
+
+@torch.no_grad()
+def held_out_loss(model, encoded, batch, device, autocast):
+    """Mean loss per answer token over a fixed set of examples."""
+    by_length = sorted(encoded, key=lambda example: -len(example[0]))
+    total = 0.0
+    for start in range(0, len(by_length), batch):
+        with autocast:
+            total += answer_loss(model, *collate(by_length[start:start + batch], device)).item()
+    return total / answer_tokens(encoded)
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------
+
+def learning_rate(step, steps, peak, schedule, warmup):
+    """The rate of step 0 .. steps-1: a linear rise over `warmup` of the steps, then cosine or linear to zero, or constant."""
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / rise
+    progress = (step - rise) / max(1, steps - rise)
+    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
+
+
+def accumulate_gradients(model, encoded, micro_batch, device, autocast):
+    """Forward and backward of one batch in pieces; returns the loss per answer token of the whole batch, a tensor.
+
+    Every piece is divided by the answer tokens of the whole batch, so the gradient does not depend on where it is cut.
+    """
+    total, loss = answer_tokens(encoded), 0.0
+    for start in range(0, len(encoded), micro_batch):
+        tokens, targets = collate(encoded[start:start + micro_batch], device)
+        with autocast:
+            part = answer_loss(model, tokens, targets) / total
+        part.backward()
+        loss = loss + part.detach()
+    return loss
+
+
+def gflop_per_token(model, answer_share):
+    """(forward, training) GFLOP per token: 2 for every weight forward, 2 more for the gradient of its input, 2 more if it
+    trains. The head is used at answer tokens only; attention's own products are small here and left out."""
+    head = model.lm_head.weight
+    used = [(p.numel(), p.requires_grad) for p in model.parameters()
+            if p.dim() == 2 and p is not head and p is not model.model.embed_tokens.weight]
+    used.append((head.numel() * answer_share, head.requires_grad))
+    weights, trained = sum(n for n, _ in used), sum(n for n, trains in used if trains)
+    return 2e-9 * weights, 1e-9 * (4 * weights + 2 * trained)
+
+
+def peak_memory(device):
+    """Peak memory in GB: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def duration(seconds):
+    """75 -> 1m15s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+def number(low, high, what, low_open=False):
+    """An argparse type: a number in [low, high], or (low, high]."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if low_open else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+    return parse
+
+
+def parse_arguments(argv):
+    parser = Parser(prog="train.py", description="Fine-tune a model on GSM-8K.")
+    parser.add_argument("--method", default="sorsa", help=f"one of {', '.join(adapter.METHODS)}")
+    parser.add_argument("--model", default=checkpoint.DEFAULT_MODEL, help="base model: a name or a .gguf file")
+    parser.add_argument("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, or auto")
+    parser.add_argument("--out", type=Path, help="folder for the run (default: runs/METHOD, or the next free runs/METHOD-N)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out already holds")
+
+    method = parser.add_argument_group("method (a flag that does not belong to the method is refused)")
+    method.add_argument("--rank", type=int, help="lora, pissa, sorsa: r (default: 16)")
+    method.add_argument("--alpha", type=number(0, math.inf, "a positive number", True), help="lora: scale is alpha / r (default: r)")
+    method.add_argument("--targets", help="comma-separated names (default: the seven projections; full: every parameter)")
+    method.add_argument("--svd", choices=("gram", "exact"), help="pissa, sorsa: how the start is computed (default: gram)")
+    method.add_argument("--gamma", type=number(0, math.inf, "a number of at least 0"),
+                        help="sorsa: weight of the orthonormal regularizer, 0 is off (default: 4e-4)")
+    method.add_argument("--reduction", choices=("mean", "sum"), help="sorsa: mean over its norms, or their sum (default: mean)")
+
+    loop = parser.add_argument_group("training")
+    loop.add_argument("--steps", type=positive, help="optimizer steps (default: 40 on a CPU)")
+    loop.add_argument("--epochs", type=number(0, math.inf, "a positive number", True), help="instead of --steps (default: 1 on a GPU)")
+    loop.add_argument("--batch", type=positive, help="examples per optimizer step (default: 8 on a CPU, else 32)")
+    loop.add_argument("--micro-batch", type=positive, help="examples per forward pass (default: 8 on a CPU, else 32)")
+    loop.add_argument("--lr", type=number(0, math.inf, "a positive number", True), help="peak learning rate (default: by method, "
+                      + ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR.items()) + ")")
+    loop.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="after warm-up")
+    loop.add_argument("--warmup", type=number(0, 1, "a number from 0 to 1"), default=0.03, help="share of the steps")
+    loop.add_argument("--weight-decay", type=number(0, math.inf, "a number of at least 0"), default=0.0, help="AdamW's")
+    loop.add_argument("--clip", type=number(0, math.inf, "a positive number", True), default=1.0, help="largest gradient norm")
+    loop.add_argument("--max-tokens", type=positive, default=512, help="longer examples are left out")
+    loop.add_argument("--strip-annotations", action="store_true", help="remove the <<48/2=24>> calculator annotations")
+    loop.add_argument("--limit", type=positive, help="only the first N training examples")
+    loop.add_argument("--seed", type=int, default=0, help="of the order of the data and the random factors")
+
+    report = parser.add_argument_group("reporting")
+    report.add_argument("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
+    report.add_argument("--eval-every", type=positive, help="steps between held-out losses (default: a quarter of the run)")
+    report.add_argument("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")
+    report.add_argument("--no-sample", action="store_true", help="no sample answer before and after")
+    report.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    report.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: fp32 on a CPU, else bf16)")
+    args = parser.parse_args(argv)
+    if args.steps and args.epochs:
+        parser.error("give --steps or --epochs, not both")
+    return args
+
+
+def method_options(args, module):
+    """(arguments for attach, arguments for the regularizer) out of the flags given; ValueError for another method's flag."""
+    accepted = set(inspect.signature(module.attach).parameters)
+    regularized = hasattr(module, "add_regularizer_grad")
+    options, own = {}, sorted(accepted & {"rank", "alpha", "targets", "svd"}) + ["gamma", "reduction"] * regularized
+    for flag in ("rank", "alpha", "targets", "svd", "gamma", "reduction"):
+        value = getattr(args, flag)
+        if value is not None:
+            if flag not in own:
+                raise ValueError(f"--{flag} does not belong to {args.method}: its own flags are --{', --'.join(own)}")
+            options[flag] = value
+    if "targets" in options:
+        options["targets"] = [name for name in options["targets"].split(",") if name]
+        if not options["targets"]:
+            raise ValueError("--targets is empty: name linear layers, as in --targets q_proj,v_proj")
+    if "seed" in accepted:
+        options["seed"] = args.seed
+    regularizer = {"gamma": options.pop("gamma", 4e-4), "reduction": options.pop("reduction", "mean")} if regularized else {}
+    return options, regularizer
+
+
+RUN_FILES = ("log.jsonl", "result.json", "adapter.safetensors", "predictions.jsonl", "eval.json")
+
+
+def holds_a_run(folder):
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def check_out(args):
+    """ValueError, before anything is loaded, if --out already holds a run and --overwrite was not given."""
+    if args.out and holds_a_run(args.out) and not args.overwrite:
+        raise ValueError(f"--out {args.out} already holds a run: give another folder, or --overwrite to replace it")
+
+
+def choose_out(args):
+    """Make the folder of this run: --out, emptied of an old run, or the first free one of runs/METHOD, runs/METHOD-2, ..."""
+    names = (args.method if n == 1 else f"{args.method}-{n}" for n in itertools.count(1))
+    args.out = args.out or next(folder for folder in (Path("runs") / name for name in names) if not holds_a_run(folder))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        (args.out / name).unlink(missing_ok=True)
+
+
+def expected_duration(args, model, encoded, held_out, forward_seconds):
+    """How long the steps and their held-out losses should take, from how long one held-out loss took."""
+    tokens = sum(len(ids) for ids, _ in encoded) / len(encoded)
+    forward_gflop, train_gflop = gflop_per_token(model, answer_tokens(encoded) / sum(len(ids) for ids, _ in encoded))
+    per_token = forward_seconds / sum(len(ids) for ids, _ in held_out) * train_gflop / forward_gflop
+    return duration(args.steps * args.batch * tokens * per_token + math.ceil(args.steps / args.eval_every) * forward_seconds)
+
+
+def choose_budget(args, device, examples):
+    """Fill in what was not given, by what is there: minutes of work on a CPU, an epoch on a GPU."""
+    on_cpu = device.type == "cpu"
+    args.lr = args.lr or DEFAULT_LR[args.method]
+    args.batch = min(args.batch or (8 if on_cpu else 32), examples)
+    args.micro_batch = min(args.micro_batch or (8 if on_cpu else 32), args.batch)
+    if args.steps is None:
+        whole_epochs = max(1, round((args.epochs or 1) * (examples // args.batch)))
+        args.steps = 40 if on_cpu and args.epochs is None else whole_epochs
+    args.log_every = args.log_every or (1 if on_cpu else 10)
+    args.eval_every = args.eval_every or math.ceil(args.steps / 4)
+
+
+def describe(args, model, regularizer, device, weights, name, source, data):
+    """Print everything that was chosen, before anything is spent."""
+    train_on, held_out, left_out = data
+    config, targets = dict(model.adapter_config), model.adapter_config["targets"]
+    settings = {k: v for k, v in {**config, **regularizer}.items() if k not in ("method", "targets") and v is not None}
+    tokens, answers = sum(len(ids) for ids, _ in train_on) / len(train_on), answer_tokens(train_on) / len(train_on)
+    hardware = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    print(f"device    {device} ({hardware}), weights {str(weights).removeprefix('torch.')}, torch {torch.__version__}")
+    print(f"model     {name}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
+    print(f"data      {source}\n          {len(train_on)} to train on, {len(held_out)} held out, {left_out} too long and left out; "
+          f"{tokens:.0f} tokens per example, {answers:.0f} of them answer")
+    print(f"method    {args.method}" + "".join(f", {key} {value}" for key, value in settings.items()))
+    print(f"          targets: {', '.join(targets) if targets else 'every parameter'}")
+    print("\n".join(f"          {line}" for line in adapter.parameter_table(model)))
+    print(f"plan      {args.steps} steps of {args.batch} examples ({args.steps * args.batch / len(train_on):.2f} epochs), "
+          f"{args.micro_batch} per forward pass; {gflop_per_token(model, answers / tokens)[1]:.2f} GFLOP per token")
+    print(f"          AdamW, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, weight decay {args.weight_decay:g}, "
+          f"clip {args.clip:g}, seed {args.seed}")
+    print(f"out       {args.out}", flush=True)
+
+
+def log_line(line, steps, left):
+    """One dense line of text for a logged step."""
+    R = f"  R {line['regularizer']:.1e}" if "regularizer" in line else ""
+    return (f"step {line['step']:>{len(str(steps))}}/{steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  |g| {line['grad_norm']:.2f}{R}"
+            f"  {line['tokens_per_second']:,.0f} tok/s  pad {100 * line['padding']:.0f}%  {line['gflops']:,.0f} GFLOP/s"
+            f"  {line['memory_gb']:.2f} GB  {duration(left)} left")
+
+
+def train(args, model, regularize, encoded, measure, device, autocast, log):
+    """The loop. Returns ({step: held-out loss}, real tokens trained on, seconds spent in steps).
+
+    `regularize()` adds its gradient and returns R, or is None; `measure()` returns the held-out loss.
+    Raises FloatingPointError when a logged step's loss or gradient is not finite.
+    """
+    lengths = [len(ids) for ids, _ in encoded]
+    forward_gflop, train_gflop = gflop_per_token(model, answer_tokens(encoded) / sum(lengths))
+    parameters = list(adapter.trainable(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    losses, tokens_seen, seconds = {}, 0, 0.0
+    started, tokens, padded = time.time(), 0, 0  # since the last logged step
+    for step, indices in zip(range(1, args.steps + 1), endless_batches(lengths, args.batch, args.seed)):
+        rate = learning_rate(step - 1, args.steps, args.lr, args.schedule, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = accumulate_gradients(model, [encoded[i] for i in indices], args.micro_batch, device, autocast)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        to_measure = step % args.eval_every == 0 or step == args.steps
+        to_log = step % args.log_every == 0 or to_measure
+        if to_log and not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {norm:g}: lower --lr (now {args.lr:g})")
+        R = regularize() if regularize else None  # after clipping: its pull does not depend on the loss's gradient
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        parts = [indices[i:i + args.micro_batch] for i in range(0, len(indices), args.micro_batch)]
+        tokens += sum(lengths[i] for i in indices)
+        padded += sum(len(part) * max(lengths[i] for i in part) for part in parts)
+        if not to_log:
+            continue
+        line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(),
+                **({"regularizer": R.item()} if regularize else {})}  # reading them waits for the GPU: now the time is true
+        elapsed = time.time() - started
+        seconds, tokens_seen = seconds + elapsed, tokens_seen + tokens
+        line.update(tokens_per_second=tokens / elapsed, padding=1 - tokens / padded, gflops=tokens * train_gflop / elapsed,
+                    memory_gb=peak_memory(device))
+        log.write(json.dumps(line) + "\n")
+        print(log_line(line, args.steps, seconds / step * (args.steps - step)), flush=True)
+        if to_measure:
+            losses[step] = measure(step)
+        started, tokens, padded = time.time(), 0, 0
+    return losses, tokens_seen, seconds
+
+
+def main(argv=None):
+    began = time.time()
+    args = parse_arguments(argv)
+    module = adapter.method_module(args.method)
+    options, regularizer = method_options(args, module)
+    device, dtype = choose_device(args.device, args.dtype)
+    # Full fine-tuning keeps fp32 weights, where small steps survive, and computes in bf16 on a GPU.
+    weights = torch.float32 if args.method == "full" else dtype
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=weights != dtype)
+    check_out(args)
+
+    examples, source = gsm8k.load(args.data, "train")
+    model, tokenizer, name, sha256 = checkpoint.load(args.model, weights, device)
+    if args.strip_annotations:
+        examples = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
+    to_train, held_out_examples = split(examples[:args.limit], args.held_out)
+    max_tokens = min(args.max_tokens, model.config.max_position_embeddings)
+    encoded, held_out = (encode_examples(tokenizer, part, max_tokens) for part in (to_train, held_out_examples))
+    left_out = len(to_train) + len(held_out_examples) - len(encoded) - len(held_out)
+
+    module.attach(model, **options)
+    choose_budget(args, device, len(encoded))
+    choose_out(args)
+    describe(args, model, regularizer, device, weights, name, source, (encoded, held_out, left_out))
+    log = open(args.out / "log.jsonl", "w", buffering=1)  # line by line: a killed run leaves every line it printed
+
+    def measure(step):
+        loss = held_out_loss(model, held_out, args.micro_batch, device, autocast)
+        log.write(json.dumps({"step": step, "held_out_loss": loss}) + "\n")
+        print(f"held-out loss after {step} steps: {loss:.4f}", flush=True)
+        return loss
+
+    def sample(when):
+        if not args.no_sample:
+            example = held_out_examples[0]
+            prompt, room = gsm8k.prompt(example["question"]), model.config.max_position_embeddings // 2
+            with autocast:
+                text = complete(model, tokenizer, [prompt], max_new=min(128, room))[0]["text"]
+            print(f"\n--- a held-out question, {when} training (the answer is {gsm8k.gold(example['answer'])})\n{prompt}{text}\n---\n", flush=True)
+
+    regularize = None
+    if regularizer.get("gamma"):
+        def regularize():
+            return module.add_regularizer_grad(model, regularizer["gamma"] / args.lr, regularizer["reduction"])
+
+    sample("before")
+    measuring = time.time()
+    before = measure(0)
+    once = time.time() - measuring
+    print(f"expecting about {expected_duration(args, model, encoded, held_out, once)} of training", flush=True)
+    losses, tokens, seconds = train(args, model, regularize, encoded, measure, device, autocast, log)
+    after = losses[args.steps]
+    path = args.out / "adapter.safetensors"
+    adapter.save(model, path, name, sha256)
+    sample("after")
+
+    chosen = {key: value if isinstance(value, (int, float, str, bool, type(None))) else str(value) for key, value in vars(args).items()}
+    result = {**chosen, **regularizer, "adapter": model.adapter_config, "model": name, "base_sha256": sha256, "source": source,
+              "data": str(Path(args.data).resolve()) if Path(args.data).is_dir() else args.data,
+              "trainable_parameters": sum(p.numel() for p in adapter.trainable(model).values()),
+              "adapter_bytes": path.stat().st_size, "held_out_examples": len(held_out),
+              "held_out_loss": {0: before, **losses}, "held_out_before": before, "held_out_after": after,
+              "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds_in_steps": seconds,
+              "seconds": time.time() - began, "memory_gb": peak_memory(device), "torch": torch.__version__,
+              "command": " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])}
+    with atomic_write(args.out / "result.json") as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
+    print(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %) after {args.steps} steps, {tokens:,} tokens "
+          f"at {tokens / seconds:,.0f} per second; {duration(result['seconds'])} in all")
+    print(f"adapter: {path}, {path.stat().st_size / 1e6:.1f} MB; its accuracy: python eval.py {args.out}")
+    return result
+
+
+if __name__ == "__main__":
+    run_script(main)
