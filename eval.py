@@ -19,6 +19,7 @@ import torch
 import adapter
 import checkpoint
 import gsm8k
+from calculator import insertion
 from model import KVCache
 from tensorfile import atomic_write
 
@@ -125,7 +126,7 @@ def complete(model, tokenizer, prompts, max_new=256, batch=64, calculator=False,
     def force(ids):
         if "=" not in tokenizer.decode(ids[-1:]):
             return None
-        insert = gsm8k.calculator_insert(tokenizer.decode(ids))
+        insert = insertion(tokenizer.decode(ids))
         return tokenizer.encode(insert) if insert else None
 
     outputs = generate(model, [tokenizer.encode(prompt) for prompt in prompts], tokenizer.eos_id, max_new, batch,
@@ -144,9 +145,6 @@ def complete(model, tokenizer, prompts, max_new=256, batch=64, calculator=False,
 
 # ---- scoring --------------------------------------------------------------------------------------------------------
 
-RULES = ("answer", "strict", "flexible", "metamath")
-
-
 def score_all(examples, completions):
     """One record per problem: question, gold, completion, finish and, for each rule, what was extracted and whether right."""
     return [{"question": example["question"], "gold": gsm8k.gold(example["answer"]), "completion": completion["text"],
@@ -158,7 +156,7 @@ def score_all(examples, completions):
 def summarise(records):
     """{"n", "accuracy" and "standard_error" per rule (in 0..1), "capped", "no_answer", "new_tokens"} of scored records."""
     n = len(records)
-    accuracy = {rule: sum(record["scores"][rule]["correct"] for record in records) / n for rule in RULES}
+    accuracy = {rule: sum(record["scores"][rule]["correct"] for record in records) / n for rule in gsm8k.RULES}
     return {"n": n, "accuracy": accuracy,
             "standard_error": {rule: math.sqrt(p * (1 - p) / n) for rule, p in accuracy.items()},
             "capped": sum(record["finish"] == "cap" for record in records) / n,
@@ -291,7 +289,7 @@ def main(argv=None):
         file.write((json.dumps(summary, indent=1) + "\n").encode())
 
     print(f"\naccuracy on {summary['n']} problems (standard error)")
-    for rule in RULES:
+    for rule in gsm8k.RULES:
         print(f"  {rule:<9} {100 * summary['accuracy'][rule]:6.2f} %  (+- {100 * summary['standard_error'][rule]:.2f})")
     print(f"stopped at the cap of {args.max_new} tokens: {100 * summary['capped']:.1f} %   "
           f"no answer found: {100 * summary['no_answer']:.1f} %")

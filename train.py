@@ -15,17 +15,16 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import adapter
 import checkpoint
 import gsm8k
 from eval import Parser, choose_device, complete, positive, run_script
+from loss import IGNORE, answer_loss
 from tensorfile import atomic_write
 
 # Found by `python sweep.py` on the default model (results/sweep.jsonl): best of a grid at 40 steps of 8, not universal.
 DEFAULT_LR = {"full": 5e-5, "lora": 1e-3, "pissa": 5e-4, "sorsa": 1e-3}
-IGNORE = -100  # the target of a position that has no loss: the question, and padding
 SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
 
 
@@ -80,54 +79,17 @@ def collate(encoded, device):
     return tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
+def token_count(encoded):
+    """How many tokens these examples have, padding not counted."""
+    return sum(len(ids) for ids, _ in encoded)
+
+
 def answer_tokens(encoded):
     """How many tokens of these examples carry loss."""
     return sum(len(ids) - prompt_length for ids, prompt_length in encoded)
 
 
-# ---- loss -----------------------------------------------------------------------------------------------------------
-
-CHUNK = 512  # answer tokens whose logits live at once: 512 x 49152 fp32 are 100 MB
-
-
-class FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross entropy of hidden (n, d) under a frozen head (V, d), which takes its gradient in the forward pass.
-
-    The gradient of a token's loss with respect to its logits is softmax - onehot, known as soon as the logits are: taking
-    it at once leaves (n, d) numbers to keep instead of (n, V), and no second pass over the vocabulary.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, head, targets):
-        loss, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
-            logits = (hidden[rows] @ head.T).float()  # (chunk, V)
-            logits -= logits.amax(dim=1, keepdim=True)
-            at_target = logits.gather(1, targets[rows, None])  # (chunk, 1)
-            total = logits.exp_().sum(dim=1, keepdim=True)  # (chunk, 1)
-            loss += (total.log() - at_target).sum()
-            if ctx.needs_input_grad[0]:
-                logits.div_(total).scatter_add_(1, targets[rows, None], torch.full_like(total, -1.0))
-                gradient[rows] = logits.to(head.dtype) @ head
-        ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    def backward(ctx, upstream):
-        gradient, = ctx.saved_tensors
-        return upstream.to(gradient.dtype) * gradient, None, None
-
-
-def answer_loss(model, tokens, targets):
-    """Summed cross entropy over the positions of `targets` (B, T) that are not IGNORE; only they reach the head."""
-    hidden = model.model(tokens)  # (B, T, d)
-    answers = targets != IGNORE  # (B, T)
-    hidden, targets, head = hidden[answers], targets[answers], model.lm_head.weight  # (n, d), (n,), (V, d)
-    if not head.requires_grad:
-        return FrozenHeadLoss.apply(hidden, head, targets)
-    return sum(F.cross_entropy((h @ head.T).float(), t, reduction="sum")
-               for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)))
-
+# ---- one step -------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def held_out_loss(model, encoded, batch, device, autocast):
@@ -139,8 +101,6 @@ def held_out_loss(model, encoded, batch, device, autocast):
             total += answer_loss(model, *collate(by_length[start:start + batch], device)).item()
     return total / answer_tokens(encoded)
 
-
-# ---- one step -------------------------------------------------------------------------------------------------------
 
 def learning_rate(step, steps, peak, schedule, warmup):
     """The rate of step 0 .. steps-1: a linear rise over `warmup` of the steps, then cosine or linear to zero, or constant."""
@@ -194,84 +154,92 @@ def duration(seconds):
 
 # ---- the script -----------------------------------------------------------------------------------------------------
 
-def number(low, high, what, low_open=False):
-    """An argparse type: a number in [low, high], or (low, high]."""
-    def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if low_open else low <= value) or not value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-    return parse
+def at_least_zero(text):
+    """An argparse type: a finite number, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def above_zero(text):
+    """An argparse type: a finite number above 0."""
+    if at_least_zero(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return float(text)
 
 
 def parse_arguments(argv):
     parser = Parser(prog="train.py", description="Fine-tune a model on GSM-8K.")
-    parser.add_argument("--method", default="sorsa", help=f"one of {', '.join(adapter.METHODS)}")
-    parser.add_argument("--model", default=checkpoint.DEFAULT_MODEL, help="base model: a name or a .gguf file")
-    parser.add_argument("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, or auto")
-    parser.add_argument("--out", type=Path, help="folder for the run (default: runs/METHOD, or the next free runs/METHOD-N)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out already holds")
+    add = parser.add_argument
+    add("--method", default="sorsa", help=f"one of {', '.join(adapter.METHODS)}")
+    add("--model", default=checkpoint.DEFAULT_MODEL, help="base model: a name or a .gguf file")
+    add("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, or auto")
+    add("--out", type=Path, help="folder of the run (default: runs/METHOD, or the next free runs/METHOD-N)")
+    add("--overwrite", action="store_true", help="replace the run that --out already holds")
 
-    method = parser.add_argument_group("method (a flag that does not belong to the method is refused)")
-    method.add_argument("--rank", type=int, help="lora, pissa, sorsa: r (default: 16)")
-    method.add_argument("--alpha", type=number(0, math.inf, "a positive number", True), help="lora: scale is alpha / r (default: r)")
-    method.add_argument("--targets", help="comma-separated names (default: the seven projections; full: every parameter)")
-    method.add_argument("--svd", choices=("gram", "exact"), help="pissa, sorsa: how the start is computed (default: gram)")
-    method.add_argument("--gamma", type=number(0, math.inf, "a number of at least 0"),
-                        help="sorsa: weight of the orthonormal regularizer, 0 is off (default: 4e-4)")
-    method.add_argument("--reduction", choices=("mean", "sum"), help="sorsa: mean over its norms, or their sum (default: mean)")
+    add = parser.add_argument_group("method (a flag that is not the method's own is refused)").add_argument
+    add("--rank", type=int, help="lora, pissa, sorsa: r (default: 16)")
+    add("--alpha", type=above_zero, help="lora: the scale is alpha / r (default: r)")
+    add("--targets", help="names of linear layers, with commas (default: all seven; full: every parameter)")
+    add("--svd", choices=("gram", "exact"), help="pissa, sorsa: how the start is computed (default: gram)")
+    add("--gamma", type=at_least_zero, help="sorsa: weight of its regularizer, 0 is off (default: 4e-4)")
+    add("--reduction", choices=("mean", "sum"), help="sorsa: the regularizer's norms, mean or sum (default: mean)")
 
-    loop = parser.add_argument_group("training")
-    loop.add_argument("--steps", type=positive, help="optimizer steps (default: 40 on a CPU)")
-    loop.add_argument("--epochs", type=number(0, math.inf, "a positive number", True), help="instead of --steps (default: 1 on a GPU)")
-    loop.add_argument("--batch", type=positive, help="examples per optimizer step (default: 8 on a CPU, else 32)")
-    loop.add_argument("--micro-batch", type=positive, help="examples per forward pass (default: 8 on a CPU, else 32)")
-    loop.add_argument("--lr", type=number(0, math.inf, "a positive number", True), help="peak learning rate (default: by method, "
-                      + ", ".join(f"{name} {lr:g}" for name, lr in DEFAULT_LR.items()) + ")")
-    loop.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="after warm-up")
-    loop.add_argument("--warmup", type=number(0, 1, "a number from 0 to 1"), default=0.03, help="share of the steps")
-    loop.add_argument("--weight-decay", type=number(0, math.inf, "a number of at least 0"), default=0.0, help="AdamW's")
-    loop.add_argument("--clip", type=number(0, math.inf, "a positive number", True), default=1.0, help="largest gradient norm")
-    loop.add_argument("--max-tokens", type=positive, default=512, help="longer examples are left out")
-    loop.add_argument("--strip-annotations", action="store_true", help="remove the <<48/2=24>> calculator annotations")
-    loop.add_argument("--limit", type=positive, help="only the first N training examples")
-    loop.add_argument("--seed", type=int, default=0, help="of the order of the data and the random factors")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=positive, help="optimizer steps (default: 40 on a CPU)")
+    add("--epochs", type=above_zero, help="instead of --steps (default: 1 on a GPU)")
+    add("--batch", type=positive, help="examples per optimizer step (default: 8 on a CPU, else 32)")
+    add("--micro-batch", type=positive, help="examples per forward pass (default: 8 on a CPU, else 32)")
+    rates = ", ".join(f"{method} {lr:g}" for method, lr in DEFAULT_LR.items())
+    add("--lr", type=above_zero, help=f"peak learning rate (default: {rates})")
+    add("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of the rate, after warm-up")
+    add("--warmup", type=at_least_zero, default=0.03, help="share of the steps")
+    add("--weight-decay", type=at_least_zero, default=0.0, help="AdamW's")
+    add("--clip", type=above_zero, default=1.0, help="largest gradient norm")
+    add("--max-tokens", type=positive, default=512, help="longer examples are left out")
+    add("--strip-annotations", action="store_true", help="remove the <<48/2=24>> calculator annotations")
+    add("--limit", type=positive, help="only the first N training examples")
+    add("--seed", type=int, default=0, help="of the order of the data and of random factors")
 
-    report = parser.add_argument_group("reporting")
-    report.add_argument("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
-    report.add_argument("--eval-every", type=positive, help="steps between held-out losses (default: a quarter of the run)")
-    report.add_argument("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")
-    report.add_argument("--no-sample", action="store_true", help="no sample answer before and after")
-    report.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    report.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: fp32 on a CPU, else bf16)")
+    add = parser.add_argument_group("reporting").add_argument
+    add("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
+    add("--eval-every", type=positive, help="steps between held-out losses (default: a quarter of the run)")
+    add("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")
+    add("--no-sample", action="store_true", help="no sample answer before and after")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: fp32 on a CPU, else bf16)")
     args = parser.parse_args(argv)
     if args.steps and args.epochs:
         parser.error("give --steps or --epochs, not both")
+    if args.warmup > 1:
+        parser.error(f"--warmup {args.warmup:g} is a share of the steps: at most 1")
     return args
 
 
+METHOD_FLAGS = ("rank", "alpha", "targets", "svd", "gamma", "reduction")
+
+
 def method_options(args, module):
-    """(arguments for attach, arguments for the regularizer) out of the flags given; ValueError for another method's flag."""
-    accepted = set(inspect.signature(module.attach).parameters)
-    regularized = hasattr(module, "add_regularizer_grad")
-    options, own = {}, sorted(accepted & {"rank", "alpha", "targets", "svd"}) + ["gamma", "reduction"] * regularized
-    for flag in ("rank", "alpha", "targets", "svd", "gamma", "reduction"):
-        value = getattr(args, flag)
-        if value is not None:
-            if flag not in own:
-                raise ValueError(f"--{flag} does not belong to {args.method}: its own flags are --{', --'.join(own)}")
-            options[flag] = value
+    """(arguments for attach, arguments for the regularizer): the method's own flags; ValueError for another's."""
+    accepted, regularized = inspect.signature(module.attach).parameters, hasattr(module, "add_regularizer_grad")
+    own = [flag for flag in METHOD_FLAGS if flag in accepted or regularized and flag in ("gamma", "reduction")]
+    given = {flag: getattr(args, flag) for flag in METHOD_FLAGS if getattr(args, flag) is not None}
+    for flag in given:
+        if flag not in own:
+            raise ValueError(f"--{flag} does not belong to {args.method}: its own flags are --{', --'.join(own)}")
+    options = {flag: value for flag, value in given.items() if flag in accepted}
     if "targets" in options:
-        options["targets"] = [name for name in options["targets"].split(",") if name]
+        options["targets"] = [name for name in args.targets.split(",") if name]
         if not options["targets"]:
             raise ValueError("--targets is empty: name linear layers, as in --targets q_proj,v_proj")
     if "seed" in accepted:
         options["seed"] = args.seed
-    regularizer = {"gamma": options.pop("gamma", 4e-4), "reduction": options.pop("reduction", "mean")} if regularized else {}
-    return options, regularizer
+    regularizer = {"gamma": given.get("gamma", 4e-4), "reduction": given.get("reduction", "mean")}
+    return options, regularizer if regularized else {}
 
 
 RUN_FILES = ("log.jsonl", "result.json", "adapter.safetensors", "predictions.jsonl", "eval.json")
@@ -288,20 +256,12 @@ def check_out(args):
 
 
 def choose_out(args):
-    """Make the folder of this run: --out, emptied of an old run, or the first free one of runs/METHOD, runs/METHOD-2, ..."""
+    """Make the run's folder: --out, emptied of an old run, or the first free one of runs/METHOD, runs/METHOD-2, ..."""
     names = (args.method if n == 1 else f"{args.method}-{n}" for n in itertools.count(1))
-    args.out = args.out or next(folder for folder in (Path("runs") / name for name in names) if not holds_a_run(folder))
+    args.out = args.out or next(Path("runs") / name for name in names if not holds_a_run(Path("runs") / name))
     args.out.mkdir(parents=True, exist_ok=True)
     for name in RUN_FILES:
         (args.out / name).unlink(missing_ok=True)
-
-
-def expected_duration(args, model, encoded, held_out, forward_seconds):
-    """How long the steps and their held-out losses should take, from how long one held-out loss took."""
-    tokens = sum(len(ids) for ids, _ in encoded) / len(encoded)
-    forward_gflop, train_gflop = gflop_per_token(model, answer_tokens(encoded) / sum(len(ids) for ids, _ in encoded))
-    per_token = forward_seconds / sum(len(ids) for ids, _ in held_out) * train_gflop / forward_gflop
-    return duration(args.steps * args.batch * tokens * per_token + math.ceil(args.steps / args.eval_every) * forward_seconds)
 
 
 def choose_budget(args, device, examples):
@@ -317,43 +277,53 @@ def choose_budget(args, device, examples):
     args.eval_every = args.eval_every or math.ceil(args.steps / 4)
 
 
-def describe(args, model, regularizer, device, weights, name, source, data):
+def describe(args, base, regularizer, device, source, data):
     """Print everything that was chosen, before anything is spent."""
-    train_on, held_out, left_out = data
-    config, targets = dict(model.adapter_config), model.adapter_config["targets"]
-    settings = {k: v for k, v in {**config, **regularizer}.items() if k not in ("method", "targets") and v is not None}
-    tokens, answers = sum(len(ids) for ids, _ in train_on) / len(train_on), answer_tokens(train_on) / len(train_on)
+    model, (encoded, held_out, left_out) = base.model, data
+    settings, targets = {**model.adapter_config, **regularizer}, model.adapter_config["targets"]
+    shown = [f"{key} {value}" for key, value in settings.items() if key not in ("method", "targets", "seed") and value is not None]
+    tokens, answers = token_count(encoded) / len(encoded), answer_tokens(encoded) / len(encoded)
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     hardware = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    print(f"device    {device} ({hardware}), weights {str(weights).removeprefix('torch.')}, torch {torch.__version__}")
-    print(f"model     {name}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
-    print(f"data      {source}\n          {len(train_on)} to train on, {len(held_out)} held out, {left_out} too long and left out; "
+    print(f"device    {device} ({hardware}), weights {dtype}, torch {torch.__version__}")
+    print(f"model     {base.name}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
+    print(f"data      {source}")
+    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {left_out} too long and left out; "
           f"{tokens:.0f} tokens per example, {answers:.0f} of them answer")
-    print(f"method    {args.method}" + "".join(f", {key} {value}" for key, value in settings.items()))
-    print(f"          targets: {', '.join(targets) if targets else 'every parameter'}")
+    print(f"method    {', '.join([args.method, *shown])}; trains {', '.join(targets) if targets else 'every parameter'}")
     print("\n".join(f"          {line}" for line in adapter.parameter_table(model)))
-    print(f"plan      {args.steps} steps of {args.batch} examples ({args.steps * args.batch / len(train_on):.2f} epochs), "
+    print(f"plan      {args.steps} steps of {args.batch} examples ({args.steps * args.batch / len(encoded):.2f} epochs), "
           f"{args.micro_batch} per forward pass; {gflop_per_token(model, answers / tokens)[1]:.2f} GFLOP per token")
-    print(f"          AdamW, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, weight decay {args.weight_decay:g}, "
-          f"clip {args.clip:g}, seed {args.seed}")
+    print(f"          AdamW, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
+          f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
     print(f"out       {args.out}", flush=True)
+
+
+def expected_seconds(args, model, encoded, held_out, forward_seconds):
+    """How long training should take, held-out losses included, from how long one held-out loss took."""
+    forward_gflop, train_gflop = gflop_per_token(model, answer_tokens(encoded) / token_count(encoded))
+    tokens = args.steps * args.batch * token_count(encoded) / len(encoded)
+    per_token = forward_seconds / token_count(held_out) * train_gflop / forward_gflop
+    return tokens * per_token + math.ceil(args.steps / args.eval_every) * forward_seconds
 
 
 def log_line(line, steps, left):
     """One dense line of text for a logged step."""
-    R = f"  R {line['regularizer']:.1e}" if "regularizer" in line else ""
-    return (f"step {line['step']:>{len(str(steps))}}/{steps}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  |g| {line['grad_norm']:.2f}{R}"
-            f"  {line['tokens_per_second']:,.0f} tok/s  pad {100 * line['padding']:.0f}%  {line['gflops']:,.0f} GFLOP/s"
-            f"  {line['memory_gb']:.2f} GB  {duration(left)} left")
+    step, R = f"{line['step']:>{len(str(steps))}}/{steps}", line.get("regularizer")
+    return (f"step {step}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  |g| {line['grad_norm']:.2f}"
+            + ("" if R is None else f"  R {R:.1e}")
+            + f"  {line['tokens_per_second']:,.0f} tok/s  pad {100 * line['padding']:.0f}%  {line['gflops']:,.0f} GFLOP/s"
+              f"  {line['memory_gb']:.2f} GB  {duration(left)} left")
 
 
 def train(args, model, regularize, encoded, measure, device, autocast, log):
     """The loop. Returns ({step: held-out loss}, real tokens trained on, seconds spent in steps).
 
-    `regularize()` adds its gradient and returns R, or is None; `measure()` returns the held-out loss.
+    `regularize()` adds its gradient and returns R, or is None; `measure(step)` returns the held-out loss.
     Raises FloatingPointError when a logged step's loss or gradient is not finite.
     """
     lengths = [len(ids) for ids, _ in encoded]
-    forward_gflop, train_gflop = gflop_per_token(model, answer_tokens(encoded) / sum(lengths))
+    train_gflop = gflop_per_token(model, answer_tokens(encoded) / sum(lengths))[1]
     parameters = list(adapter.trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     losses, tokens_seen, seconds = {}, 0, 0.0
@@ -368,7 +338,7 @@ def train(args, model, regularize, encoded, measure, device, autocast, log):
         to_log = step % args.log_every == 0 or to_measure
         if to_log and not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {norm:g}: lower --lr (now {args.lr:g})")
-        R = regularize() if regularize else None  # after clipping: its pull does not depend on the loss's gradient
+        R = regularize() if regularize else None  # after clipping, and outside the logged norm
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -377,12 +347,13 @@ def train(args, model, regularize, encoded, measure, device, autocast, log):
         padded += sum(len(part) * max(lengths[i] for i in part) for part in parts)
         if not to_log:
             continue
-        line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(),
-                **({"regularizer": R.item()} if regularize else {})}  # reading them waits for the GPU: now the time is true
+        line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}  # waits for a GPU to finish
+        if R is not None:
+            line["regularizer"] = R.item()
         elapsed = time.time() - started
         seconds, tokens_seen = seconds + elapsed, tokens_seen + tokens
-        line.update(tokens_per_second=tokens / elapsed, padding=1 - tokens / padded, gflops=tokens * train_gflop / elapsed,
-                    memory_gb=peak_memory(device))
+        line.update(tokens_per_second=tokens / elapsed, padding=1 - tokens / padded,
+                    gflops=tokens * train_gflop / elapsed, memory_gb=peak_memory(device))
         log.write(json.dumps(line) + "\n")
         print(log_line(line, args.steps, seconds / step * (args.steps - step)), flush=True)
         if to_measure:
@@ -403,18 +374,19 @@ def main(argv=None):
     check_out(args)
 
     examples, source = gsm8k.load(args.data, "train")
-    model, tokenizer, name, sha256 = checkpoint.load(args.model, weights, device)
     if args.strip_annotations:
         examples = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
-    to_train, held_out_examples = split(examples[:args.limit], args.held_out)
-    max_tokens = min(args.max_tokens, model.config.max_position_embeddings)
-    encoded, held_out = (encode_examples(tokenizer, part, max_tokens) for part in (to_train, held_out_examples))
-    left_out = len(to_train) + len(held_out_examples) - len(encoded) - len(held_out)
+    base = checkpoint.load(args.model, weights, device)
+    model, tokenizer = base.model, base.tokenizer
+    to_train, to_hold_out = split(examples[:args.limit], args.held_out)
+    longest = min(args.max_tokens, model.config.max_position_embeddings)
+    encoded, held_out = (encode_examples(tokenizer, part, longest) for part in (to_train, to_hold_out))
+    left_out = len(to_train) + len(to_hold_out) - len(encoded) - len(held_out)
 
     module.attach(model, **options)
     choose_budget(args, device, len(encoded))
     choose_out(args)
-    describe(args, model, regularizer, device, weights, name, source, (encoded, held_out, left_out))
+    describe(args, base, regularizer, device, source, (encoded, held_out, left_out))
     log = open(args.out / "log.jsonl", "w", buffering=1)  # line by line: a killed run leaves every line it printed
 
     def measure(step):
@@ -425,41 +397,40 @@ def main(argv=None):
 
     def sample(when):
         if not args.no_sample:
-            example = held_out_examples[0]
-            prompt, room = gsm8k.prompt(example["question"]), model.config.max_position_embeddings // 2
+            prompt, right = gsm8k.prompt(to_hold_out[0]["question"]), gsm8k.gold(to_hold_out[0]["answer"])
             with autocast:
-                text = complete(model, tokenizer, [prompt], max_new=min(128, room))[0]["text"]
-            print(f"\n--- a held-out question, {when} training (the answer is {gsm8k.gold(example['answer'])})\n{prompt}{text}\n---\n", flush=True)
+                text = complete(model, tokenizer, [prompt], min(128, model.config.max_position_embeddings // 2))[0]["text"]
+            print(f"\n--- a held-out question, {when} training (right: {right})\n{prompt}{text}\n---\n", flush=True)
 
-    regularize = None
-    if regularizer.get("gamma"):
-        def regularize():
-            return module.add_regularizer_grad(model, regularizer["gamma"] / args.lr, regularizer["reduction"])
+    def regularize():
+        return module.add_regularizer_grad(model, regularizer["gamma"] / args.lr, regularizer["reduction"])
 
     sample("before")
     measuring = time.time()
     before = measure(0)
-    once = time.time() - measuring
-    print(f"expecting about {expected_duration(args, model, encoded, held_out, once)} of training", flush=True)
-    losses, tokens, seconds = train(args, model, regularize, encoded, measure, device, autocast, log)
-    after = losses[args.steps]
-    path = args.out / "adapter.safetensors"
-    adapter.save(model, path, name, sha256)
+    expected = expected_seconds(args, model, encoded, held_out, time.time() - measuring)
+    print(f"expecting about {duration(expected)} of training", flush=True)
+    losses, tokens, seconds = train(args, model, regularize if regularizer.get("gamma") else None, encoded, measure,
+                                    device, autocast, log)
+    after, path = losses[args.steps], args.out / "adapter.safetensors"
+    adapter.save(model, path, base.name, base.sha256)
     sample("after")
 
-    chosen = {key: value if isinstance(value, (int, float, str, bool, type(None))) else str(value) for key, value in vars(args).items()}
-    result = {**chosen, **regularizer, "adapter": model.adapter_config, "model": name, "base_sha256": sha256, "source": source,
-              "data": str(Path(args.data).resolve()) if Path(args.data).is_dir() else args.data,
+    data = {"auto": "practice" if source.startswith("practice") else "gsm8k"}.get(args.data, args.data)
+    result = {**vars(args), **regularizer, "out": str(args.out), "adapter": model.adapter_config,
+              "data": str(Path(data).resolve()) if Path(data).is_dir() else data, "source": source,
+              "model": base.name, "base_sha256": base.sha256,
               "trainable_parameters": sum(p.numel() for p in adapter.trainable(model).values()),
               "adapter_bytes": path.stat().st_size, "held_out_examples": len(held_out),
               "held_out_loss": {0: before, **losses}, "held_out_before": before, "held_out_after": after,
               "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds_in_steps": seconds,
-              "seconds": time.time() - began, "memory_gb": peak_memory(device), "torch": torch.__version__,
+              "seconds": time.time() - began, "memory_gb": peak_memory(device), "device": str(device),
+              "dtype": str(weights).removeprefix("torch."), "torch": torch.__version__,
               "command": " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])}
     with atomic_write(args.out / "result.json") as file:
         file.write((json.dumps(result, indent=1) + "\n").encode())
-    print(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %) after {args.steps} steps, {tokens:,} tokens "
-          f"at {tokens / seconds:,.0f} per second; {duration(result['seconds'])} in all")
+    print(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %) after {args.steps} steps, "
+          f"{tokens:,} tokens at {tokens / seconds:,.0f} per second; {duration(result['seconds'])} in all")
     print(f"adapter: {path}, {path.stat().st_size / 1e6:.1f} MB; its accuracy: python eval.py {args.out}")
     return result
 

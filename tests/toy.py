@@ -43,6 +43,13 @@ def tokens(rows=2, length=12, vocab=97, seed=2):
     return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def toy_examples(count, seed=0):
+    """(ids, prompt_length) pairs of very different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(2, 30, (count, 2), generator=generator).tolist()
+    return [(tokens(1, p + a, seed=i)[0].tolist(), p) for i, (p, a) in enumerate(sizes)]
+
+
 def snapshot(model):
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 

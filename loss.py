@@ -1,0 +1,51 @@
+"""The loss on answer tokens, without ever holding the logits of a batch.
+
+The head turns d = 576 numbers into V = 49,152: the logits of 2000 tokens are 390 MB, and the plain path keeps two or three
+copies. Here only positions that carry loss reach the head, a chunk at a time, and where the head is frozen its gradient is
+taken in the forward pass, so that nothing of size V outlives its chunk.
+"""
+import torch
+import torch.nn.functional as F
+
+IGNORE = -100  # the target of a position without loss: the question, and padding
+CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 100 MB
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross entropy of hidden (n, d) under a frozen head (V, d).
+
+    The gradient of a token's loss with respect to its logits is softmax - onehot, known as soon as the logits are: taken
+    at once and multiplied by the head, it leaves (n, d) numbers to keep instead of (n, V).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets):
+        loss, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)  # (), (n, d)
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = (hidden[rows] @ head.T).float()  # (chunk, V)
+            logits -= logits.amax(dim=1, keepdim=True)
+            at_target = logits.gather(1, targets[rows, None])  # (chunk, 1)
+            total = logits.exp_().sum(dim=1, keepdim=True)  # (chunk, 1)
+            loss += (total.log() - at_target).sum()
+            if ctx.needs_input_grad[0]:
+                logits.div_(total).scatter_add_(1, targets[rows, None], torch.full_like(total, -1.0))
+                gradient[rows] = logits.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradient, = ctx.saved_tensors
+        return upstream.to(gradient.dtype) * gradient, None, None
+
+
+def answer_loss(model, tokens, targets):
+    """Summed cross entropy over the positions of `targets` (B, T) that are not IGNORE, for tokens (B, T)."""
+    hidden = model.model(tokens)  # (B, T, d)
+    answers = targets != IGNORE  # (B, T)
+    hidden, targets, head = hidden[answers], targets[answers], model.lm_head.weight  # (n, d), (n,), (V, d)
+    if not head.requires_grad:
+        return FrozenHeadLoss.apply(hidden, head, targets)
+    return sum(F.cross_entropy((h @ head.T).float(), t, reduction="sum")
+               for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)))

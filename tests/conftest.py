@@ -1,0 +1,45 @@
+"""What tests share: the default model (fetched once), the GSM-8K files, a tiny model in a file."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402 (after the line that makes it importable)
+from tiny import tiny_metadata, tiny_tensors, write_gguf  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def real_gguf():
+    """Path of the default model's GGUF file. Without a connection: skipped, but failed in CI."""
+    try:
+        return checkpoint.default_model()
+    except ConnectionError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def real_base(real_gguf):
+    """The default model, loaded once for all tests: do not change it, `copy.deepcopy` it first."""
+    return checkpoint.load(checkpoint.DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def gsm8k_data():
+    """The folder with GSM-8K's train.jsonl and test.jsonl: $GSM8K_DATA, or shared/data/gsm8k beside the repository."""
+    folder = Path(os.environ.get("GSM8K_DATA") or ROOT.parent / "shared" / "data" / "gsm8k")
+    if not (folder / "train.jsonl").exists():
+        pytest.skip("no GSM-8K files: set GSM8K_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory):
+    """Path of a complete tiny Llama model (64 wide, 2 layers, 269 tokens) with seeded random weights."""
+    return write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", tiny_metadata(), tiny_tensors())

@@ -1,0 +1,55 @@
+"""The loss on answer tokens against plain cross entropy."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import adapter
+import loss
+import train
+from toy import attach, toy_examples, toy_model
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
+def test_gradient_in_forward_equals_plain_cross_entropy(count, monkeypatch):
+    """The frozen-head loss and its gradient equal F.cross_entropy's, whatever the chunks, and under a factor."""
+    monkeypatch.setattr(loss, "CHUNK", 8)
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(count, 16, requires_grad=True), torch.randn(50, 16), torch.randint(0, 50, (count,))
+    expected = F.cross_entropy(hidden @ head.T, targets, reduction="sum")
+    gradient, = torch.autograd.grad(0.3 * expected, hidden)
+    value = loss.FrozenHeadLoss.apply(hidden, head, targets)
+    (0.3 * value).backward()
+    assert torch.allclose(value, expected, rtol=1e-6) and torch.allclose(hidden.grad, gradient, atol=1e-6)
+
+
+def test_loss_is_over_answers_only_and_blind_to_padding():
+    """A batch's loss is the sum over its rows alone, each by the definition: next-token loss of the answer's tokens."""
+    model, batch = attach(toy_model(), "lora"), toy_examples(5)
+    expected = 0.0
+    for ids, prompt_length in batch:
+        logits = model(torch.tensor([ids]))[0, :-1]
+        expected += F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")[prompt_length - 1:].sum()
+    assert torch.allclose(loss.answer_loss(model, *train.collate(batch, "cpu")), expected, rtol=1e-5)
+
+
+def test_trained_head_gets_the_plain_loss():
+    """With full fine-tuning the tied head's gradient is autograd's, both of its uses included."""
+    model, batch = attach(toy_model(), "full"), toy_examples(5)
+    inputs, targets = train.collate(batch, "cpu")
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+    gradient, = torch.autograd.grad(expected, model.lm_head.weight)
+    value = loss.answer_loss(model, inputs, targets)
+    value.backward()
+    assert torch.allclose(value, expected, rtol=1e-6) and torch.allclose(model.lm_head.weight.grad, gradient, atol=1e-4)
+
+
+def test_nothing_flows_below_the_first_adapted_layer():
+    """With adapters in the second block only, the first block's output takes no part in the backward pass."""
+    model = toy_model()
+    adapter.freeze(model)
+    model.base_keys = None
+    down = model.model.layers[1].mlp.down_proj
+    down.weight.requires_grad_(True)
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    loss.answer_loss(model, *train.collate(toy_examples(3), "cpu")).backward()
+    assert seen == [False] and down.weight.grad.any()
