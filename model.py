@@ -9,8 +9,8 @@ Queries and keys are rotated by their position (RoPE, half-split layout: feature
 i + head_dim/2, as in Hugging Face checkpoints). Several query heads share one key/value head (grouped-query attention).
 
 Module and parameter names are those of Hugging Face's `LlamaForCausalLM`, so its checkpoints load with unchanged keys.
-The seven `nn.Linear` of a block (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) are what the methods adapt;
-this file knows nothing of adapters, files or tokenizers.
+The seven `nn.Linear` of a block (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) are what the methods
+adapt; this file knows nothing of adapters, files or tokenizers.
 
 Shapes: B rows, T tokens, S cached slots, d hidden_size, H query heads, K key/value heads, D head_dim, V vocab_size.
 """
@@ -51,10 +51,10 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values already computed, in a block of fixed size that never moves: slot j of row b holds token j of row b.
+    """Keys and values already computed, in a block of fixed size: slot j of row b holds token j of row b.
 
-    `lengths` (B,) counts the tokens each row holds, so rows of different lengths live side by side without left padding:
-    a right-padded prompt writes rubbish behind its end, which no query may see and the next tokens overwrite.
+    `lengths` (B,) counts the tokens each row holds, so rows of different lengths live side by side without left
+    padding: a right-padded prompt writes rubbish behind its end, which no query sees and the next tokens overwrite.
     """
 
     def __init__(self, config, rows, capacity, dtype, device):
@@ -73,7 +73,7 @@ class KVCache:
         return min(self.k.shape[3], -(-(self.longest + T) // 64) * 64)
 
     def update(self, layer, positions, k, v, slots):
-        """Write k, v (B, K, T, D) at `positions` (B, T) and return all keys and values so far, each (B, K, slots, D)."""
+        """Write k, v (B, K, T, D) at `positions` (B, T); return all keys and values so far, each (B, K, slots, D)."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)

@@ -14,8 +14,8 @@ LoRA with another start. The leading r singular triplets of W become the trainab
 Trainable parameters: r (in + out), as LoRA. Merge: W_res + B A. At step 0 the output is the base model's.
 As a LoRA on the original W the change is B A - B_0 A_0, a product of rank 2r.
 
-What is left open, and what we chose: scale 1, no alpha; the exact triplets (a randomised SVD is only nearly principal on
-these slowly decaying spectra); the residual is formed from the factors as stored, so their rounding costs nothing.
+What is left open, and what we chose: scale 1, no alpha; the exact triplets (a randomised SVD is only nearly principal
+on these slowly decaying spectra); the residual is formed from the factors as stored, so their rounding costs nothing.
 """
 import torch
 

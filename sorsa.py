@@ -1,7 +1,7 @@
 """SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation (arXiv 2409.00055).
 
-Each pretrained weight is split by its SVD. The leading r triplets become three trainable factors, the rest is frozen, and a
-penalty keeps the trainable singular vectors orthonormal while they move:
+Each pretrained weight is split by its SVD. The leading r triplets become three trainable factors, the rest is frozen,
+and a penalty keeps the trainable singular vectors orthonormal while they move:
 
     W   = U diag(S) V^T + W_r               the leading r triplets, and the residual of all others
     h   = W_r x + U diag(S) V^T x
@@ -16,12 +16,12 @@ penalty keeps the trainable singular vectors orthonormal while they move:
     U_0 S_0 V_0^T   U0 S0 Vt0           copies of the start      no (kept to export and to rebuild W_r without an SVD)
 
 (The paper multiplies from the right, x W: its U is our V. The penalty treats both alike, nothing else changes.)
-Trainable parameters: r (in + out + 1) per adapted linear. Merge: W_r + U diag(S) V^T. At step 0 the output is the base's.
+Trainable parameters: r (in + out + 1) per adapted linear. Merge: W_r + U diag(S) V^T. Step 0 gives the base's output.
 As a LoRA on the original W the change is U diag(S) V^T - U_0 diag(S_0) V_0^T, a product of rank 2r.
 
 What the paper leaves open to us (we worked from its abstract, figures and code), and what we chose:
-- the penalty is the mean over all 2L norms, as in the authors' code; their written sum is 2L times stronger and, with the
-  published gamma, freezes the vectors: `reduction="sum"`;
+- the penalty is the mean over all 2L norms, as in the authors' code; the sum that they write is 2L times stronger and,
+  with the published gamma, freezes the vectors: `reduction="sum"`;
 - its gradient joins that of the training loss after clipping, once per optimizer step however the batch is cut;
 - exact triplets, signs fixed, scale 1, no dropout, factors in fp32 whatever the model's dtype; S is not penalised.
 """
@@ -77,7 +77,7 @@ def attach(model, rank=16, targets=adapter.TARGETS, svd="gram", saved=None):
 # ---- the orthonormal regularizer ------------------------------------------------------------------------------------
 
 def _stacks(model):
-    """The 2L matrices M that should have orthonormal rows, U^T and Vt, in lists of equal shape (r, d): few, large products.
+    """The 2L matrices M that should have orthonormal rows, U^T and Vt, in lists of equal shape (r, d).
 
     Each is a pair (parameter, transpose), where M = parameter.T if transpose else parameter.
     """

@@ -11,8 +11,9 @@ from pathlib import Path
 import train
 from eval import Parser
 
-KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_loss", "trainable_parameters", "steps", "batch", "seed", "schedule",
-        "warmup", "weight_decay", "gamma", "adapter", "model", "tokens", "seconds", "memory_gb", "device", "torch", "command")
+KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps", "batch",
+        "seed", "schedule", "warmup", "weight_decay", "gamma", "adapter", "model", "tokens", "seconds", "memory_gb",
+        "device", "torch", "command")
 
 
 def run(method, lr, out, extra):

@@ -1,10 +1,11 @@
 """Tensors in files, without pickle: the safetensors format, read and written in plain PyTorch.
 
     8 bytes            N, the length of the header, little endian
-    N bytes            JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ..., "__metadata__": {...}}
+    N bytes            JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {}}
     the rest           the tensors' bytes, one after the other; offsets count from here
 
-Nothing in such a file can run code. A reader must still not believe it: every number is held against the file's size first.
+Nothing in such a file can run code. A reader must still not believe it: every number is held against the file's size
+before it is used to allocate anything, and whatever is wrong, one ValueError names the file and the fault.
 """
 import contextlib
 import json
@@ -13,16 +14,19 @@ import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import torch
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file to write to that becomes `path` in one step when all of it is on the disk, or not at all."""
+    """Open `path` for writing, under a temporary name beside it until the block ends without an error: whatever
+    happens, and whenever the process is killed, `path` is the old file or the whole new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -35,70 +39,123 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
-def write_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor} and {str: str} metadata as one file: `path` holds the old content or all of the new."""
-    header, offset = {"__metadata__": metadata} if metadata else {}, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    with atomic_write(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().tobytes())
+def fault(path, what, fix="write or download it again"):
+    """A ValueError of one line: where, what, how to fix it. Text from a damaged file may hold anything: tame it."""
+    what = "".join(c if c.isprintable() else "?" for c in what[:1000])
+    return ValueError(f"{path}: {what}; {fix}")
+
+
+class Cursor:
+    """A place in a mapped file, which moves forward."""
+
+    def __init__(self, path):
+        if os.path.getsize(path) == 0:
+            raise fault(path, "the file is empty")
+        self.path, self.position = path, 0
+        self.data = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write: tensors on it may change, the file not
+        self.view = memoryview(self.data)
+
+    def take(self, size, what):
+        """The next `size` bytes."""
+        start, end = self.position, self.position + size
+        if end > len(self.view):
+            raise fault(self.path, f"truncated: {what} needs bytes {start}..{end}, the file has {len(self.view)}")
+        self.position = end
+        return self.view[start:end]
+
+    def number(self, format, what):
+        """The next number, in `struct` notation."""
+        return struct.unpack(format, self.take(struct.calcsize(format), what))[0]
+
+    def string(self, what):
+        """The next string: its length in 8 bytes, then UTF-8."""
+        raw = self.take(self.number("<Q", what), what)
+        try:
+            return str(raw, "utf-8")
+        except UnicodeDecodeError:
+            raise fault(self.path, f"{what} is not UTF-8 at byte {self.position - len(raw)}") from None
 
 
 def read_safetensors(path):
-    """({name: tensor on the CPU}, {str: str} metadata) of a safetensors file.
+    """Map a safetensors file -> (tensors: dict of name -> CPU tensor, metadata: dict of str -> str).
 
-    Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+    The tensors read the file when they are used; writing to them does not change it. Raises ValueError for anything
+    malformed, truncated, overlapping or left over.
     """
-    size = Path(path).stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else math.inf
-        if length > size - 8:
-            raise ValueError(f"{path}: not a safetensors file, or cut off: the header does not fit its {size} bytes")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}: not a safetensors file, or damaged: the header is not JSON") from None
-        data = bytearray(file.read())
+    cursor = Cursor(path)
+    text = cursor.take(cursor.number("<Q", "the header"), "the header")
+    try:
+        header = json.loads(str(text, "utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise fault(path, f"the header is not JSON ({error})") from None
     if not isinstance(header, dict):
-        raise ValueError(f"{path}: damaged: the header is not a JSON object")
+        raise fault(path, "the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{path}: damaged: __metadata__ must map strings to strings")
-    end, tensors = 0, {}
-    for name, (dtype, shape, first, last) in _in_file_order(path, header):
-        if first != end or last > len(data):
-            raise ValueError(f"{path}: damaged or cut off: tensor {name} has bytes {first}..{last} of {len(data)}, "
-                             f"expected to begin at {end}")
-        end = last
-        tensor = torch.frombuffer(data, dtype=DTYPES[dtype], count=math.prod(shape), offset=first) \
-            if last > first else torch.empty(0, dtype=DTYPES[dtype])
-        tensors[name] = tensor.reshape(shape)
-    if end != len(data):
-        raise ValueError(f"{path}: damaged: {len(data)} bytes of tensors, {end} described")
+        raise fault(path, "the metadata is not a map of strings")
+
+    entries = [(name, *safetensors_entry(path, name, entry)) for name, entry in header.items()]
+    start = end = cursor.position
+    tensors = {}
+    for name, dtype, shape, first, last in sorted(entries, key=lambda entry: entry[3:]):
+        if start + first != end:
+            raise fault(path, f"tensor {name} at offset {first} overlaps another or leaves a gap")
+        cursor.take(last - first, f"tensor {name}")
+        end = cursor.position
+        raw = torch.from_numpy(cursor.data[start + first:end])  # (bytes,)
+        if (start + first) % dtype.itemsize:
+            raw = raw.clone()  # PyTorch expects aligned numbers, the format does not promise them
+        tensors[name] = raw.view(dtype).reshape(shape)
+    if end != len(cursor.data):
+        raise fault(path, f"{len(cursor.data) - end} bytes follow the last tensor")
     return tensors, metadata
 
 
-def _in_file_order(path, header):
-    """[(name, (dtype, shape, first byte, last byte))], checked one by one, sorted by place."""
-    entries = []
-    for name, entry in header.items():
-        try:
-            dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        except (TypeError, KeyError, ValueError):
-            raise ValueError(f"{path}: damaged: tensor {name} needs a dtype, a shape and two data_offsets") from None
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{path}: tensor {name} has dtype {dtype!r}; supported are {', '.join(DTYPES)}")
-        numbers = [*shape, first, last] if isinstance(shape, list) else [None]
-        sane = all(type(n) is int and 0 <= n < 2 ** 48 for n in numbers) and math.prod(n or 1 for n in shape) < 2 ** 48
-        if not sane or math.prod(shape) * DTYPES[dtype].itemsize != last - first:
-            raise ValueError(f"{path}: damaged: tensor {name} of dtype {dtype} and shape {shape} has bytes {first}..{last}")
-        entries.append((name, (dtype, shape, first, last)))
-    return sorted(entries, key=lambda entry: entry[1][2:])
+def unique_keys(pairs):
+    """A JSON object as a dict. ValueError if a key occurs twice."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+def safetensors_entry(path, name, entry):
+    """Check what the header says of one tensor -> (dtype, shape, first byte, byte after the last)."""
+    def sizes(value):
+        return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise fault(path, f"tensor {name} has dtype {dtype}", f"supported: {', '.join(DTYPES)}")
+    if not sizes(shape) or not sizes(offsets) or len(offsets) != 2:
+        raise fault(path, f"tensor {name} has shape {shape} and offsets {offsets}")
+    needed, held = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+    if needed != held or math.prod(n or 1 for n in shape) >= 1 << 63:
+        raise fault(path, f"tensor {name} of shape {shape} and dtype {dtype} needs {needed} bytes, its offsets {held}")
+    return DTYPES[dtype], shape, *offsets
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write tensors (dict of name -> tensor, any device) and metadata (dict of str -> str) to a safetensors file.
+
+    The file appears whole or not at all. Tensors that share storage are written out one by one. Raises ValueError for
+    a dtype that the format lacks or metadata that are not strings.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES or name == "__metadata__":
+            raise fault(path, f"tensor {name} of {tensor.dtype} cannot be stored", f"supported: {', '.join(DTYPES)}")
+    if metadata and not all(isinstance(item, str) for pair in metadata.items() for item in pair):
+        raise fault(path, f"metadata {metadata} are not all strings", "convert them")
+
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # widest first keeps every tensor aligned
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": DTYPE_NAMES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

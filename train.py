@@ -103,12 +103,13 @@ def held_out_loss(model, encoded, batch, device, autocast):
 
 
 def learning_rate(step, steps, peak, schedule, warmup):
-    """The rate of step 0 .. steps-1: a linear rise over `warmup` of the steps, then cosine or linear to zero, or constant."""
+    """The rate of step 0 .. steps-1: a linear rise over `warmup` of them, then cosine, linear or constant."""
     rise = math.ceil(warmup * steps)
     if step < rise:
         return peak * (step + 1) / rise
     progress = (step - rise) / max(1, steps - rise)
-    return peak * {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * {"cosine": cosine, "linear": 1 - progress, "constant": 1.0}[schedule]
 
 
 def accumulate_gradients(model, encoded, micro_batch, device, autocast):
@@ -127,7 +128,7 @@ def accumulate_gradients(model, encoded, micro_batch, device, autocast):
 
 
 def gflop_per_token(model, answer_share):
-    """(forward, training) GFLOP per token: 2 for every weight forward, 2 more for the gradient of its input, 2 more if it
+    """(forward, training) GFLOP per token: for every weight 2 forward, 2 for the gradient of its input, 2 more if it
     trains. The head is used at answer tokens only; attention's own products are small here and left out."""
     head = model.lm_head.weight
     used = [(p.numel(), p.requires_grad) for p in model.parameters()
@@ -202,7 +203,7 @@ def parse_arguments(argv):
     add("--clip", type=above_zero, default=1.0, help="largest gradient norm")
     add("--max-tokens", type=positive, default=512, help="longer examples are left out")
     add("--strip-annotations", action="store_true", help="remove the <<48/2=24>> calculator annotations")
-    add("--limit", type=positive, help="only the first N training examples")
+    add("--limit", type=positive, help="train on N examples only")
     add("--seed", type=int, default=0, help="of the order of the data and of random factors")
 
     add = parser.add_argument_group("reporting").add_argument
@@ -281,7 +282,8 @@ def describe(args, base, regularizer, device, source, data):
     """Print everything that was chosen, before anything is spent."""
     model, (encoded, held_out, left_out) = base.model, data
     settings, targets = {**model.adapter_config, **regularizer}, model.adapter_config["targets"]
-    shown = [f"{key} {value}" for key, value in settings.items() if key not in ("method", "targets", "seed") and value is not None]
+    hidden = ("method", "targets", "seed")
+    shown = [f"{key} {value}" for key, value in settings.items() if key not in hidden and value is not None]
     tokens, answers = token_count(encoded) / len(encoded), answer_tokens(encoded) / len(encoded)
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     hardware = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -290,9 +292,10 @@ def describe(args, base, regularizer, device, source, data):
     print(f"data      {source}")
     print(f"          {len(encoded)} to train on, {len(held_out)} held out, {left_out} too long and left out; "
           f"{tokens:.0f} tokens per example, {answers:.0f} of them answer")
-    print(f"method    {', '.join([args.method, *shown])}; trains {', '.join(targets) if targets else 'every parameter'}")
+    print(f"method    {', '.join([args.method, *shown])}; targets {', '.join(targets or ['every parameter'])}")
     print("\n".join(f"          {line}" for line in adapter.parameter_table(model)))
-    print(f"plan      {args.steps} steps of {args.batch} examples ({args.steps * args.batch / len(encoded):.2f} epochs), "
+    epochs = args.steps * args.batch / len(encoded)
+    print(f"plan      {args.steps} steps of {args.batch} examples ({epochs:.2f} epochs), "
           f"{args.micro_batch} per forward pass; {gflop_per_token(model, answers / tokens)[1]:.2f} GFLOP per token")
     print(f"          AdamW, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
           f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
@@ -312,8 +315,8 @@ def log_line(line, steps, left):
     step, R = f"{line['step']:>{len(str(steps))}}/{steps}", line.get("regularizer")
     return (f"step {step}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  |g| {line['grad_norm']:.2f}"
             + ("" if R is None else f"  R {R:.1e}")
-            + f"  {line['tokens_per_second']:,.0f} tok/s  pad {100 * line['padding']:.0f}%  {line['gflops']:,.0f} GFLOP/s"
-              f"  {line['memory_gb']:.2f} GB  {duration(left)} left")
+            + f"  {line['tokens_per_second']:,.0f} tok/s  pad {100 * line['padding']:.0f}%"
+              f"  {line['gflops']:,.0f} GFLOP/s  {line['memory_gb']:.2f} GB  {duration(left)} left")
 
 
 def train(args, model, regularize, encoded, measure, device, autocast, log):
@@ -337,7 +340,7 @@ def train(args, model, regularize, encoded, measure, device, autocast, log):
         to_measure = step % args.eval_every == 0 or step == args.steps
         to_log = step % args.log_every == 0 or to_measure
         if to_log and not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {norm:g}: lower --lr (now {args.lr:g})")
+            raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr, now {args.lr:g}")
         R = regularize() if regularize else None  # after clipping, and outside the logged norm
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -378,7 +381,8 @@ def main(argv=None):
         examples = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
     base = checkpoint.load(args.model, weights, device)
     model, tokenizer = base.model, base.tokenizer
-    to_train, to_hold_out = split(examples[:args.limit], args.held_out)
+    to_train, to_hold_out = split(examples, args.held_out)
+    to_train = to_train[:args.limit]
     longest = min(args.max_tokens, model.config.max_position_embeddings)
     encoded, held_out = (encode_examples(tokenizer, part, longest) for part in (to_train, to_hold_out))
     left_out = len(to_train) + len(to_hold_out) - len(encoded) - len(held_out)
@@ -398,8 +402,9 @@ def main(argv=None):
     def sample(when):
         if not args.no_sample:
             prompt, right = gsm8k.prompt(to_hold_out[0]["question"]), gsm8k.gold(to_hold_out[0]["answer"])
+            most = min(128, model.config.max_position_embeddings // 2)
             with autocast:
-                text = complete(model, tokenizer, [prompt], min(128, model.config.max_position_embeddings // 2))[0]["text"]
+                text = complete(model, tokenizer, [prompt], most)[0]["text"]
             print(f"\n--- a held-out question, {when} training (right: {right})\n{prompt}{text}\n---\n", flush=True)
 
     def regularize():

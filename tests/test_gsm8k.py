@@ -3,7 +3,6 @@ import hashlib
 import http.client
 import json
 import os
-import random
 import re
 import subprocess
 import sys

@@ -14,13 +14,15 @@ from tiny import tiny_metadata
 ABSENT = "\x04\x06\x13\x14\x16\x1d"  # control characters for which the default model has no token
 
 NASTY = """\
-0 1 12 123 4567 1,234.56 7 8  9   10 x1 1x 1 x x  1 a1b2c3 1\t2\t\t3 \t4 5\n6\n\n7 \n 8  \n  9 ½ ² Ⅷ ३४ ١٢ 5' 5's $5 -5 5% 5  
+0 1 12 123 4567 1,234.56 7 8  9   10 x1 1x 1 x x  1 a1b2c3 1\t2\t\t3 \t4 5\n6
+\n7 \n 8  \n  9 ½ ² Ⅷ ३४ ١٢ 5' 5's $5 -5 5% 5  
  leading  two   three    four\ttab\t\ttabs \t mixed\t end of line  \n\n\n  three newlines \r\n CRLF\r\n\r\n \r alone\r
 don't DON'T I'll I'LL we've WE'VE they're THEY'RE I'm I'M he'd HE'D it's IT'S 'tis 'quoted' ''s '  's o'clock ’s don’t
 café naïve Ångström a\u0301 e\u0301\u0323 n\u0303o \u0301alone Ｆｕｌｌ　ｗｉｄｔｈ ﬁ ß ẞ İi
 🙂 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪🇫🇷 👍🏽 🏴󠁧󠁢󠁥󠁮󠁧󠁿 x🙂5🙂 5
 中文字符和 English 混排，标点。数字123 こんにちは カタカナ 한국어 العربية ١٢٣ עברית ไทยสวัสดี हिन्दी
-no-break\u00a0space\u00a05 em\u2003space\u20035 thin\u2009x ideographic\u3000 5 zero\u200bwidth line\u2028sep par\u2029sep nel\x85x
+no-break\u00a0space\u00a05 em\u2003space\u20035 thin\u2009x ideographic\u3000 5 zero\u200bwidth
+line\u2028sep par\u2029sep nel\x85x
 def f(x):\n    return {"a": [x**2, x//3]}  # why?\n\tif x != 0x1F: print(f'{x:>8}')\n<div class="a">&nbsp;</div>
 <<48/2=24>>24 #### 72 \\frac{1}{2} $x^2$ <|im_end|> <|endoftext|> <|im_start|>user
 \x00 \x01a\x02\x03 \x07\x1b[0m\x1c \x1e5\x1f \x7f\x80\ufeff \ue000 \ufffd \U000e0001 \U0010ffff
@@ -79,7 +81,7 @@ def test_long_runs_equal_hugging_face(ours, theirs):
 def test_random_ids_equal_hugging_face(ours, theirs, metadata):
     """Random strings over nasty characters, and random concatenations of pieces of the vocabulary."""
     byte_of, choose = tokenizer.byte_alphabet(), random.Random(0)
-    nasty = list(" \t\n\r 05'.,!-_sStTdmrevlLaéا日本🙂\u0301\u200d\u00a0\u3000\x00\x1c\x85²Ⅷ३") + ["'s", "'LL", "  ", "the"]
+    nasty = [*" \t\n\r 05'.,!-_sStTdmrevlLaéا日本🙂\u0301\u200d\u00a0\u3000\x00\x1c\x85²Ⅷ३", "'s", "'LL", "  ", "the"]
     pieces = [bytes(byte_of[c] for c in token) for token in metadata["tokenizer.ggml.tokens"][17:]]
     for _ in range(4000):
         same(ours, theirs, ["".join(choose.choices(nasty, k=choose.randint(1, 60)))])

@@ -1,6 +1,5 @@
 """The training script: batches, loss, accumulation, the order of a step, and whole runs on a tiny model."""
 import json
-import math
 import types
 
 import pytest

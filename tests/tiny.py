@@ -74,3 +74,14 @@ def write_gguf(path, metadata, tensors, alignment=32):
         body += raw + bytes(-len(raw) % alignment)
     path.write_bytes(header + bytes(-len(header) % alignment) + body)
     return path
+
+
+def one_line(error):
+    """The message of an error, which must be one line."""
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def short(value):
+    """The names of parametrised tests: messages, not files."""
+    return value if isinstance(value, str) else ""
