@@ -12,6 +12,7 @@ To use a method elsewhere, copy its file, this one and tensorfile.py.
 """
 import contextlib
 import importlib
+import inspect
 import json
 
 import torch
@@ -228,6 +229,8 @@ def read_config(path):
         config = json.loads(metadata["adapter"])
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: the 'adapter' metadata is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: the 'adapter' metadata is not a JSON object")
     return tensors, config, metadata.get("base_name", ""), metadata.get("base_sha256", "")
 
 
@@ -242,8 +245,12 @@ def load(model, path, base_sha256=""):
     if sha256 and base_sha256 and sha256 != base_sha256:
         raise ValueError(f"{path}: this adapter was trained on another base model ({name}, sha256 {sha256[:12]}...; "
                          f"the one given has {base_sha256[:12]}...): load that base")
-    arguments = {key: value for key, value in config.items() if key != "method"}
-    method_module(config.get("method")).attach(model, saved=tensors, **arguments)
+    attach = method_module(config.get("method")).attach
+    settings = {key: value for key, value in config.items() if key != "method"}
+    unknown = settings.keys() - inspect.signature(attach).parameters.keys()
+    if unknown:
+        raise ValueError(f"{path}: {config['method']} has no setting {', '.join(sorted(unknown))}: written by another version?")
+    attach(model, saved=tensors, **settings)
     targets = adapter_tensors(model)
     wrong = [f"missing {key}" for key in targets if key not in tensors]
     wrong += [f"unexpected {key}" for key in tensors if key not in targets]

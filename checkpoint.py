@@ -31,7 +31,7 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 # ---- the model by its name ----
 
 class Base(NamedTuple):
-    """What `load` returns: the model, its tokenizer, the name it was asked for by, its file's checksum."""
+    """What `load` returns: the model, its tokenizer, its name (for a file, the whole path), its file's checksum."""
     model: Model
     tokenizer: Tokenizer
     name: str
@@ -66,7 +66,7 @@ def load(name, dtype=torch.float32, device="cpu"):
         model = Model(config)
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie()
-    return Base(model, tokenizer, str(name), digest)
+    return Base(model, tokenizer, name if name == DEFAULT_MODEL else str(path.resolve()), digest)
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):

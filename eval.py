@@ -168,10 +168,11 @@ def summarise(records):
 
 def choose_device(device, dtype=None):
     """(device, dtype of frozen weights): CUDA and bf16 where there is a GPU, else CPU and fp32, or as told."""
+    here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch finds no CUDA GPU on this machine; --device cpu works everywhere")
+        device = "cuda" if "cuda" in here else "cpu"
+    if device not in here:
+        raise ValueError(f"--device {device}: torch finds no such device here; choose auto, {', '.join(here)}")
     default = "bfloat16" if device.startswith("cuda") else "float32"
     return torch.device(device), getattr(torch, dtype or default)
 

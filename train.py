@@ -403,8 +403,7 @@ def main(argv=None):
         if not args.no_sample:
             prompt, right = gsm8k.prompt(to_hold_out[0]["question"]), gsm8k.gold(to_hold_out[0]["answer"])
             most = min(128, model.config.max_position_embeddings // 2)
-            with autocast:
-                text = complete(model, tokenizer, [prompt], most)[0]["text"]
+            text = complete(model, tokenizer, [prompt], most)[0]["text"]
             print(f"\n--- a held-out question, {when} training (right: {right})\n{prompt}{text}\n---\n", flush=True)
 
     def regularize():

@@ -229,7 +229,11 @@ def test_adapter_that_does_not_fit_is_refused(method, tmp_path):
         adapter.load(toy_model(num_hidden_layers=3), path)
     with pytest.raises(ValueError, match="unexpected model.layers.1"):
         adapter.load(toy_model(num_hidden_layers=1), path)
-    write_safetensors(path, read_safetensors(path)[0], {})
+    tensors, metadata = read_safetensors(path)
+    write_safetensors(path, tensors, {**metadata, "adapter": metadata["adapter"].replace('"rank"', '"rang"')})
+    with pytest.raises(ValueError, match=f"{method} has no setting rang: written by another version"):
+        adapter.load(toy_model(), path)
+    write_safetensors(path, tensors, {})
     with pytest.raises(ValueError, match="not an adapter file"):
         adapter.load(toy_model(), path)
 

@@ -107,7 +107,7 @@ def test_evaluating_a_run(small_run, capsys):
     records = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert summary["n"] == len(records) == 11 and summary["method"] == "sorsa" and summary["data"] == str(data)
     assert [r["question"] for r in records] == [f"What is {i}+1?" for i in range(11)]
-    for rule in evaluation.RULES:
+    for rule in gsm8k.RULES:
         rescored = [gsm8k.score(r["completion"], f"#### {r['gold']}")[rule] for r in records]
         assert rescored == [r["scores"][rule] for r in records]
         p = sum(r["correct"] for r in rescored) / 11
@@ -116,6 +116,20 @@ def test_evaluating_a_run(small_run, capsys):
     assert json.loads((run / "eval.json").read_text()) == summary
     out = capsys.readouterr().out
     assert f"answer    {100 * summary['accuracy']['answer']:6.2f} %" in out and "11 of 11 problems" in out
+
+
+def test_printed_counts_are_right(small_run, monkeypatch, capsys):
+    """With completions that are known (6 right, 3 wrong, 1 capped without a number, 1 in another form), so are all figures."""
+    data, run = small_run
+    texts = [f" {i}+1={i + 1}\n#### {i + 1}" for i in range(6)] + [" #### 99"] * 3 + [" I do not know", " The answer is: 11"]
+    finishes = ["eos"] * 9 + ["cap", "eos"]
+    monkeypatch.setattr(evaluation, "complete", lambda *args: [
+        {"text": text, "finish": finish, "new_tokens": 10} for text, finish in zip(texts, finishes)])
+    summary = evaluation.main([str(run)])
+    assert summary["accuracy"] == {"answer": 7 / 11, "strict": 6 / 11, "flexible": 7 / 11, "metamath": 1 / 11}
+    assert summary["capped"] == summary["no_answer"] == 1 / 11 and summary["new_tokens"] == 110
+    out = capsys.readouterr().out
+    assert "answer     63.64 %  (+- 14.50)" in out and "metamath    9.09 %  (+- 8.67)" in out and "cap of 256 tokens: 9.1 %" in out
 
 
 def test_evaluating_a_base_model_alone_and_asking(small_run, tiny_gguf, tmp_path, capsys):

@@ -114,6 +114,21 @@ def test_regularizer_comes_after_clipping_and_outside_the_logged_norm(tmp_path):
         assert torch.allclose(p, before - 1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gpu_precisions_run_on_a_cpu(method):
+    """A bf16 base with fp32 factors, and fp32 weights under bf16 autocast for full, give the fp32 loss and gradients to
+    bf16 rounding, the gradients in fp32."""
+    batch, exact = toy_examples(8), perturb(attach(toy_model(), method), 0.02)
+    expected = train.accumulate_gradients(exact, batch, 4, "cpu", NO_AUTOCAST)
+    mixed = toy_model() if method == "full" else toy_model().bfloat16()
+    perturb(attach(mixed, method), 0.02)
+    loss = train.accumulate_gradients(mixed, batch, 4, "cpu", torch.autocast("cpu", torch.bfloat16, enabled=method == "full"))
+    assert abs(loss - expected) < 0.02 * expected
+    for name, gradient in gradients(mixed).items():
+        reference = gradients(exact)[name]
+        assert gradient.dtype == torch.float32 and (gradient - reference).norm() < 0.25 * reference.norm(), name
+
+
 def test_flop_count_of_the_reference_case():
     """4 N_b + 4 a N_e + 6 P per token for LoRA, 6 N_b + 6 a N_e for full fine-tuning."""
     for method, expected in (("lora", lambda body, head, P: 4 * body + 4 * head + 6 * P), ("full", lambda body, head, P: 6 * body + 6 * head)):
@@ -160,7 +175,18 @@ def test_same_seed_same_losses(run, tmp_path):
         return [line["loss"] for line in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) if "loss" in line]
     first = losses("a")
     assert first == losses("b") and first != losses("c", "--seed", "1")
-    assert first != losses("d", "--gamma", "0") and first[0] == losses("e", "--gamma", "0")[0]
+    assert first != losses("d", "--gamma", "0")
+
+
+def test_gamma_zero_is_training_without_a_regularizer(run, tmp_path, monkeypatch):
+    """With gamma 0 the saved factors are bit for bit those of a SORSA that has no regularizer at all."""
+    def factors(name, *flags):
+        run(name, "--method", "sorsa", "--rank", "4", *flags)
+        return adapter.read_config(tmp_path / name / "adapter.safetensors")[0]
+    off = factors("off", "--gamma", "0")
+    monkeypatch.delattr(adapter.method_module("sorsa"), "add_regularizer_grad")
+    absent = factors("absent")
+    assert all(torch.equal(off[name], absent[name]) for name in off)
 
 
 def test_a_diverging_run_stops_before_it_saves(run, tmp_path):
@@ -208,7 +234,8 @@ BAD = [
     (["--model", "no/such.gguf"], "no/such.gguf: no such file"),
     (["--model", "gpt5"], "--model gpt5 is not known"),
     (["--max-tokens", "5"], "examples have more than 5 tokens: raise --max-tokens"),
-    (["--device", "cuda:9"], "--device cuda:9"),
+    (["--device", "cuda:9"], "--device cuda:9: torch finds no such device here; choose auto, cpu"),
+    (["--device", "gpu"], "--device gpu: torch finds no such device"),
 ]
 
 
