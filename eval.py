@@ -177,11 +177,19 @@ def choose_device(device, dtype=None):
     return torch.device(device), getattr(torch, dtype or default)
 
 
+class Help(argparse.HelpFormatter):
+    """Help that states a default wherever there is one to state."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help if told else action.help + " (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with defaults in the help and one line per error."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists every option)\n")
@@ -195,8 +203,9 @@ def positive(text):
 
 
 def parse_arguments(argv):
-    parser = Parser(prog="eval.py", description="Greedy generation and GSM-8K accuracy.")
-    parser.add_argument("run", nargs="?", type=Path, help="folder that train.py made (or an adapter.safetensors)")
+    parser = Parser(prog="eval.py", usage="eval.py RUN [flags], or eval.py --model MODEL [flags]",
+                    description="Greedy generation and GSM-8K accuracy.")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made (or an adapter.safetensors)")
     parser.add_argument("--model", help="base model: a name or a .gguf file (default: the run's own base)")
     parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data)")
     parser.add_argument("--limit", type=int, help="first N test problems, 0 for all (default: 128 on a CPU, else all)")

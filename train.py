@@ -174,7 +174,7 @@ def above_zero(text):
 
 
 def parse_arguments(argv):
-    parser = Parser(prog="train.py", description="Fine-tune a model on GSM-8K.")
+    parser = Parser(prog="train.py", usage="train.py --method METHOD [flags]", description="Fine-tune a model on GSM-8K.")
     add = parser.add_argument
     add("--method", default="sorsa", help=f"one of {', '.join(adapter.METHODS)}")
     add("--model", default=checkpoint.DEFAULT_MODEL, help="base model: a name or a .gguf file")

@@ -42,6 +42,23 @@ def test_principal_part_and_its_transpose():
     assert torch.allclose((first.U.T @ second.Vt.T).abs(), torch.eye(4), atol=1e-4)
 
 
+@pytest.mark.parametrize("svd", ["gram", "exact"])
+@pytest.mark.parametrize("out, inner", [(24, 24), (40, 24), (24, 40)])
+def test_start_and_forward_against_float64(out, inner, svd):
+    """The split and, once the factors have moved, the forward pass equal the same equations computed in fp64."""
+    torch.manual_seed(0)
+    host, x = nn.Sequential(nn.Linear(inner, out)), torch.randn(7, inner)
+    W, b = host[0].weight.detach().double(), host[0].bias.detach().double()
+    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+    W_p = (U[:, :6] * S[:6]) @ Vt[:6]
+    layer = attach(host, "sorsa", rank=6, targets=["0"], svd=svd)[0]
+    assert (layer.delta() - W_p).abs().max() < 1e-5 and (layer.weight - (W - W_p)).abs().max() < 1e-5
+    assert (layer.S - S[:6]).abs().max() < 1e-5
+    perturb(host)
+    moved = W - W_p + (layer.U.double() * layer.S.double()) @ layer.Vt.double()
+    assert (host(x) - (x.double() @ moved.T + b)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("build", [lambda: perturb(attach(toy_model(), "sorsa")), lambda: perturb(square_host())])
 def test_regularizer_closed_form_autograd_and_definition_agree(build, reduction):
