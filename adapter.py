@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import inspect
 import json
+from collections import Counter
 
 import torch
 import torch.nn as nn
@@ -56,11 +57,13 @@ def method_module(method):
 def find_linears(model, targets, rank=None):
     """[(name, nn.Linear)] in module order: those whose last name component is one of `targets`, exactly.
 
-    Raises ValueError, before anything has changed, if a method is already attached, if a target matches nothing, or if
-    `rank` is given and is not in 1 .. min(out, in) of every match.
+    Raises ValueError, before anything has changed, if a method is already attached, if a target matches nothing or a
+    weight that another module uses too (a head tied to the embedding), or if `rank` is given and is not in
+    1 .. min(out, in) of every match.
     """
-    if hasattr(model, "adapter_config"):
-        raise ValueError(f"{model.adapter_config['method']} is already attached to this model: "
+    if hasattr(model, "adapter_config") or adapted_layers(model):
+        method = getattr(model, "adapter_config", {}).get("method", "a method")
+        raise ValueError(f"{method} is already attached to this model: "
                          "merge it with adapter.merge(model), or start from a fresh base")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = [name.rpartition(".")[2] for name, _ in linears]
@@ -69,6 +72,10 @@ def find_linears(model, targets, rank=None):
             raise ValueError(f"target {target!r} matches no linear layer: this model has "
                              f"{', '.join(dict.fromkeys(names))}")
     found = [(name, linear) for (name, linear), last in zip(linears, names) if last in targets]
+    users = Counter(id(getattr(module, "weight", None)) for module in model.modules())
+    for name, linear in found:
+        if users[id(linear.weight)] > 1:
+            raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
     if rank is not None:
         name, smallest = min(((n, min(m.weight.shape)) for n, m in found), key=lambda pair: pair[1])
         if not 1 <= rank <= smallest:
@@ -103,13 +110,19 @@ def adapted_layers(model):
 @contextlib.contextmanager
 def full_precision(device_type):
     """No autocast and no TF32 inside: both would lift rounding from 1e-7 to 1e-3. What was set is set again after."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    settings = [(torch.backends.cuda.matmul, "allow_tf32", False)]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later, where the two APIs do not mix
+        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        settings = [(backend, "fp32_precision", "ieee") for backend in backends]
+    before = [getattr(owner, name) for owner, name, _ in settings]
+    for owner, name, value in settings:
+        setattr(owner, name, value)
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for (owner, name, _), value in zip(settings, before):
+            setattr(owner, name, value)
 
 
 @torch.no_grad()
@@ -127,7 +140,7 @@ def principal_triplets(weight, rank, svd="gram"):
         U = S = Vt = None
         if svd == "gram":
             U, S, Vt = _triplets_from_gram(weight.double(), rank)
-        if U is None or S[-1] < 1e-5 * S[0]:
+        if U is None or not S[-1] > 1e-5 * S[0]:
             U, S, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
             U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
     largest = Vt.gather(1, Vt.abs().argmax(dim=1, keepdim=True))  # (r, 1)
@@ -216,6 +229,8 @@ def adapter_tensors(model):
 
 def save(model, path, base_name="", base_sha256=""):
     """Write the attached adapter as safetensors, with method, hyper-parameters and the base's identity inside."""
+    if not hasattr(model, "adapter_config"):
+        raise ValueError("nothing is attached to this model: there is no adapter to save (or it has been merged)")
     metadata = {"adapter": json.dumps(model.adapter_config), "base_name": base_name, "base_sha256": base_sha256}
     write_safetensors(path, adapter_tensors(model), metadata)
 
@@ -247,9 +262,10 @@ def load(model, path, base_sha256=""):
                          f"the one given has {base_sha256[:12]}...): load that base")
     attach = method_module(config.get("method")).attach
     settings = {key: value for key, value in config.items() if key != "method"}
-    unknown = settings.keys() - inspect.signature(attach).parameters.keys()
+    unknown = settings.keys() - (inspect.signature(attach).parameters.keys() - {"model", "saved"})
     if unknown:
-        raise ValueError(f"{path}: {config['method']} has no setting {', '.join(sorted(unknown))}: written by another version?")
+        raise ValueError(f"{path}: {config['method']} has no setting {', '.join(sorted(unknown))}: "
+                         "was it written by another version?")
     attach(model, saved=tensors, **settings)
     targets = adapter_tensors(model)
     wrong = [f"missing {key}" for key in targets if key not in tensors]

@@ -21,7 +21,7 @@ import adapter
 import checkpoint
 import gsm8k
 import train
-from eval import Parser, choose_device, positive
+from script import Parser, choose_device, positive, run_script
 
 
 def matmul_rate(device, dtype, size=2048):
@@ -37,7 +37,7 @@ def matmul_rate(device, dtype, size=2048):
 
 
 def our_steps(args, base, encoded):
-    """Yields after each optimizer step of train.py's own loop body, with the real tokens of the step."""
+    """The calls of train.py's loop; yields the real tokens of each step after it."""
     model = base.model
     adapter.method_module(args.method).attach(model, **({} if args.method == "full" else {"rank": args.rank}))
     parameters = list(adapter.trainable(model).values())
@@ -69,14 +69,14 @@ def peer_steps(args, base, encoded):
     model = peft.get_peft_model(model, lora)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    rng = random.Random(0)
+    rng, device = random.Random(0), base.model.lm_head.weight.device
     while True:
         chosen = rng.sample(encoded, args.batch)
         longest = max(len(ids) for ids, _ in chosen)
         ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in chosen])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in chosen])
         labels = torch.tensor([[-100] * start + row[start:] + [-100] * (longest - len(row)) for row, start in chosen])
-        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        model(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -96,9 +96,11 @@ def work(args):
     started = time.time()
     tokens = sum(next(steps) for _ in range(args.steps))
     rate = tokens / (time.time() - started)
-    gflop = train.gflop_per_token(base.model, answer_share)[1]
-    return {"side": args.side, "method": args.method, "tokens_per_second": rate, "memory_gb": train.peak_memory(device),
-            "gflops": rate * gflop, "matmul_gflops": limit}
+    record = {"side": args.side, "tokens_per_second": rate, "matmul_gflops": limit,
+              "memory_gb": train.peak_memory(device)}
+    if args.side == "ours":
+        record.update(method=args.method, gflops=rate * train.gflop_per_token(base.model, answer_share)[1])
+    return record
 
 
 def bench_train(args):
@@ -150,4 +152,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,10 +7,8 @@
 Adapters are merged first where the method can be. Every prediction goes to predictions.jsonl, scored by four rules at
 once (gsm8k.py says which), so that the printed accuracies can be recomputed from that file.
 """
-import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import checkpoint
 import gsm8k
 from calculator import insertion
 from model import KVCache
+from script import Parser, choose_device, positive, run_script
 from tensorfile import atomic_write
 
 CHECK_EVERY = 8  # decode steps between two looks at which rows have finished: each look waits for the GPU
@@ -33,7 +32,8 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
     """Greedy continuation of every prompt (lists of token ids) up to and including eos_id, or max_new tokens.
 
     One prefill of the right-padded prompts, then one token per row and step from a static KV cache; rows do not see
-    each other, so a row's text does not depend on its neighbours. Finished rows leave the batch.
+    each other, so a row's text does not depend on its neighbours. Rows that have finished leave the batch, every
+    CHECK_EVERY steps if a quarter of the rows has.
     `is_done(ids)` may end a row early, `force(ids)` may return tokens to be taken instead of the next choices; both are
     given the row's new tokens so far. Returns a list of token lists in the order of `prompts`.
     """
@@ -82,10 +82,10 @@ def _through_first(ids, eos_id):
 
 def _forced_choice(chosen, new, alive, step, forced, force):
     """`chosen`, with the tokens that wait in a row's queue in place of the model's; `force` fills empty queues."""
-    chosen = chosen.clone()
+    chosen, so_far = chosen.clone(), new[:, :step].tolist()
     for i, row in enumerate(alive):
         if not forced[row] and step:
-            forced[row] = list(force(new[row, :step].tolist()) or ())
+            forced[row] = list(force(so_far[row]) or ())
         if forced[row]:
             chosen[i] = forced[row].pop(0)
     return chosen
@@ -166,46 +166,10 @@ def summarise(records):
 
 # ---- the script -----------------------------------------------------------------------------------------------------
 
-def choose_device(device, dtype=None):
-    """(device, dtype of frozen weights): CUDA and bf16 where there is a GPU, else CPU and fp32, or as told."""
-    here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if device == "auto":
-        device = "cuda" if "cuda" in here else "cpu"
-    if device not in here:
-        raise ValueError(f"--device {device}: torch finds no such device here; choose auto, {', '.join(here)}")
-    default = "bfloat16" if device.startswith("cuda") else "float32"
-    return torch.device(device), getattr(torch, dtype or default)
-
-
-class Help(argparse.HelpFormatter):
-    """Help that states a default wherever there is one to state."""
-
-    def _get_help_string(self, action):
-        told = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
-        return action.help if told else action.help + " (default: %(default)s)"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with defaults in the help and one line per error."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=Help, **options)
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists every option)\n")
-
-
-def positive(text):
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def parse_arguments(argv):
     parser = Parser(prog="eval.py", usage="eval.py RUN [flags], or eval.py --model MODEL [flags]",
                     description="Greedy generation and GSM-8K accuracy.")
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made (or an adapter.safetensors)")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made, or an adapter file")
     parser.add_argument("--model", help="base model: a name or a .gguf file (default: the run's own base)")
     parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data)")
     parser.add_argument("--limit", type=int, help="first N test problems, 0 for all (default: 128 on a CPU, else all)")
@@ -242,9 +206,14 @@ def load_for_eval(args, device, dtype):
 
 
 def recorded_data(run):
-    """The data a run was trained on, as its result.json says; "auto" where there is none."""
-    path = run / "result.json" if run and run.is_dir() else None
-    return json.loads(path.read_text())["data"] if path and path.is_file() else "auto"
+    """The data a run was trained on, as the result.json beside its adapter says; "auto" where there is none."""
+    path = (run if run.is_dir() else run.parent) / "result.json" if run else None
+    if not path or not path.is_file():
+        return "auto"
+    try:
+        return json.loads(path.read_text())["data"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not the result of a run: name the data with --data") from None
 
 
 def main(argv=None):
@@ -308,15 +277,6 @@ def main(argv=None):
           f"no answer found: {100 * summary['no_answer']:.1f} %")
     print(f"{summary['new_tokens']:,} new tokens in {seconds:.1f} s   predictions: {out / 'predictions.jsonl'}")
     return summary
-
-
-def run_script(main):
-    """Run `main`; what a user can mend ends as one line on stderr and exit status 2, everything else as a traceback."""
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

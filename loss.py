@@ -1,8 +1,9 @@
-"""The loss on answer tokens, without ever holding the logits of a batch.
+"""The loss on answer tokens, without holding the logits of a batch.
 
 The head turns d = 576 numbers into V = 49,152: the logits of 2000 tokens are 390 MB, and the plain path keeps two or
 three copies. Here only positions that carry loss reach the head, a chunk at a time, and where the head is frozen its
-gradient is taken in the forward pass, so that nothing of size V outlives its chunk.
+gradient is taken in the forward pass, so that nothing of size V outlives its chunk. (Where the head trains, autograd
+keeps the answers' logits for it.)
 """
 import torch
 import torch.nn.functional as F
@@ -37,15 +38,15 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         gradient, = ctx.saved_tensors
-        return upstream.to(gradient.dtype) * gradient, None, None
+        return upstream * gradient, None, None
 
 
 def answer_loss(model, tokens, targets):
     """Summed cross entropy over the positions of `targets` (B, T) that are not IGNORE, for tokens (B, T)."""
     hidden = model.model(tokens)  # (B, T, d)
     answers = targets != IGNORE  # (B, T)
-    hidden, targets, head = hidden[answers], targets[answers], model.lm_head.weight  # (n, d), (n,), (V, d)
-    if not head.requires_grad:
-        return FrozenHeadLoss.apply(hidden, head, targets)
-    return sum(F.cross_entropy((h @ head.T).float(), t, reduction="sum")
+    hidden, targets = hidden[answers], targets[answers]  # (n, d), (n,)
+    if not any(parameter.requires_grad for parameter in model.lm_head.parameters()):
+        return FrozenHeadLoss.apply(hidden, model.lm_head.weight, targets)
+    return sum(F.cross_entropy(model.lm_head(h).float(), t, reduction="sum")
                for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)))

@@ -44,16 +44,20 @@ def attach(model, rank=16, targets=adapter.TARGETS, svd="gram", saved=None):
     B0 in place of an SVD. Raises ValueError on an unknown target, a rank outside 1 .. min(out, in), or a second attach.
     """
     linears = adapter.find_linears(model, targets, rank)
+    starts = [start(name, linear, rank, svd, saved) for name, linear in linears]
     adapter.freeze(model)
-    for name, linear in linears:
-        if saved is None:
-            U, S, Vt = adapter.principal_triplets(linear.weight, rank, svd)
-            A, B = S.sqrt()[:, None] * Vt, U * S.sqrt()  # (r, in), (out, r)
-        else:
-            A = adapter.saved_tensor(saved, f"{name}.A0", (rank, linear.in_features))
-            B = adapter.saved_tensor(saved, f"{name}.B0", (linear.out_features, rank))
-        adapter.replace(model, name, PiSSALinear(linear, A, B))
+    for (name, linear), factors in zip(linears, starts):
+        adapter.replace(model, name, PiSSALinear(linear, *factors))
     adapter.record(model, "pissa", rank=rank, targets=list(targets), svd=svd)
+
+
+def start(name, linear, rank, svd, saved):
+    """A (r, in) and B (out, r) at step 0, from the weight or from an adapter file's tensors."""
+    if saved is not None:
+        return (adapter.saved_tensor(saved, f"{name}.A0", (rank, linear.in_features)),
+                adapter.saved_tensor(saved, f"{name}.B0", (linear.out_features, rank)))
+    U, S, Vt = adapter.principal_triplets(linear.weight, rank, svd)
+    return S.sqrt()[:, None] * Vt, U * S.sqrt()
 
 
 if __name__ == "__main__":

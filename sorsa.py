@@ -23,6 +23,9 @@ What the paper leaves open to us (we worked from its abstract, figures and code)
 - the penalty is the mean over all 2L norms, as in the authors' code; the sum that they write is 2L times stronger and,
   with the published gamma, freezes the vectors: `reduction="sum"`;
 - its gradient joins that of the training loss after clipping, once per optimizer step however the batch is cut;
+- norms that are not squared pull with constant strength: the gradient of ||E||_F has length about 2 however small E is,
+  so near orthonormality it follows rounding noise, and R settles at a floor that falls with the learning rate. AdamW
+  normalises the sum of both gradients, which makes gamma / peak_lr a relative weight;
 - exact triplets, signs fixed, scale 1, no dropout, factors in fp32 whatever the model's dtype; S is not penalised.
 """
 import torch
@@ -62,16 +65,20 @@ def attach(model, rank=16, targets=adapter.TARGETS, svd="gram", saved=None):
     attach.
     """
     linears = adapter.find_linears(model, targets, rank)
+    starts = [start(name, linear, rank, svd, saved) for name, linear in linears]
     adapter.freeze(model)
-    for name, linear in linears:
-        if saved is None:
-            U, S, Vt = adapter.principal_triplets(linear.weight, rank, svd)
-        else:
-            U = adapter.saved_tensor(saved, f"{name}.U0", (linear.out_features, rank))
-            S = adapter.saved_tensor(saved, f"{name}.S0", (rank,))
-            Vt = adapter.saved_tensor(saved, f"{name}.Vt0", (rank, linear.in_features))
-        adapter.replace(model, name, SORSALinear(linear, U, S, Vt))
+    for (name, linear), triplets in zip(linears, starts):
+        adapter.replace(model, name, SORSALinear(linear, *triplets))
     adapter.record(model, "sorsa", rank=rank, targets=list(targets), svd=svd)
+
+
+def start(name, linear, rank, svd, saved):
+    """U (out, r), S (r,) and Vt (r, in) at step 0, from the weight or from an adapter file's tensors."""
+    if saved is not None:
+        return (adapter.saved_tensor(saved, f"{name}.U0", (linear.out_features, rank)),
+                adapter.saved_tensor(saved, f"{name}.S0", (rank,)),
+                adapter.saved_tensor(saved, f"{name}.Vt0", (rank, linear.in_features)))
+    return adapter.principal_triplets(linear.weight, rank, svd)
 
 
 # ---- the orthonormal regularizer ------------------------------------------------------------------------------------
@@ -96,6 +103,8 @@ def _deviation(stack):
 
 def _share(stacks, reduction):
     """What one norm counts in R: 1/2L for the mean over all matrices, 1 for the sum."""
+    if not stacks:
+        raise ValueError("this model has no SORSA layers: attach them first with sorsa.attach(model)")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"unknown reduction {reduction!r}: choose mean or sum")
     return 1 / sum(map(len, stacks)) if reduction == "mean" else 1.0

@@ -9,22 +9,22 @@ import sys
 from pathlib import Path
 
 import train
-from eval import Parser
+from script import Parser, run_script
 
-KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps", "batch",
-        "seed", "schedule", "warmup", "weight_decay", "gamma", "adapter", "model", "tokens", "seconds", "memory_gb",
+KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
+        "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "adapter", "model", "tokens", "seconds", "memory_gb",
         "device", "torch", "command")
 
 
 def run(method, lr, out, extra):
-    """The kept fields of one run's result; a diverged run has a held_out_after of infinity."""
+    """The kept fields of one run's result; held_out_after is None for a run that diverged."""
     arguments = ["--method", method, "--lr", f"{lr:g}", "--out", str(out), "--overwrite", "--no-sample", *extra]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "output.txt", "w") as file, contextlib.redirect_stdout(file):
         try:
             result = train.main(arguments)
         except FloatingPointError as error:
-            return {"method": method, "lr": lr, "held_out_after": float("inf"), "error": str(error)}
+            return {"method": method, "lr": lr, "held_out_after": None, "error": str(error)}
     return {key: result[key] for key in KEPT if key in result}
 
 
@@ -40,10 +40,12 @@ def main(argv):
     for method in args.methods:
         for lr in args.lrs:
             record = run(method, lr, Path("runs/sweep") / f"{method}-{lr:g}", ["--data", args.data, *extra])
-            print(f"{method:<8} lr {lr:<8g} held-out loss {record['held_out_after']:.4f}", flush=True)
+            after = record["held_out_after"]
+            shown = "diverged" if after is None else f"{after:.4f}"
+            print(f"{method:<8} lr {lr:<8g} held-out loss {shown}", flush=True)
             with open(args.results, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(lambda: main(sys.argv[1:]))

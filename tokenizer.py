@@ -55,7 +55,7 @@ class Tokenizer:
 
 
 def from_gguf(metadata, path="GGUF metadata"):
-    """The tokenizer described by the metadata of the GGUF file `path` (dict, as read by `checkpoint.read_gguf`).
+    """The tokenizer described by the metadata of the GGUF file `path` (dict, as read by `ggufile.read_gguf`).
 
     A vocabulary may lack bytes: SmolLM's has no token for six control characters nor for bytes that hardly occur in
     UTF-8. The Hugging Face tokenizer drops such a byte, then merges what is left. tiktoken needs all 256, so an absent

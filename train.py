@@ -3,7 +3,6 @@
 The loop is plain: batches of examples of similar length, the loss on answer tokens only, one optimizer step per batch
 however it is cut into micro-batches. Everything that was chosen is printed; every choice is a flag.
 """
-import argparse
 import inspect
 import itertools
 import json
@@ -19,8 +18,9 @@ import torch
 import adapter
 import checkpoint
 import gsm8k
-from eval import Parser, choose_device, complete, positive, run_script
+from eval import complete
 from loss import IGNORE, answer_loss
+from script import Parser, above_zero, at_least_zero, choose_device, positive, run_script
 from tensorfile import atomic_write
 
 # Found by `python sweep.py` on the default model (results/sweep.jsonl): best of a grid at 40 steps of 8, not universal.
@@ -50,16 +50,16 @@ def split(examples, held_out):
 def epoch_batches(lengths, batch, seed, epoch, window=32):
     """Lists of `batch` indices that cover an epoch, with little padding: shuffle, sort windows by length, cut, shuffle.
 
-    The order depends on (seed, epoch) alone. A last batch that cannot be filled is left out, unless it is the only one.
+    The order depends on (seed, epoch) alone. Examples that would not fill a batch are left out of this epoch.
     """
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
+    order = order[:len(order) // batch * batch] or order
     batches = []
     for start in range(0, len(order), window * batch):
         by_length = sorted(order[start:start + window * batch], key=lambda i: lengths[i])
         batches += [by_length[i:i + batch] for i in range(0, len(by_length), batch)]
-    full = [indices for indices in batches if len(indices) == batch] or batches
-    return rng.sample(full, len(full))
+    return rng.sample(batches, len(batches))
 
 
 def endless_batches(lengths, batch, seed):
@@ -76,7 +76,7 @@ def collate(encoded, device):
     for row, (ids, prompt_length) in enumerate(encoded):
         tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
         targets[row, prompt_length - 1:len(ids) - 1] = torch.tensor(ids[prompt_length:])
-    return tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return tokens.to(device), targets.to(device)
 
 
 def token_count(encoded):
@@ -155,26 +155,9 @@ def duration(seconds):
 
 # ---- the script -----------------------------------------------------------------------------------------------------
 
-def at_least_zero(text):
-    """An argparse type: a finite number, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
-
-
-def above_zero(text):
-    """An argparse type: a finite number above 0."""
-    if at_least_zero(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
-    return float(text)
-
-
 def parse_arguments(argv):
-    parser = Parser(prog="train.py", usage="train.py --method METHOD [flags]", description="Fine-tune a model on GSM-8K.")
+    parser = Parser(prog="train.py", usage="train.py --method METHOD [flags]",
+                    description="Fine-tune a model on GSM-8K.")
     add = parser.add_argument
     add("--method", default="sorsa", help=f"one of {', '.join(adapter.METHODS)}")
     add("--model", default=checkpoint.DEFAULT_MODEL, help="base model: a name or a .gguf file")
@@ -251,18 +234,18 @@ def holds_a_run(folder):
 
 
 def check_out(args):
-    """ValueError, before anything is loaded, if --out already holds a run and --overwrite was not given."""
+    """ValueError, before anything is loaded, if --out is a file, or holds a run and --overwrite was not given."""
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: name a folder")
     if args.out and holds_a_run(args.out) and not args.overwrite:
         raise ValueError(f"--out {args.out} already holds a run: give another folder, or --overwrite to replace it")
 
 
 def choose_out(args):
-    """Make the run's folder: --out, emptied of an old run, or the first free one of runs/METHOD, runs/METHOD-2, ..."""
+    """Make the run's folder: --out, or the first free one of runs/METHOD, runs/METHOD-2, ..."""
     names = (args.method if n == 1 else f"{args.method}-{n}" for n in itertools.count(1))
     args.out = args.out or next(Path("runs") / name for name in names if not holds_a_run(Path("runs") / name))
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        (args.out / name).unlink(missing_ok=True)
 
 
 def choose_budget(args, device, examples):
@@ -286,12 +269,16 @@ def describe(args, base, regularizer, device, source, data):
     shown = [f"{key} {value}" for key, value in settings.items() if key not in hidden and value is not None]
     tokens, answers = token_count(encoded) / len(encoded), answer_tokens(encoded) / len(encoded)
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    if args.autocast:
+        dtype += f" computing in {args.autocast}"
     hardware = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     print(f"device    {device} ({hardware}), weights {dtype}, torch {torch.__version__}")
     print(f"model     {base.name}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
     print(f"data      {source}")
-    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {left_out} too long and left out; "
-          f"{tokens:.0f} tokens per example, {answers:.0f} of them answer")
+    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {left_out} left out "
+          f"(longer than {args.max_tokens} tokens)")
+    print(f"          {tokens:.0f} tokens per example, {answers:.0f} of them answer, calculator annotations "
+          f"{'removed' if args.strip_annotations else 'kept'}")
     print(f"method    {', '.join([args.method, *shown])}; targets {', '.join(targets or ['every parameter'])}")
     print("\n".join(f"          {line}" for line in adapter.parameter_table(model)))
     epochs = args.steps * args.batch / len(encoded)
@@ -299,7 +286,9 @@ def describe(args, base, regularizer, device, source, data):
           f"{args.micro_batch} per forward pass; {gflop_per_token(model, answers / tokens)[1]:.2f} GFLOP per token")
     print(f"          AdamW, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
           f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
-    print(f"out       {args.out}", flush=True)
+    if regularizer.get("gamma"):
+        print(f"          regularizer times gamma / peak lr = {regularizer['gamma'] / args.lr:g}, after clipping")
+    print(f"out       {args.out}; held-out loss every {args.eval_every} steps", flush=True)
 
 
 def expected_seconds(args, model, encoded, held_out, forward_seconds):
@@ -374,6 +363,7 @@ def main(argv=None):
     # Full fine-tuning keeps fp32 weights, where small steps survive, and computes in bf16 on a GPU.
     weights = torch.float32 if args.method == "full" else dtype
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=weights != dtype)
+    args.autocast = "bfloat16" if weights != dtype else None
     check_out(args)
 
     examples, source = gsm8k.load(args.data, "train")
@@ -383,8 +373,8 @@ def main(argv=None):
     model, tokenizer = base.model, base.tokenizer
     to_train, to_hold_out = split(examples, args.held_out)
     to_train = to_train[:args.limit]
-    longest = min(args.max_tokens, model.config.max_position_embeddings)
-    encoded, held_out = (encode_examples(tokenizer, part, longest) for part in (to_train, to_hold_out))
+    args.max_tokens = min(args.max_tokens, model.config.max_position_embeddings)
+    encoded, held_out = (encode_examples(tokenizer, part, args.max_tokens) for part in (to_train, to_hold_out))
     left_out = len(to_train) + len(to_hold_out) - len(encoded) - len(held_out)
 
     module.attach(model, **options)
@@ -395,15 +385,17 @@ def main(argv=None):
 
     def measure(step):
         loss = held_out_loss(model, held_out, args.micro_batch, device, autocast)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step}: held-out loss {loss:g}; lower --lr, now {args.lr:g}")
         log.write(json.dumps({"step": step, "held_out_loss": loss}) + "\n")
         print(f"held-out loss after {step} steps: {loss:.4f}", flush=True)
         return loss
 
     def sample(when):
-        if not args.no_sample:
-            prompt, right = gsm8k.prompt(to_hold_out[0]["question"]), gsm8k.gold(to_hold_out[0]["answer"])
-            most = min(128, model.config.max_position_embeddings // 2)
-            text = complete(model, tokenizer, [prompt], most)[0]["text"]
+        prompt, right = gsm8k.prompt(to_hold_out[0]["question"]), gsm8k.gold(to_hold_out[0]["answer"])
+        room = model.config.max_position_embeddings - len(tokenizer.encode(prompt))
+        if room > 0 and not args.no_sample:
+            text = complete(model, tokenizer, [prompt], min(128, room))[0]["text"]
             print(f"\n--- a held-out question, {when} training (right: {right})\n{prompt}{text}\n---\n", flush=True)
 
     def regularize():
@@ -418,7 +410,9 @@ def main(argv=None):
                                     device, autocast, log)
     after, path = losses[args.steps], args.out / "adapter.safetensors"
     adapter.save(model, path, base.name, base.sha256)
-    sample("after")
+    log.close()
+    for stale in ("predictions.jsonl", "eval.json"):  # of the adapter that was overwritten
+        (args.out / stale).unlink(missing_ok=True)
 
     data = {"auto": "practice" if source.startswith("practice") else "gsm8k"}.get(args.data, args.data)
     result = {**vars(args), **regularizer, "out": str(args.out), "adapter": model.adapter_config,
@@ -432,7 +426,8 @@ def main(argv=None):
               "dtype": str(weights).removeprefix("torch."), "torch": torch.__version__,
               "command": " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])}
     with atomic_write(args.out / "result.json") as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
+        file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    sample("after")
     print(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %) after {args.steps} steps, "
           f"{tokens:,} tokens at {tokens / seconds:,.0f} per second; {duration(result['seconds'])} in all")
     print(f"adapter: {path}, {path.stat().st_size / 1e6:.1f} MB; its accuracy: python eval.py {args.out}")

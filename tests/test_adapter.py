@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 
 import adapter
+from lora import LoRALinear
+from model import Config, Model
 from tensorfile import read_safetensors, write_safetensors
 from toy import ATTACHED, MERGEABLE, attach, perturb, snapshot, tokens, toy_model
 
@@ -131,7 +133,8 @@ def test_factors_are_fp32_on_a_bf16_model(method):
     after = model(tokens())
     assert after.dtype == torch.bfloat16
     assert torch.equal(before, after) if method in EXACT_START else (before - after).abs().max() < 0.05 * before.abs().max()
-    loss_of(model.float()).backward()
+    loss_of(model).backward()
+    assert all(p.grad.dtype == torch.float32 for p in adapter.trainable(model).values() if p.grad is not None)
 
 
 @pytest.mark.parametrize("method", ATTACHED)
@@ -231,7 +234,7 @@ def test_adapter_that_does_not_fit_is_refused(method, tmp_path):
         adapter.load(toy_model(num_hidden_layers=1), path)
     tensors, metadata = read_safetensors(path)
     write_safetensors(path, tensors, {**metadata, "adapter": metadata["adapter"].replace('"rank"', '"rang"')})
-    with pytest.raises(ValueError, match=f"{method} has no setting rang: written by another version"):
+    with pytest.raises(ValueError, match=f"{method} has no setting rang: was it written by another version"):
         adapter.load(toy_model(), path)
     write_safetensors(path, tensors, {})
     with pytest.raises(ValueError, match="not an adapter file"):
@@ -263,6 +266,90 @@ def test_rank_deficient_weight_falls_back_to_the_exact_svd():
     assert (gram[0].T @ gram[0] - torch.eye(6)).norm() < 1e-4
 
 
+@pytest.mark.parametrize("svd", ["gram", "exact"])
+def test_a_zero_weight_gives_finite_factors(svd):
+    """A weight of zeros has no direction to prefer, and no route may divide by its singular values."""
+    assert all(factor.isfinite().all() for factor in adapter.principal_triplets(torch.zeros(8, 12), 3, svd))
+
+
+def test_full_precision_holds_under_both_apis():
+    """TF32 is off inside and as it was afterwards, whichever of PyTorch's two settings the host program has used."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with adapter.full_precision("cpu"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    torch.set_float32_matmul_precision("high")
+    try:
+        with adapter.full_precision("cpu"):
+            assert matmul.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_a_shared_weight_is_refused(method):
+    """A head tied to the embedding is no target: its change would be the embedding's too."""
+    with pytest.raises(ValueError, match="lm_head shares its weight with another module"):
+        attach(toy_model(), method, targets=["lm_head"])
+    attach(toy_model(tie_word_embeddings=False), method, targets=["lm_head"])
+
+
+@pytest.mark.parametrize("method", ["pissa", "sorsa"])
+def test_a_load_that_fails_early_leaves_a_usable_base(method, tmp_path):
+    """A file without one of the initial factors is refused before the model is touched; an unknown svd likewise."""
+    adapter.save(attach(toy_model(), method), tmp_path / "a.safetensors")
+    tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
+    missing = [name for name in tensors if name.endswith("0")][-1]
+    write_safetensors(tmp_path / "a.safetensors", {k: v for k, v in tensors.items() if k != missing}, metadata)
+    model = toy_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"no tensor {missing}"):
+        adapter.load(model, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="unknown svd 'fast': choose exact or gram"):
+        attach(model, method, svd="fast")
+    assert all(p.requires_grad for p in model.parameters()) and before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    attach(model, method)
+
+
+def test_there_is_nothing_to_save_without_an_adapter(tmp_path):
+    """Saving a base or merged model as an adapter is refused."""
+    with pytest.raises(ValueError, match="nothing is attached"):
+        adapter.save(toy_model(), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("method", ["pissa", "sorsa"])
+def test_lora_factors_make_a_plain_lora(method):
+    """The base with plain LoRA layers of rank 2r, built from the factors, gives the adapted model's logits."""
+    model, plain = perturb(attach(toy_model(), method)), toy_model()
+    for name, layer in adapter.adapted_layers(model):
+        adapter.replace(plain, name, LoRALinear(plain.get_submodule(name), *layer.lora_factors()))
+    assert (plain(tokens()) - model(tokens())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method, rank, count", [
+    ("lora", 16, 4_884_480), ("pissa", 16, 4_884_480), ("sorsa", 16, 4_887_840), ("lora", 128, 39_075_840),
+    ("sorsa", 128, 39_102_720), ("full", None, 134_515_008)])
+def test_published_counts_on_the_default_model(method, rank, count, monkeypatch):
+    """The counts that the README states, on the default model's shapes (without weights: no SVD is run)."""
+    def no_svd(weight, rank, svd):
+        out, inner = weight.shape
+        return (torch.empty(size, device="meta") for size in ((out, rank), (rank,), (rank, inner)))
+    monkeypatch.setattr(adapter, "principal_triplets", no_svd)
+    monkeypatch.setattr(adapter, "subtract", lambda weight, delta: None)
+    with torch.device("meta"):
+        model = Model(Config(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                             num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True))
+    attach(model, method, **({"rank": rank} if rank else {}))
+    assert sum(p.numel() for p in adapter.trainable(model).values()) == count
+
+
 def test_full_trains_everything_once_or_the_named_matrices():
     """Full fine-tuning trains every parameter, the tied embedding once; with targets, exactly those matrices."""
     model = attach(toy_model(), "full")
@@ -291,8 +378,14 @@ def test_hugging_face_model_as_host(method):
     before = host(tokens()).logits
     attach(host, method)
     assert (host(tokens()).logits - before).abs().max() < 1e-5
-    host(tokens(), labels=tokens()).loss.backward()
-    assert any(p.grad.abs().max() > 0 for p in adapter.trainable(host).values())
+    optimizer, losses = torch.optim.AdamW(adapter.trainable(host).values(), lr=1e-2), []
+    for _ in range(5):
+        losses.append(host(tokens(), labels=tokens()).loss)
+        losses[-1].backward()
+        assert all(p.grad is not None for p in adapter.trainable(host).values())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.05
     perturb(host)
     expected = host(tokens()).logits
     adapter.merge(host)

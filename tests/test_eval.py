@@ -8,6 +8,7 @@ import adapter
 import eval as evaluation
 import gsm8k
 import train
+from script import run_script
 from toy import attach, perturb, tokens, toy_model, write_sums
 
 EOS = 0
@@ -89,6 +90,22 @@ def test_calculator_on_the_real_model(real_base):
     assert "<<137*68=9316>>" in with_it and "<<137*68=9316>>" not in without
 
 
+def test_a_completion_ends_where_another_question_begins(real_base, monkeypatch):
+    """What follows "Question:" on a new line is cut and not counted, and the row may end there."""
+    text = " 3+4=7\n#### 7\nQuestion: What else?"
+    ids = real_base.tokenizer.encode(text)
+    told = []
+
+    def generated(model, prompts, eos_id, max_new, batch, is_done, force, progress):
+        told.extend([is_done(ids), is_done(real_base.tokenizer.encode(" 3+4=7\n#### 7"))])
+        return [ids, real_base.tokenizer.encode(" 7") + [eos_id], real_base.tokenizer.encode(" 7")]
+    monkeypatch.setattr(evaluation, "generate", generated)
+    stopped, ended, capped = evaluation.complete(real_base.model, real_base.tokenizer, ["a", "b", "c"])
+    assert told == [True, False]
+    assert stopped == {"text": " 3+4=7\n#### 7", "new_tokens": len(real_base.tokenizer.encode(" 3+4=7\n#### 7")), "finish": "stop"}
+    assert ended == {"text": " 7", "new_tokens": 3, "finish": "eos"} and capped == {"text": " 7", "new_tokens": 2, "finish": "cap"}
+
+
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -96,14 +113,14 @@ def small_run(tiny_gguf, tmp_path):
     """A finished run of a tiny model on two handfuls of problems; its data folder and its run folder."""
     data = write_sums(tmp_path / "data")
     train.main(["--method", "sorsa", "--rank", "4", "--lr", "1e-2", "--model", str(tiny_gguf), "--data", str(data), "--steps", "30", "--batch", "8",
-                "--held-out", "4", "--out", str(tmp_path / "run"), "--no-sample"])
+                "--held-out", "4", "--out", str(tmp_path / "run"), "--no-sample", "--device", "cpu"])
     return data, tmp_path / "run"
 
 
 def test_evaluating_a_run(small_run, capsys):
     """The run's own data and base are used; the printed numbers follow from predictions.jsonl by rescoring it."""
     data, run = small_run
-    summary = evaluation.main([str(run), "--max-new", "40", "--batch", "4"])
+    summary = evaluation.main([str(run), "--max-new", "40", "--batch", "4", "--device", "cpu"])
     records = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert summary["n"] == len(records) == 11 and summary["method"] == "sorsa" and summary["data"] == str(data)
     assert [r["question"] for r in records] == [f"What is {i}+1?" for i in range(11)]
@@ -125,7 +142,7 @@ def test_printed_counts_are_right(small_run, monkeypatch, capsys):
     finishes = ["eos"] * 9 + ["cap", "eos"]
     monkeypatch.setattr(evaluation, "complete", lambda *args: [
         {"text": text, "finish": finish, "new_tokens": 10} for text, finish in zip(texts, finishes)])
-    summary = evaluation.main([str(run)])
+    summary = evaluation.main([str(run), "--device", "cpu"])
     assert summary["accuracy"] == {"answer": 7 / 11, "strict": 6 / 11, "flexible": 7 / 11, "metamath": 1 / 11}
     assert summary["capped"] == summary["no_answer"] == 1 / 11 and summary["new_tokens"] == 110
     out = capsys.readouterr().out
@@ -135,11 +152,32 @@ def test_printed_counts_are_right(small_run, monkeypatch, capsys):
 def test_evaluating_a_base_model_alone_and_asking(small_run, tiny_gguf, tmp_path, capsys):
     """--model alone measures the base, --limit takes the first problems, --ask answers one question and writes nothing."""
     data, run = small_run
-    summary = evaluation.main(["--model", str(tiny_gguf), "--data", str(data), "--limit", "3", "--max-new", "8", "--out", str(tmp_path / "base")])
+    summary = evaluation.main(["--model", str(tiny_gguf), "--data", str(data), "--limit", "3", "--max-new", "8", "--device", "cpu", "--out", str(tmp_path / "base")])
     assert summary["n"] == 3 and summary["method"] == "none" and (tmp_path / "base" / "predictions.jsonl").exists()
     capsys.readouterr()
-    evaluation.main([str(run), "--ask", "What is 2+1?", "--max-new", "8"])
+    evaluation.main([str(run), "--ask", "What is 2+1?", "--max-new", "8", "--device", "cpu"])
     assert "Question: What is 2+1?\nAnswer:" in capsys.readouterr().out and not (run / "predictions.jsonl").exists()
+
+
+def test_shots_come_from_the_training_data(small_run, monkeypatch):
+    """--shots puts solved training problems in front of every question, never test problems."""
+    data, run = small_run
+    (data / "train.jsonl").write_text(json.dumps({"question": "Only in train?", "answer": "Yes.\n#### 1"}))
+    prompts = []
+    monkeypatch.setattr(evaluation, "complete", lambda model, tokenizer, texts, *rest: prompts.extend(texts) or [
+        {"text": " 1", "finish": "eos", "new_tokens": 1}] * len(texts))
+    evaluation.main([str(run / "adapter.safetensors"), "--shots", "1", "--limit", "2", "--device", "cpu", "--out", str(run)])
+    assert len(prompts) == 2
+    assert all(p.startswith("Question: Only in train?\nAnswer: Yes.\n#### 1\n\nQuestion: What is") for p in prompts)
+
+
+def test_a_damaged_result_is_named(small_run, capsys):
+    """A result.json that is not one stops with its name and the flag that does without."""
+    _, run = small_run
+    (run / "result.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        run_script(lambda: evaluation.main([str(run), "--device", "cpu"]))
+    assert f"{run / 'result.json'}: not the result of a run: name the data with --data" in capsys.readouterr().err
 
 
 def test_perfect_answers_score_one_hundred(tmp_path):
@@ -160,7 +198,7 @@ BAD = [([], "name a run"), (["no/such/run"], "no/such/run: no such file"), (["--
 def test_bad_input_is_one_line_and_status_2(flags, message, capsys):
     """What a user can mend ends with status 2 and one line that names it."""
     with pytest.raises(SystemExit) as stopped:
-        evaluation.run_script(lambda: evaluation.main(flags))
+        run_script(lambda: evaluation.main(flags))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], lines
 
@@ -173,5 +211,5 @@ def test_an_adapter_on_another_base_is_refused(small_run, tiny_gguf, tmp_path, c
     content[-1] ^= 1
     other.write_bytes(content)
     with pytest.raises(SystemExit) as stopped:
-        evaluation.run_script(lambda: evaluation.main([str(run), "--model", str(other), "--ask", "?"]))
+        run_script(lambda: evaluation.main([str(run), "--model", str(other), "--ask", "?", "--device", "cpu"]))
     assert stopped.value.code == 2 and "trained on another base model" in capsys.readouterr().err

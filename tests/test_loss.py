@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import adapter
 import loss
 import train
-from toy import attach, toy_examples, toy_model
+from toy import attach, perturb, toy_examples, toy_model
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
 def test_gradient_in_forward_equals_plain_cross_entropy(count, monkeypatch):
@@ -43,13 +43,34 @@ def test_trained_head_gets_the_plain_loss():
 
 
 def test_nothing_flows_below_the_first_adapted_layer():
-    """With adapters in the second block only, the first block's output takes no part in the backward pass."""
-    model = toy_model()
-    adapter.freeze(model)
-    model.base_keys = None
-    down = model.model.layers[1].mlp.down_proj
-    down.weight.requires_grad_(True)
-    seen = []
+    """With LoRA on the last projection only, what the first block computes takes no part in the backward pass."""
+    model, seen = toy_model(), []
+    model.model.layers = model.model.layers[:1] + torch.nn.ModuleList([RenamedBlock(model.model.layers[1])])
+    attach(model, "lora", targets=["last_down"])
     model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     loss.answer_loss(model, *train.collate(toy_examples(3), "cpu")).backward()
-    assert seen == [False] and down.weight.grad.any()
+    assert seen == [False] and all(p.grad is not None for p in adapter.trainable(model).values())
+
+
+class RenamedBlock(torch.nn.Module):
+    """A block whose down projection has a name of its own, to be a target alone."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.last_down = block, block.mlp.down_proj
+        del block.mlp.down_proj
+        block.mlp.down_proj = lambda x: self.last_down(x)
+
+    def forward(self, *inputs):
+        return self.block(*inputs)
+
+
+def test_an_adapted_head_trains():
+    """With LoRA on an untied head the plain path is taken and its factors get gradients."""
+    model = attach(toy_model(tie_word_embeddings=False), "lora", targets=["lm_head"])
+    perturb(model)
+    inputs, targets = train.collate(toy_examples(3), "cpu")
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+    value = loss.answer_loss(model, inputs, targets)
+    value.backward()
+    assert torch.allclose(value, expected, rtol=1e-5) and model.lm_head.A.grad.any() and model.lm_head.B.grad.any()

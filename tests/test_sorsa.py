@@ -155,6 +155,12 @@ def test_one_sgd_step_is_the_two_rate_form():
         assert torch.allclose(moved[name], before[name] - lr * loss_gradient[name] - pull, atol=1e-7), name
 
 
+def test_a_model_without_sorsa_layers_is_refused():
+    """There is nothing to regularize on a base model."""
+    with pytest.raises(ValueError, match="no SORSA layers"):
+        sorsa.add_regularizer_grad(toy_model(), 1.0)
+
+
 def test_unknown_reduction_is_refused():
     """Only mean and sum exist."""
     with pytest.raises(ValueError, match="unknown reduction 'max': choose mean or sum"):

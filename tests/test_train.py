@@ -7,7 +7,8 @@ import torch
 
 import adapter
 import train
-from eval import run_script
+from loss import answer_loss
+from script import run_script
 from toy import attach, perturb, toy_examples, toy_model, write_sums
 
 METHODS = ["full", "lora", "pissa", "sorsa"]
@@ -30,8 +31,10 @@ def test_an_epoch_covers_every_example_once():
 
 
 def test_unfilled_batches_are_left_out_unless_alone():
-    """97 examples make 12 batches of 8; 5 examples make one batch of 5."""
-    assert [len(b) for b in train.epoch_batches([3] * 97, 8, 0, 0)] == [8] * 12
+    """97 examples make 12 batches of 8, and not always the longest is left out; 5 examples make one batch of 5."""
+    epochs = [train.epoch_batches(list(range(97)), 8, 0, epoch) for epoch in range(5)]
+    assert all([len(b) for b in batches] == [8] * 12 for batches in epochs)
+    assert any(96 in b for batches in epochs for b in batches)
     assert [len(b) for b in train.epoch_batches([3] * 5, 8, 0, 0)] == [5]
 
 
@@ -146,7 +149,7 @@ def run(tiny_gguf, tmp_path):
     """Six short steps of train.py on the tiny model, into the folder named."""
     data = write_sums(tmp_path / "data")
     return lambda name, *flags: train.main(["--model", str(tiny_gguf), "--data", str(data), "--held-out", "8", "--steps", "6", "--batch", "4",
-                                            "--out", str(tmp_path / name), "--no-sample", *flags])
+                                            "--out", str(tmp_path / name), "--no-sample", "--device", "cpu", *flags])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -155,6 +158,7 @@ def test_a_run_learns_and_leaves_its_files(method, run, tiny_gguf, tmp_path, cap
     rank = [] if method == "full" else ["--rank", "4"]
     result = run("run", "--method", method, "--lr", "1e-2", *rank)
     assert result["held_out_after"] < result["held_out_before"] - 0.05
+    assert result["held_out_after"] == list(result["held_out_loss"].values())[-1]
     printed = capsys.readouterr().out
     assert f"held-out loss {result['held_out_before']:.4f} -> {result['held_out_after']:.4f}" in printed.splitlines()[-2]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["held_out_after"] == result["held_out_after"]
@@ -189,6 +193,83 @@ def test_gamma_zero_is_training_without_a_regularizer(run, tmp_path, monkeypatch
     assert all(torch.equal(off[name], absent[name]) for name in off)
 
 
+def test_the_loop_is_the_written_out_loop(tmp_path):
+    """Three steps of `train.train` are, bit for bit, the loop by hand: schedule, micro-batches, clipping, then SORSA's
+    regularizer once per step, AdamW, cleared gradients."""
+    data, sorsa = toy_examples(16), adapter.method_module("sorsa")
+    args = types.SimpleNamespace(lr=1e-2, weight_decay=0.01, clip=0.5, steps=3, seed=0, batch=4, micro_batch=2,
+                                 schedule="linear", warmup=0.4, eval_every=2, log_every=1)
+    model, calls = perturb(attach(toy_model(), "sorsa"), 0.02), []
+
+    def regularize():
+        calls.append(1)
+        return sorsa.add_regularizer_grad(model, 0.4)
+
+    with open(tmp_path / "log", "w") as log:
+        losses, tokens, _ = train.train(args, model, regularize, data, float, torch.device("cpu"), NO_AUTOCAST, log)
+
+    twin = perturb(attach(toy_model(), "sorsa"), 0.02)
+    factors = list(adapter.trainable(twin).values())
+    optimizer, seen = torch.optim.AdamW(factors, weight_decay=0.01, fused=True), 0
+    batches = train.epoch_batches([len(ids) for ids, _ in data], 4, 0, 0)
+    for rate, indices in zip((0.005, 0.01, 0.01), batches):
+        total = sum(len(data[i][0]) - data[i][1] for i in indices)
+        for part in (indices[:2], indices[2:]):
+            (answer_loss(twin, *train.collate([data[i] for i in part], "cpu")) / total).backward()
+        torch.nn.utils.clip_grad_norm_(factors, 0.5)
+        sorsa.add_regularizer_grad(twin, 0.4)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += sum(len(data[i][0]) for i in indices)
+    for name, parameter in adapter.trainable(model).items():
+        assert torch.equal(parameter, adapter.trainable(twin)[name]), name
+    assert len(calls) == 3 and tokens == seen and losses == {2: 2.0, 3: 3.0}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_held_out_loss_is_the_mean_over_answer_tokens(micro_batch):
+    """Every answer token of every example counts once, whatever the batch."""
+    model, data, total = attach(toy_model(), "lora"), toy_examples(8), 0.0
+    for ids, prompt_length in data:
+        losses = torch.nn.functional.cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="none")
+        total += losses[prompt_length - 1:].sum().item()
+    expected = total / sum(len(ids) - prompt_length for ids, prompt_length in data)
+    assert train.held_out_loss(model, data, micro_batch, "cpu", NO_AUTOCAST) == pytest.approx(expected, rel=1e-5)
+
+
+def test_flags_that_change_the_data(run, tmp_path, capsys):
+    """--limit, --epochs and --strip-annotations change what is trained on, and it shows."""
+    everything = run("all", "--method", "lora", "--rank", "4")
+    assert "32 to train on, 8 held out" in capsys.readouterr().out
+    stripped = run("stripped", "--method", "lora", "--rank", "4", "--strip-annotations")
+    assert "annotations removed" in capsys.readouterr().out and stripped["tokens"] < everything["tokens"]
+    run("limited", "--method", "lora", "--rank", "4", "--limit", "12")
+    assert "12 to train on, 8 held out" in capsys.readouterr().out
+    args = train.parse_arguments(["--epochs", "2.5", "--batch", "8"])
+    train.choose_budget(args, torch.device("cpu"), 100)
+    assert args.steps == 30
+    args = train.parse_arguments([])
+    train.choose_budget(args, torch.device("cuda"), 3200)
+    assert (args.steps, args.batch, args.log_every, args.eval_every) == (100, 32, 10, 25)
+
+
+def test_a_run_whose_last_step_diverges_is_not_saved(run, tmp_path):
+    """The update after the last loss that was checked shows in the held-out loss: no adapter, no result."""
+    with pytest.raises(FloatingPointError, match="step 1: held-out loss nan; lower --lr"):
+        run("run", "--method", "lora", "--rank", "4", "--steps", "1", "--lr", "1e30", "--clip", "1e30")
+    assert not (tmp_path / "run" / "adapter.safetensors").exists() and not (tmp_path / "run" / "result.json").exists()
+
+
+def test_an_overwriting_run_that_fails_leaves_the_old_adapter(run, tmp_path):
+    """--overwrite replaces the adapter when the new one is there, not before."""
+    run("run", "--method", "lora", "--rank", "4")
+    before = (tmp_path / "run" / "adapter.safetensors").read_bytes()
+    with pytest.raises(FloatingPointError):
+        run("run", "--method", "lora", "--rank", "4", "--lr", "1e30", "--clip", "1e30", "--overwrite")
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == before
+
+
 def test_a_diverging_run_stops_before_it_saves(run, tmp_path):
     """A loss that is not finite ends the run with the step and a remedy; no adapter is written."""
     with pytest.raises(FloatingPointError, match=r"step \d: loss .*lower --lr"):
@@ -211,7 +292,10 @@ def test_a_second_run_gets_its_own_folder(tiny_gguf, tmp_path, monkeypatch):
     args = train.parse_arguments(["--out", "runs/lora", "--overwrite"])
     train.check_out(args)
     train.choose_out(args)
-    assert not (tmp_path / "runs/lora/log.jsonl").exists()
+    assert str(args.out) == "runs/lora"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="--out file is a file"):
+        train.check_out(train.parse_arguments(["--out", "file"]))
 
 
 BAD = [
@@ -242,7 +326,7 @@ BAD = [
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_bad_input_is_one_line_and_status_2(flags, message, tiny_gguf, tmp_path, capsys):
     """What a user can mend ends with status 2 and one line that names it; nothing is left behind."""
-    arguments = ["--model", str(tiny_gguf), "--data", "practice", "--out", str(tmp_path / "run"), *flags]
+    arguments = ["--model", str(tiny_gguf), "--data", "practice", "--out", str(tmp_path / "run"), "--device", "cpu", *flags]
     with pytest.raises(SystemExit) as stopped:
         run_script(lambda: train.main(arguments))
     lines = capsys.readouterr().err.strip().splitlines()
@@ -265,6 +349,7 @@ def test_bad_data_is_named_by_file_and_line(text, message, tiny_gguf, tmp_path, 
     """Malformed data stops before anything is trained, naming the file and the line."""
     (tmp_path / "train.jsonl").write_text(text)
     with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: train.main(["--model", str(tiny_gguf), "--data", str(tmp_path), "--out", str(tmp_path / "run")]))
+        run_script(lambda: train.main(["--model", str(tiny_gguf), "--data", str(tmp_path), "--out", str(tmp_path / "run"),
+                                       "--device", "cpu"]))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], lines

@@ -1,0 +1,69 @@
+"""What the scripts share: flags, the choice of a device, and how an error reaches the user."""
+import argparse
+import math
+import sys
+
+import torch
+
+
+def choose_device(device, dtype=None):
+    """(device, dtype of frozen weights): CUDA and bf16 where there is a GPU, else CPU and fp32, or as told."""
+    here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device == "auto":
+        device = "cuda" if "cuda" in here else "cpu"
+    if device not in here:
+        raise ValueError(f"--device {device}: torch finds no such device here; choose auto, {', '.join(here)}")
+    default = "bfloat16" if device.startswith("cuda") else "float32"
+    return torch.device(device), getattr(torch, dtype or default)
+
+
+class Help(argparse.HelpFormatter):
+    """Help that states a default wherever there is one to state."""
+
+    def _get_help_string(self, action):
+        told = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help if told else action.help + " (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with defaults in the help and one line per error."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists every option)\n")
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def at_least_zero(text):
+    """An argparse type: a finite number, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def above_zero(text):
+    """An argparse type: a finite number above 0."""
+    if at_least_zero(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return float(text)
+
+
+def run_script(main):
+    """Run `main`; what a user can mend ends as one line on stderr and exit status 2, everything else as a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
