@@ -183,16 +183,21 @@ def trainable(model):
 
 
 def parameter_table(model):
-    """Lines of text: what trains, by kind of tensor (layer numbers left out), with counts and their share of all."""
-    kinds = {}
+    """Lines of text: what trains, a line per kind of module (equal names but for layer numbers, equal shapes)."""
+    modules = {}
     for name, parameter in trainable(model).items():
-        kind = ".".join(part for part in name.split(".") if not part.isdigit() and part not in ("model", "layers"))
-        kinds.setdefault((kind, tuple(parameter.shape)), []).append(parameter.numel())
-    total, everything = sum(map(sum, kinds.values())), sum(p.numel() for p in model.parameters())
-    lines = [f"{'trains':<28}{'shape':<16}{'layers':>7}{'parameters':>14}"]
-    for (kind, shape), counts in kinds.items():
-        lines.append(f"{kind:<28}{str(list(shape)):<16}{len(counts):>7}{sum(counts):>14,}")
-    lines.append(f"{'all':<51}{total:>14,}  ({100 * total / everything:.2f} % of {everything:,})")
+        module, _, last = name.rpartition(".")
+        modules.setdefault(module, {})[last] = parameter
+    kinds = {}
+    for module, parameters in modules.items():
+        kind = ".".join(part for part in module.split(".") if not part.isdigit() and part not in ("model", "layers"))
+        shapes = "  ".join(f"{last} {list(parameter.shape)}" for last, parameter in parameters.items())
+        kinds.setdefault((kind, shapes), []).append(sum(parameter.numel() for parameter in parameters.values()))
+    total, everything = sum(map(sum, kinds.values())), sum(parameter.numel() for parameter in model.parameters())
+    lines = [f"{'module':<26}{'trains':<37}{'layers':>7}{'parameters':>14}"]
+    for (kind, shapes), counts in kinds.items():
+        lines.append(f"{kind:<26}{shapes:<37}{len(counts):>7}{sum(counts):>14,}")
+    lines.append(f"{'all':<70}{total:>14,}  ({100 * total / everything:.2f} % of {everything:,})")
     return lines
 
 
