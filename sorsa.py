@@ -39,9 +39,11 @@ class SORSALinear(adapter.AdaptedLinear):
 
     def __init__(self, linear, U, S, Vt):
         super().__init__(linear)
-        for name, factor in (("U", U), ("S", S), ("Vt", Vt)):  # (out, r), (r,), (r, in)
-            self.register_parameter(name, nn.Parameter(factor.float().to(self.weight.device)))
-            self.register_buffer(name + "0", getattr(self, name).detach().clone())
+        U, S, Vt = (factor.to(self.weight.device, torch.float32) for factor in (U, S, Vt))  # (out, r), (r,), (r, in)
+        self.U, self.S, self.Vt = nn.Parameter(U), nn.Parameter(S), nn.Parameter(Vt)
+        self.register_buffer("U0", U.clone())
+        self.register_buffer("S0", S.clone())
+        self.register_buffer("Vt0", Vt.clone())
         adapter.subtract(self.weight, self.delta())
 
     def forward(self, x):
