@@ -366,6 +366,7 @@ def main(argv=None):
     args.autocast = "bfloat16" if weights != dtype else None
     check_out(args)
 
+    print(f"loading {args.model}, attaching {args.method} ...", flush=True)
     examples, source = gsm8k.load(args.data, "train")
     if args.strip_annotations:
         examples = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
