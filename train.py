@@ -23,7 +23,7 @@ from loss import IGNORE, answer_loss
 from script import Parser, above_zero, at_least_zero, choose_device, positive, run_script
 from tensorfile import atomic_write
 
-# The best of a small grid on the default model, GSM-8K, 24 steps of 6 (README, results/sweep.jsonl): long runs want less.
+# The best of a small grid on the default model, GSM-8K, 24 steps of 6 (README, results/sweep.jsonl): start there.
 DEFAULT_LR = {"full": 1e-4, "lora": 3e-3, "pissa": 3e-4, "sorsa": 1e-4}
 SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
 
