@@ -77,6 +77,8 @@ def find_linears(model, targets, rank=None):
         if users[id(linear.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
     if rank is not None:
+        if not found:
+            raise ValueError("no targets given: name the linear layers to adapt, as in targets=['q_proj', 'v_proj']")
         name, smallest = min(((n, min(m.weight.shape)) for n, m in found), key=lambda pair: pair[1])
         if not 1 <= rank <= smallest:
             raise ValueError(f"rank {rank} is out of range: it must be 1 .. {smallest}, the smaller side of {name}")
@@ -131,7 +133,7 @@ def principal_triplets(weight, rank, svd="gram"):
 
     svd="exact"  economy SVD in fp32.
     svd="gram"   eigenvectors of the smaller of W W^T and W^T W in fp64, where squaring the spectrum costs nothing that
-                 fp32 could see; several times faster. A numerically rank-deficient W falls back to "exact".
+                 fp32 could see; faster. A numerically rank-deficient W falls back to "exact".
     The sign that an SVD leaves free is fixed: the entry of largest magnitude in each row of Vt is positive.
     """
     if svd not in ("exact", "gram"):

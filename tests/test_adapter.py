@@ -176,6 +176,9 @@ def test_unknown_target_is_refused_by_name(method):
     model = toy_model()
     with pytest.raises(ValueError, match="'w_pack' matches no linear layer: this model has q_proj, k_proj"):
         attach(model, method, targets=["q_proj", "w_pack"])
+    if method != "full":
+        with pytest.raises(ValueError, match="no targets given"):
+            attach(model, method, targets=[])
     assert all(p.requires_grad for p in model.parameters()) and not adapter.adapted_layers(model)
 
 
