@@ -89,7 +89,7 @@ def work(args):
     base = checkpoint.load(args.model, dtype, device)
     examples = gsm8k.load(args.data, "train")[0][:2048]
     encoded = train.encode_examples(base.tokenizer, examples, 512)
-    answer_share = train.answer_tokens(encoded) / sum(len(ids) for ids, _ in encoded)
+    answer_share = train.answer_tokens(encoded) / train.token_count(encoded)
     limit = matmul_rate(device, dtype)
     steps = (peer_steps if args.side == "peer" else our_steps)(args, base, encoded)
     next(steps)

@@ -19,7 +19,7 @@ import checkpoint
 import gsm8k
 from calculator import insertion
 from model import KVCache
-from script import Parser, choose_device, positive, run_script
+from script import Parser, choose_device, positive, run_script, write_json
 from tensorfile import atomic_write
 
 CHECK_EVERY = 8  # decode steps between two looks at which rows have finished: each look waits for the GPU
@@ -205,9 +205,14 @@ def load_for_eval(args, device, dtype):
     return base.model, base.tokenizer, base.name, config["method"]
 
 
+def run_folder(run):
+    """The folder of a run, which may be named by its adapter file."""
+    return run if run.is_dir() else run.parent
+
+
 def recorded_data(run):
     """The data a run was trained on, as the result.json beside its adapter says; "auto" where there is none."""
-    path = (run if run.is_dir() else run.parent) / "result.json" if run else None
+    path = run_folder(run) / "result.json" if run else None
     if not path or not path.is_file():
         return "auto"
     try:
@@ -263,12 +268,11 @@ def main(argv=None):
                "calculator": args.calculator, "dtype": str(dtype).removeprefix("torch."), "device": str(device),
                "torch": torch.__version__}
 
-    out = args.out or (args.run if args.run and args.run.is_dir() else Path("runs") / f"base-{Path(name).stem}")
+    out = args.out or (run_folder(args.run) if args.run else Path("runs") / f"base-{Path(name).stem}")
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "predictions.jsonl") as file:
         file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-    with atomic_write(out / "eval.json") as file:
-        file.write((json.dumps(summary, indent=1) + "\n").encode())
+    write_json(out / "eval.json", summary)
 
     print(f"\naccuracy on {summary['n']} problems (standard error)")
     for rule in gsm8k.RULES:

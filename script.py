@@ -1,9 +1,12 @@
-"""What the scripts share: flags, the choice of a device, and how an error reaches the user."""
+"""What the scripts share: flags, the choice of a device, JSON files, and how an error reaches the user."""
 import argparse
+import json
 import math
 import sys
 
 import torch
+
+from tensorfile import atomic_write
 
 
 def choose_device(device, dtype=None):
@@ -58,6 +61,12 @@ def above_zero(text):
     if at_least_zero(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
     return float(text)
+
+
+def write_json(path, record):
+    """Write a dict as an indented JSON file, whole or not at all. ValueError for numbers JSON has no word for."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 def run_script(main):

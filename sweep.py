@@ -12,8 +12,8 @@ import train
 from script import Parser, run_script
 
 KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
-        "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "adapter", "model", "tokens", "seconds", "memory_gb",
-        "device", "torch", "command")
+        "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "adapter", "model", "tokens", "seconds",
+        "memory_gb", "device", "torch", "command")
 
 
 def run(method, lr, out, extra):

@@ -20,8 +20,7 @@ import checkpoint
 import gsm8k
 from eval import complete
 from loss import IGNORE, answer_loss
-from script import Parser, above_zero, at_least_zero, choose_device, positive, run_script
-from tensorfile import atomic_write
+from script import Parser, above_zero, at_least_zero, choose_device, positive, run_script, write_json
 
 # The best of a small grid on the default model, GSM-8K, 24 steps of 6 (README, results/sweep.jsonl): start there.
 DEFAULT_LR = {"full": 1e-4, "lora": 3e-3, "pissa": 3e-4, "sorsa": 1e-4}
@@ -426,8 +425,7 @@ def main(argv=None):
               "seconds": time.time() - began, "memory_gb": peak_memory(device), "device": str(device),
               "dtype": str(weights).removeprefix("torch."), "torch": torch.__version__,
               "command": " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])}
-    with atomic_write(args.out / "result.json") as file:
-        file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_json(args.out / "result.json", result)
     sample("after")
     print(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %) after {args.steps} steps, "
           f"{tokens:,} tokens at {tokens / seconds:,.0f} per second; {duration(result['seconds'])} in all")

@@ -166,8 +166,8 @@ def test_shots_come_from_the_training_data(small_run, monkeypatch):
     prompts = []
     monkeypatch.setattr(evaluation, "complete", lambda model, tokenizer, texts, *rest: prompts.extend(texts) or [
         {"text": " 1", "finish": "eos", "new_tokens": 1}] * len(texts))
-    evaluation.main([str(run / "adapter.safetensors"), "--shots", "1", "--limit", "2", "--device", "cpu", "--out", str(run)])
-    assert len(prompts) == 2
+    evaluation.main([str(run / "adapter.safetensors"), "--shots", "1", "--limit", "2", "--device", "cpu"])
+    assert len(prompts) == 2 and (run / "predictions.jsonl").exists()  # beside the adapter file that was named
     assert all(p.startswith("Question: Only in train?\nAnswer: Yes.\n#### 1\n\nQuestion: What is") for p in prompts)
 
 
