@@ -5,15 +5,19 @@ with the target names, and leaves `requires_grad` True exactly on what the metho
 `AdaptedLinear`: the frozen `weight` (and `bias`) stay under their old names, so base checkpoints keep their keys, and
 
     layer.forward(x)       the paper's equation, which never builds delta() while training
-    layer.delta()          (out, in), what forward adds to `weight`; absent where it depends on the input
+    layer.factors()        the matrices that forward multiplies by, beside `weight`
+    layer.delta()          (out, in), what forward adds to `weight`
     layer.lora_factors()   (down (k, in), up (out, k)): up @ down is the change against the ORIGINAL weight
+    layer.unmergeable      None, or why no matrix equals the change (Mo-SARA); delta and lora_factors then raise
 
+What several layers use together (LoTR, CoRA) is registered once, on the model, in a `Shared`.
 To use a method elsewhere, copy its file, this one and tensorfile.py.
 """
 import contextlib
 import importlib
 import inspect
 import json
+import math
 from collections import Counter
 
 import torch
@@ -22,13 +26,17 @@ import torch.nn.functional as F
 
 from tensorfile import read_safetensors, write_safetensors
 
-# Which file teaches which method. The order is that of the README.
-METHODS = {"full": "full", "lora": "lora", "pissa": "pissa", "sorsa": "sorsa"}
+# Which file teaches which method, and how its functions end there: mosara is attached by sara.attach_mosara.
+METHODS = {"full": ("full", ""), "lora": ("lora", ""), "pissa": ("pissa", ""), "sorsa": ("sorsa", ""),
+           "sara": ("sara", ""), "mosara": ("sara", "_mosara"), "cora": ("cora", ""), "cora-init": ("cora", "_init"),
+           "lotr": ("lotr", "")}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class AdaptedLinear(nn.Module):
     """The `nn.Linear` it replaces, frozen: the same `weight` (out, in) and `bias` (out,) tensors, no copy made."""
+
+    unmergeable = None
 
     def __init__(self, linear):
         super().__init__()
@@ -45,11 +53,34 @@ class AdaptedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, trains: {trained}"
 
 
+class Shared(nn.Module):
+    """Modules that own what groups of layers share, {key of the group (no dots): module}.
+
+    It is registered once, on the model, and its members are not registered in the layers, which keep theirs in a tuple:
+    the state dict, the optimizer and a parameter count then see each tensor once, and a layer still finds it after the
+    model has been moved, cast or deep-copied, which replaces tensors but not modules.
+    """
+
+    def __init__(self, groups):
+        super().__init__()
+        for key, group in groups.items():
+            self.add_module(key, group)
+
+    def forward(self, x):
+        """x, as an nn.Sequential calls every module that is registered on it."""
+        return x
+
+
 def method_module(method):
     """The module of a method's name; ValueError lists the names there are."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    return importlib.import_module(METHODS[method])
+    return importlib.import_module(METHODS[method][0])
+
+
+def method_function(method, verb):
+    """The function that does `verb` ("attach" or "fit") for a method; None where it has none."""
+    return getattr(method_module(method), verb + METHODS[method][1], None)
 
 
 # ---- attaching ------------------------------------------------------------------------------------------------------
@@ -107,6 +138,20 @@ def adapted_layers(model):
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
 
 
+def grouped(linears, key):
+    """{key(name, linear): [(name, linear)]}, in module order."""
+    groups = {}
+    for name, linear in linears:
+        groups.setdefault(key(name, linear), []).append((name, linear))
+    return groups
+
+
+def nearest_rank(linears, params, count):
+    """{"rank": r} for the r that all `linears` allow and whose count(r) comes nearest to `params`."""
+    limit = min(min(linear.weight.shape) for _, linear in linears)
+    return {"rank": min(range(1, limit + 1), key=lambda rank: abs(count(rank) - params))}
+
+
 # ---- singular vectors -----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -145,9 +190,15 @@ def principal_triplets(weight, rank, svd="gram"):
         if U is None or not S[-1] > 1e-5 * S[0]:
             U, S, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
             U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
+    Vt, sign = fix_signs(Vt)
+    return (U * sign.T).float().contiguous(), S.float().contiguous(), Vt.float().contiguous()
+
+
+def fix_signs(Vt):
+    """(rows of Vt turned so that the entry of largest magnitude in each is positive, the signs (r, 1) that do it)."""
     largest = Vt.gather(1, Vt.abs().argmax(dim=1, keepdim=True))  # (r, 1)
     sign = torch.where(largest < 0, -1.0, 1.0).to(Vt)
-    return ((U * sign.T).float().contiguous(), S.float().contiguous(), (Vt * sign).float().contiguous())
+    return Vt * sign, sign
 
 
 def _triplets_from_gram(W, rank):
@@ -193,14 +244,36 @@ def parameter_table(model):
     kinds = {}
     for module, parameters in modules.items():
         kind = ".".join(part for part in module.split(".") if not part.isdigit() and part not in ("model", "layers"))
-        shapes = "  ".join(f"{last} {list(parameter.shape)}" for last, parameter in parameters.items())
-        kinds.setdefault((kind, shapes), []).append(sum(parameter.numel() for parameter in parameters.values()))
-    total, everything = sum(map(sum, kinds.values())), sum(parameter.numel() for parameter in model.parameters())
+        kinds.setdefault((kind, tuple(parameters)), []).append([parameter.shape for parameter in parameters.values()])
+    total, everything = (sum(p.numel() for p in parameters) for parameters in (trainable(model).values(), model.parameters()))
     lines = [f"{'module':<26}{'trains':<37}{'layers':>7}{'parameters':>14}"]
-    for (kind, shapes), counts in kinds.items():
-        lines.append(f"{kind:<26}{shapes:<37}{len(counts):>7}{sum(counts):>14,}")
+    for (kind, names), layers in kinds.items():
+        shapes = "  ".join(f"{name} {_shape_range(shapes)}" for name, shapes in zip(names, zip(*layers)))
+        lines.append(f"{kind:<26}{shapes:<37}{len(layers):>7}{sum(map(math.prod, sum(layers, []))):>14,}")
     lines.append(f"{'all':<70}{total:>14,}  ({100 * total / everything:.2f} % of {everything:,})")
+    frozen = sum(tensor.numel() for tensor in adapter_tensors(model).values()) - total
+    if frozen:
+        lines.append(f"{'frozen, added and saved beside them':<70}{frozen:>14,}")
     return lines
+
+
+def _shape_range(shapes):
+    """[[2, 64], [9, 64]] -> [2-9, 64]."""
+    ends = [(min(sizes), max(sizes)) for sizes in zip(*shapes)]
+    return "[" + ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ends) + "]"
+
+
+@torch.no_grad()
+def relative_change(model):
+    """|dW|_F / |W|_F over all adapted matrices together; None where no layer has a dW of its own."""
+    layers = [layer for _, layer in adapted_layers(model) if not layer.unmergeable]
+    squares = []
+    for layer in layers:
+        down, up = layer.lora_factors()
+        change = up @ down  # (out, in)
+        original = layer.weight.float() + layer.delta() - change
+        squares.append(torch.stack((change.square().sum(), original.square().sum())))
+    return (torch.stack(squares).sum(0)[0] / torch.stack(squares).sum(0)[1]).sqrt().item() if squares else None
 
 
 # ---- merging --------------------------------------------------------------------------------------------------------
@@ -210,17 +283,19 @@ def merge(model):
     """Turn every adapted layer into a plain `nn.Linear` with weight + delta(), summed in fp32 and rounded once.
 
     One way: the base cannot be had back by subtracting. Raises ValueError, before anything has changed, for a layer
-    whose change depends on its input.
+    that no single matrix equals.
     """
     for name, layer in adapted_layers(model):
-        if not hasattr(layer, "delta"):
-            raise ValueError(f"{name} cannot be merged: its change depends on the input, so no single matrix equals it")
+        if layer.unmergeable:
+            raise ValueError(f"{name} cannot be merged: {layer.unmergeable}")
     for name, layer in adapted_layers(model):
         with full_precision(layer.weight.device.type):
             merged = (layer.weight.float() + layer.delta().float()).to(layer.weight.dtype)  # (out, in)
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = nn.Parameter(merged, requires_grad=False), layer.bias
         replace(model, name, linear)
+    for name in [name for name, child in model.named_children() if isinstance(child, Shared)]:
+        delattr(model, name)
     for note in ("adapter_config", "base_keys"):
         if hasattr(model, note):
             delattr(model, note)
@@ -267,7 +342,7 @@ def load(model, path, base_sha256=""):
     if sha256 and base_sha256 and sha256 != base_sha256:
         raise ValueError(f"{path}: this adapter was trained on another base model ({name}, sha256 {sha256[:12]}...; "
                          f"the one given has {base_sha256[:12]}...): load that base")
-    attach = method_module(config.get("method")).attach
+    attach = method_function(config.get("method"), "attach")
     settings = {key: value for key, value in config.items() if key != "method"}
     unknown = settings.keys() - (inspect.signature(attach).parameters.keys() - {"model", "saved"})
     if unknown:
@@ -295,16 +370,17 @@ def demonstrate(attach, **options):
     model, x = nn.Sequential(nn.Linear(40, 24)), torch.randn(5, 40)
     before = model(x)
     attach(model, targets=["0"], **options)
-    layer = model[0]
     print(f"{model.adapter_config['method']} on a linear (out 24, in 40): {tuple(x.shape)} -> {tuple(before.shape)}")
-    for name, tensor in layer.state_dict().items():
-        trains = getattr(layer, name).requires_grad
-        print(f"  {name:<7}{str(tuple(tensor.shape)):<10}{'trains' if trains else 'frozen'}")
+    for name, tensor in model.state_dict().items():
+        print(f"  {name:<14}{str(tuple(tensor.shape)):<10}{'trains' if name in trainable(model) else 'frozen'}")
     print(f"trainable parameters      {sum(p.numel() for p in trainable(model).values())} of {before.shape[1] * 41}")
     print(f"|output - base| at step 0 {(model(x) - before).abs().max():.1e}")
     for parameter in trainable(model).values():  # as if it had been trained
         parameter.data += 0.1 * torch.randn_like(parameter)
     after = model(x)
     print(f"|output - base| trained   {(after - before).abs().max():.1e}")
+    if model[0].unmergeable:
+        print(f"does not merge            {model[0].unmergeable}\n")
+        return
     merge(model)
-    print(f"|merged - trained|        {(model(x) - after).abs().max():.1e}")
+    print(f"|merged - trained|        {(model(x) - after).abs().max():.1e}\n")

@@ -200,7 +200,7 @@ def load_for_eval(args, device, dtype):
     _, config, base_name, _ = adapter.read_config(path)
     base = checkpoint.load(args.model or base_name, dtype, device)
     adapter.load(base.model, path, base.sha256)
-    if all(hasattr(layer, "delta") for _, layer in adapter.adapted_layers(base.model)):
+    if not any(layer.unmergeable for _, layer in adapter.adapted_layers(base.model)):
         adapter.merge(base.model)
     return base.model, base.tokenizer, base.name, config["method"]
 

@@ -34,6 +34,10 @@ class LoRALinear(adapter.AdaptedLinear):
         low = x @ self.A.T.to(x.dtype)  # (..., r)
         return self.base(x) + self.scale * (low @ self.B.T.to(x.dtype))  # (..., out)
 
+    def factors(self):
+        """What forward multiplies by, beside `weight`."""
+        return self.A, self.B
+
     def delta(self):
         """(out, in): what forward adds to `weight`."""
         return self.scale * (self.B @ self.A)
@@ -60,6 +64,12 @@ def attach(model, rank=16, alpha=None, targets=adapter.TARGETS, seed=0, saved=No
         scale = (rank if alpha is None else alpha) / rank
         adapter.replace(model, name, LoRALinear(linear, A, B, scale))
     adapter.record(model, "lora", rank=rank, alpha=alpha, targets=list(targets), seed=seed)
+
+
+def fit(model, params, targets=adapter.TARGETS):
+    """{"rank": r}: the rank whose r (in + out) parameters per linear come nearest to `params` in all."""
+    linears = adapter.find_linears(model, targets, rank=1)
+    return adapter.nearest_rank(linears, params, lambda rank: rank * sum(sum(m.weight.shape) for _, m in linears))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ on these slowly decaying spectra); the residual is formed from the factors as st
 import torch
 
 import adapter
-from lora import LoRALinear
+from lora import LoRALinear, fit  # noqa: F401 (a rank for a budget: the count is LoRA's)
 
 
 class PiSSALinear(LoRALinear):

@@ -63,6 +63,18 @@ def above_zero(text):
     return float(text)
 
 
+def amount(text):
+    """An argparse type: a whole number that may be written with k or M, as in 1.2M."""
+    number, unit = (text[:-1], {"k": 1e3, "M": 1e6}[text[-1]]) if text[-1:] in ("k", "M") else (text, 1)
+    try:
+        value = round(float(number) * unit)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1, as in 500k or 1.2M")
+    return value
+
+
 def write_json(path, record):
     """Write a dict as an indented JSON file, whole or not at all. ValueError for numbers JSON has no word for."""
     with atomic_write(path) as file:

@@ -50,6 +50,10 @@ class SORSALinear(adapter.AdaptedLinear):
         low = (x @ self.Vt.T.to(x.dtype)) * self.S.to(x.dtype)  # (..., r)
         return self.base(x) + low @ self.U.T.to(x.dtype)  # (..., out)
 
+    def factors(self):
+        """What forward multiplies by, beside `weight`."""
+        return self.Vt, self.U
+
     def delta(self):
         """(out, in): the principal part W_p, what forward adds to `weight`. Not zero at step 0."""
         return (self.U * self.S) @ self.Vt
@@ -81,6 +85,12 @@ def start(name, linear, rank, svd, saved):
                 adapter.saved_tensor(saved, f"{name}.S0", (rank,)),
                 adapter.saved_tensor(saved, f"{name}.Vt0", (rank, linear.in_features)))
     return adapter.principal_triplets(linear.weight, rank, svd)
+
+
+def fit(model, params, targets=adapter.TARGETS):
+    """{"rank": r}: the rank whose r (in + out + 1) parameters per linear come nearest to `params` in all."""
+    linears = adapter.find_linears(model, targets, rank=1)
+    return adapter.nearest_rank(linears, params, lambda rank: rank * sum(sum(m.weight.shape) + 1 for _, m in linears))
 
 
 # ---- the orthonormal regularizer ------------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ import checkpoint
 import gsm8k
 from eval import complete
 from loss import IGNORE, answer_loss
-from script import Parser, above_zero, at_least_zero, choose_device, positive, run_script, write_json
+from script import Parser, above_zero, amount, at_least_zero, choose_device, positive, run_script, write_json
 
 # The best of a small grid on the default model, GSM-8K, 24 steps of 6 (README, results/sweep.jsonl): start there.
-DEFAULT_LR = {"full": 1e-4, "lora": 3e-3, "pissa": 3e-4, "sorsa": 1e-4}
+DEFAULT_LR = {"full": 1e-4, "lora": 3e-3, "pissa": 3e-4, "sorsa": 1e-4, "sara": 1e-2, "mosara": 1e-2,
+              "cora": 1e-3, "cora-init": 1e-3, "lotr": 1e-3}
 SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
 
 
@@ -101,6 +102,21 @@ def held_out_loss(model, encoded, batch, device, autocast):
     return total / answer_tokens(encoded)
 
 
+def change_statistics(method, model, tokens):
+    """{"change": |dW| / |W|} of the adapted matrices; for Mo-SARA with the gates of its routers on tokens (B, T)."""
+    if method == "mosara":
+        return adapter.method_module(method).gate_statistics(model.model, tokens)
+    return {"change": adapter.relative_change(model)} if adapter.adapted_layers(model) else {}
+
+
+def change_text(line):
+    """What a held-out line of the log says about the weights, in words."""
+    text = "" if line.get("change") is None else f"  |dW|/|W| {line['change']:.1e}"
+    if "gates" in line:
+        text += f"  top gate {line['top_gate']:.2f} of {', '.join(f'{gate:.2f}' for gate in line['gates'])}"
+    return text
+
+
 def learning_rate(step, steps, peak, schedule, warmup):
     """The rate of step 0 .. steps-1: a linear rise over `warmup` of them, then cosine, linear or constant."""
     rise = math.ceil(warmup * steps)
@@ -129,12 +145,24 @@ def accumulate_gradients(model, encoded, micro_batch, device, autocast):
 def gflop_per_token(model, answer_share):
     """(forward, training) GFLOP per token: for every weight 2 forward, 2 for the gradient of its input, 2 more if it
     trains. The head is used at answer tokens only; attention's own products are small here and left out."""
-    head = model.lm_head.weight
-    used = [(p.numel(), p.requires_grad) for p in model.parameters()
-            if p.dim() == 2 and p is not head and p is not model.model.embed_tokens.weight]
-    used.append((head.numel() * answer_share, head.requires_grad))
+    used = []  # (weights per token, do they train) of every matrix of every layer; shared ones count in each
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Linear, adapter.AdaptedLinear)):
+            matrices = [layer.weight, *(layer.factors() if isinstance(layer, adapter.AdaptedLinear) else ())]
+            share = answer_share if layer is model.lm_head else 1
+            used += [(share * matrix.numel(), matrix.requires_grad) for matrix in matrices]
     weights, trained = sum(n for n, _ in used), sum(n for n, trains in used if trains)
     return 2e-9 * weights, 1e-9 * (4 * weights + 2 * trained)
+
+
+def decay_groups(model, weight_decay):
+    """Parameter groups for AdamW: what layers share (LoTR's A and B) is not decayed, it would be pulled to zero."""
+    shared = {id(p) for module in model.modules() if isinstance(module, adapter.Shared) for p in module.parameters()}
+    groups = {False: [], True: []}
+    for parameter in adapter.trainable(model).values():
+        groups[id(parameter) in shared].append(parameter)
+    return [{"params": parameters, "weight_decay": 0.0 if is_shared else weight_decay}
+            for is_shared, parameters in groups.items() if parameters]
 
 
 def peak_memory(device):
@@ -164,13 +192,36 @@ def parse_arguments(argv):
     add("--out", type=Path, help="folder of the run (default: runs/METHOD, or the next free runs/METHOD-N)")
     add("--overwrite", action="store_true", help="replace the run that --out already holds")
 
-    add = parser.add_argument_group("method (a flag that is not the method's own is refused)").add_argument
-    add("--rank", type=int, help="lora, pissa, sorsa: r (default: 16)")
-    add("--alpha", type=above_zero, help="lora: the scale is alpha / r (default: r)")
-    add("--targets", help="names of linear layers, with commas (default: all seven; full: every parameter)")
-    add("--svd", choices=("gram", "exact"), help="pissa, sorsa: how the start is computed (default: gram)")
-    add("--gamma", type=at_least_zero, help="sorsa: weight of its regularizer, 0 is off (default: 4e-4)")
-    add("--reduction", choices=("mean", "sum"), help="sorsa: the regularizer's norms, mean or sum (default: mean)")
+    add = parser.add_argument_group("every method (a flag that is not the method's own is refused)").add_argument
+    add("--targets", help="names of linear layers, with commas (default: all seven; sara, mosara: q_proj,v_proj; "
+                          "full: every parameter)")
+    add("--params", type=amount, help="a budget, as in 1.2M: the rank, or for sara and mosara the threshold, whose "
+                                      "count of trainable parameters comes nearest (not for full)")
+    add = parser.add_argument_group("lora, pissa, sorsa, cora, cora-init, lotr").add_argument
+    add("--rank", type=int, help="r (default: 16, lotr: 64)")
+    add = parser.add_argument_group("lora, sara, cora, cora-init, lotr").add_argument
+    add("--alpha", type=above_zero, help="the change is scaled by alpha / r (default: 1 / 1; lotr: alpha = 3 / sqrt(in))")
+    add = parser.add_argument_group("pissa, sorsa").add_argument
+    add("--svd", choices=("gram", "exact"), help="how the start is computed (default: gram)")
+    add = parser.add_argument_group("sorsa").add_argument
+    add("--gamma", type=at_least_zero, help="weight of the regularizer, 0 is off (default: 4e-4)")
+    add("--reduction", choices=("mean", "sum"), help="of the regularizer's norms (default: mean)")
+    add = parser.add_argument_group("sara, mosara").add_argument
+    add("--threshold", type=above_zero, help="m: a layer's rank is how many leading singular values make up this share "
+                                             "of their sum (default: sara 0.05, mosara 0.5)")
+    add = parser.add_argument_group("sara").add_argument
+    add("--init", choices=("lam", "lora"), help="which factor starts at zero: lam, or B as in LoRA (default: lam)")
+    add = parser.add_argument_group("mosara").add_argument
+    add("--sets", type=positive, help="n, sets of singular values (default: 5)")
+    add("--router-rank", type=positive, help="q, inner width of the router (default: 1)")
+    add("--v-mode", choices=("branch", "output"), help="what v scales; output does not start at the base (default: branch)")
+    add = parser.add_argument_group("cora, cora-init").add_argument
+    add("--basis", choices=("weights", "input", "random"), help="where B comes from (default: weights)")
+    add("--extra", help="further models, with commas, whose weights join the basis: same architecture and pretraining")
+    add("--a-init", choices=("zeros", "random"), help="start of A; random moves the output at step 0 (default: zeros)")
+    add = parser.add_argument_group("lotr").add_argument
+    add("--group-by", choices=("name", "shape"), help="which layers share A and B (default: name)")
+    add("--core-only", action="store_true", default=None, help="freeze A and B at their random start, train the cores")
 
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="optimizer steps (default: 40 on a CPU)")
@@ -203,17 +254,31 @@ def parse_arguments(argv):
     return args
 
 
-METHOD_FLAGS = ("rank", "alpha", "targets", "svd", "gamma", "reduction")
+METHOD_FLAGS = ("targets", "params", "rank", "alpha", "svd", "gamma", "reduction", "threshold", "init", "sets",
+                "router_rank", "v_mode", "basis", "extra", "a_init", "group_by", "core_only")
 
 
-def method_options(args, module):
+def own_flags(method):
+    """Those of METHOD_FLAGS that belong to a method: the arguments of its attach, and what train.py does for it."""
+    accepted = inspect.signature(adapter.method_function(method, "attach")).parameters
+    more = ["params"] if adapter.method_function(method, "fit") else []
+    more += ["gamma", "reduction"] if hasattr(adapter.method_module(method), "add_regularizer_grad") else []
+    return [flag for flag in METHOD_FLAGS if flag in accepted or flag in more]
+
+
+def method_options(args):
     """(arguments for attach, arguments for the regularizer): the method's own flags; ValueError for another's."""
-    accepted, regularized = inspect.signature(module.attach).parameters, hasattr(module, "add_regularizer_grad")
-    own = [flag for flag in METHOD_FLAGS if flag in accepted or regularized and flag in ("gamma", "reduction")]
+    own, module = own_flags(args.method), adapter.method_module(args.method)
+    accepted = inspect.signature(adapter.method_function(args.method, "attach")).parameters
+    regularized = hasattr(module, "add_regularizer_grad")
     given = {flag: getattr(args, flag) for flag in METHOD_FLAGS if getattr(args, flag) is not None}
     for flag in given:
         if flag not in own:
-            raise ValueError(f"--{flag} does not belong to {args.method}: its own flags are --{', --'.join(own)}")
+            words = [name.replace("_", "-") for name in (flag, *own)]
+            raise ValueError(f"--{words[0]} does not belong to {args.method}: its own flags are --{', --'.join(words[1:])}")
+    for size in ("rank", "threshold"):
+        if args.params and size in given:
+            raise ValueError(f"--params chooses the {size}: give --params or --{size}, not both")
     options = {flag: value for flag, value in given.items() if flag in accepted}
     if "targets" in options:
         options["targets"] = [name for name in args.targets.split(",") if name]
@@ -223,6 +288,18 @@ def method_options(args, module):
         options["seed"] = args.seed
     regularizer = {"gamma": given.get("gamma", 4e-4), "reduction": given.get("reduction", "mean")}
     return options, regularizer if regularized else {}
+
+
+def complete_options(args, options, model, dtype, device):
+    """The options of attach that need the model: the size for --params, the weights of --extra."""
+    if args.params:
+        fit = adapter.method_function(args.method, "fit")
+        known = {key: value for key, value in options.items() if key in inspect.signature(fit).parameters}
+        options = {**options, **fit(model, args.params, **known)}
+    if args.extra:
+        names = [name for name in args.extra.split(",") if name]
+        options = {**options, "extra": {name: checkpoint.load(name, dtype, device).model.state_dict() for name in names}}
+    return options
 
 
 RUN_FILES = ("log.jsonl", "result.json", "adapter.safetensors", "predictions.jsonl", "eval.json")
@@ -264,8 +341,8 @@ def describe(args, base, regularizer, device, source, data):
     """Print everything that was chosen, before anything is spent."""
     model, (encoded, held_out, left_out) = base.model, data
     settings, targets = {**model.adapter_config, **regularizer}, model.adapter_config["targets"]
-    hidden = ("method", "targets", "seed")
-    shown = [f"{key} {value}" for key, value in settings.items() if key not in hidden and value is not None]
+    hidden = ("method", "targets", "seed", "ks", "norms")
+    shown = [f"{key} {value}" for key, value in settings.items() if key not in hidden and value not in (None, [], False)]
     tokens, answers = token_count(encoded) / len(encoded), answer_tokens(encoded) / len(encoded)
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     if args.autocast:
@@ -279,6 +356,13 @@ def describe(args, base, regularizer, device, source, data):
     print(f"          {tokens:.0f} tokens per example, {answers:.0f} of them answer, calculator annotations "
           f"{'removed' if args.strip_annotations else 'kept'}")
     print(f"method    {', '.join([args.method, *shown])}; targets {', '.join(targets or ['every parameter'])}")
+    if args.params:
+        total = sum(p.numel() for p in adapter.trainable(model).values())
+        size = "threshold" if "threshold" in settings else "rank"
+        print(f"          nearest to --params {args.params:,}: {size} {settings[size]} with {total:,} trainable parameters")
+    if "ks" in settings:
+        print("          ranks k, layer by layer")
+        print("\n".join(f"          {line}" for line in adapter.method_module(args.method).rank_table(model)))
     print("\n".join(f"          {line}" for line in adapter.parameter_table(model)))
     epochs = args.steps * args.batch / len(encoded)
     print(f"plan      {args.steps} steps of {args.batch} examples ({epochs:.2f} epochs), "
@@ -316,7 +400,7 @@ def train(args, model, regularize, encoded, measure, device, autocast, log):
     lengths = [len(ids) for ids, _ in encoded]
     train_gflop = gflop_per_token(model, answer_tokens(encoded) / sum(lengths))[1]
     parameters = list(adapter.trainable(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
     losses, tokens_seen, seconds = {}, 0, 0.0
     started, tokens, padded = time.time(), 0, 0  # since the last logged step
     for step, indices in zip(range(1, args.steps + 1), endless_batches(lengths, args.batch, args.seed)):
@@ -357,7 +441,7 @@ def main(argv=None):
     began = time.time()
     args = parse_arguments(argv)
     module = adapter.method_module(args.method)
-    options, regularizer = method_options(args, module)
+    options, regularizer = method_options(args)
     device, dtype = choose_device(args.device, args.dtype)
     # Full fine-tuning keeps fp32 weights, where small steps survive, and computes in bf16 on a GPU.
     weights = torch.float32 if args.method == "full" else dtype
@@ -377,18 +461,22 @@ def main(argv=None):
     encoded, held_out = (encode_examples(tokenizer, part, args.max_tokens) for part in (to_train, to_hold_out))
     left_out = len(to_train) + len(to_hold_out) - len(encoded) - len(held_out)
 
-    module.attach(model, **options)
+    options = complete_options(args, options, model, weights, device)
+    adapter.method_function(args.method, "attach")(model, **options)
     choose_budget(args, device, len(encoded))
     choose_out(args)
     describe(args, base, regularizer, device, source, (encoded, held_out, left_out))
     log = open(args.out / "log.jsonl", "w", buffering=1)  # line by line: a killed run leaves every line it printed
 
+    few = collate(held_out[:4], device)[0]  # (4, T), to look at routers with
+
     def measure(step):
         loss = held_out_loss(model, held_out, args.micro_batch, device, autocast)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step}: held-out loss {loss:g}; lower --lr, now {args.lr:g}")
-        log.write(json.dumps({"step": step, "held_out_loss": loss}) + "\n")
-        print(f"held-out loss after {step} steps: {loss:.4f}", flush=True)
+        line = {"step": step, "held_out_loss": loss, **change_statistics(args.method, model, few)}
+        log.write(json.dumps(line) + "\n")
+        print(f"held-out loss after {step} steps: {loss:.4f}{change_text(line)}", flush=True)
         return loss
 
     def sample(when):

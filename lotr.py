@@ -1,0 +1,134 @@
+"""LoTR: Low Tensor Rank Weight Adaptation (arXiv 2402.01376).
+
+The changes of many layers, stacked, are one tensor of low rank: all layers of a group share an input factor A and an
+output factor B, and each layer owns only a small r x r core between them:
+
+    h   = W_s x + c B G_s^T A^T x,      c = alpha / r,      s = the layer's number in its group
+    dW_s[i, j] = c sum_pq B[i, q] G_s[p, q] A[j, p]         (G_s is transposed in dW_s, and rank(dW_s) <= r)
+
+    letter   attribute   shape      start                                 trains          belongs to
+    W_s      weight      (out, in)  pretrained                            no              the layer
+    A        A           (in, r)    N(0, 1)                               yes             the group
+    B        B           (out, r)   N(0, 1)                               yes             the group
+    G_s      G           (r, r)     zeros, so that step 0 is the base     yes             the layer
+    with core_only=True A and B stay frozen at their random start
+
+Trainable parameters of a group of M layers: r (in + out) + M r^2, core only M r^2. Merge: W_s + c B G_s^T A^T.
+First step: G = 0 makes dA = dB = 0, while dG_s = c A^T dW_s^T B is not; from step 2 on all three move. The factors are
+not unique (A P, B Q and P^-1 G_s Q^-T give the same dW_s): compare delta() between runs, never the factors.
+
+Sources: the paper's abstract, the first author's slides and the official code; the paper's text was not at hand.
+What that leaves open, and what we chose:
+- alpha = 3 / sqrt(in), per group. The first Adam step then changes a layer's output as much as LoRA's does at equal
+  learning rate (alpha lr sqrt(in) here, about 3 lr there); alpha = 1, the official default, makes it 8 to 13 times as
+  large on the default model. For width 768 our rule gives 0.11; the authors' own scan is best at 0.1;
+- a group is a projection's name, over all layers: k does not compete with v, and grouped-query attention fits. The
+  official code shares A and B among all targets of one shape: group_by="shape";
+- core_only: the abstract names the idea, the protocol is our reading; no weight decay on A and B (train.py), it would
+  pull the N(0, 1) factors to zero; A, B, G in fp32: a step of 1e-4 on an entry of size 1 is lost in bf16;
+- each G_s is stored with its layer, not as one tensor (M, r, r): the same numbers, and backward through a slice of the
+  whole would touch all M cores in every layer.
+"""
+import torch
+import torch.nn as nn
+
+import adapter
+
+
+class LoTRFactors(nn.Module):
+    """What the layers of one group share: A (in, r) and B (out, r)."""
+
+    def __init__(self, A, B):
+        super().__init__()
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+
+
+class LoTRLinear(adapter.AdaptedLinear):
+    """weight + c B G^T A^T, for one `nn.Linear`: A and B are read from the group's LoTRFactors, G is the layer's own."""
+
+    def __init__(self, linear, shared, alpha):
+        super().__init__(linear)
+        self.shared = (shared,)  # in a tuple, so that it is not registered here again: see adapter.Shared
+        rank = shared.A.shape[1]
+        self.G = nn.Parameter(torch.zeros(rank, rank, device=self.weight.device))  # (r, r)
+        self.c = alpha / rank
+
+    @property
+    def A(self):
+        """(in, r), the group's."""
+        return self.shared[0].A
+
+    @property
+    def B(self):
+        """(out, r), the group's."""
+        return self.shared[0].B
+
+    def forward(self, x):
+        low = (x @ self.A.to(x.dtype)) @ self.G.to(x.dtype)  # (..., r)
+        return self.base(x) + self.c * (low @ self.B.T.to(x.dtype))  # (..., out)
+
+    def factors(self):
+        """What forward multiplies by, beside `weight`."""
+        return self.A, self.G, self.B
+
+    def delta(self):
+        """(out, in): what forward adds to `weight`."""
+        return self.c * (self.B @ self.G.T @ self.A.T)
+
+    def lora_factors(self):
+        """(down (r, in), up (out, r)): up @ down is the change against the original weight."""
+        return self.A.T, self.c * (self.B @ self.G.T)
+
+
+def attach(model, rank=64, alpha=None, targets=adapter.TARGETS, group_by="name", core_only=False, seed=0, saved=None):
+    """Replace every target linear by a LoTRLinear, in place, and register the groups' A and B as `model.lotr`.
+
+    `alpha=None` means 3 / sqrt(in) per group. `group_by` is "name" (a projection, over all layers) or "shape". `seed`
+    draws A and B, on the CPU. `saved` is part of every attach (the tensors of an adapter file); LoTR's start needs none.
+    Raises ValueError on an unknown target or grouping, a rank outside 1 .. min(out, in), a group whose layers have not
+    all one shape, or a second attach.
+    """
+    linears = adapter.find_linears(model, targets, rank)
+    groups = make_groups(linears, group_by)
+    adapter.freeze(model)
+    generator, owners = torch.Generator().manual_seed(seed), {}
+    for key, members in groups.items():
+        out, inner = members[0][1].weight.shape
+        A, B = (torch.randn(size, rank, generator=generator) for size in (inner, out))  # (in, r), (out, r)
+        shared = LoTRFactors(*(factor.to(members[0][1].weight.device) for factor in (A, B)))
+        shared.requires_grad_(not core_only)
+        for name, linear in members:
+            adapter.replace(model, name, LoTRLinear(linear, shared, 3 / inner ** 0.5 if alpha is None else alpha))
+        owners[key] = shared
+    model.lotr = adapter.Shared(owners)
+    adapter.record(model, "lotr", rank=rank, alpha=alpha, targets=list(targets), group_by=group_by,
+                   core_only=core_only, seed=seed)
+
+
+def make_groups(linears, group_by):
+    """{key: [(name, linear)]}: the layers that share A and B, by their projection's name or by their shape."""
+    if group_by not in ("name", "shape"):
+        raise ValueError(f"unknown group_by {group_by!r}: choose name or shape")
+
+    def key(name, linear):
+        return name.rpartition(".")[2] if group_by == "name" else f"{linear.in_features}x{linear.out_features}"
+
+    groups = adapter.grouped(linears, key)
+    for key, members in groups.items():
+        shapes = {tuple(linear.weight.shape) for _, linear in members}
+        if len(shapes) > 1:
+            raise ValueError(f"the layers called {key} differ in shape ({', '.join(map(str, sorted(shapes)))}), so that "
+                             "they cannot share A and B: choose other targets, or group_by='shape'")
+    return groups
+
+
+def fit(model, params, targets=adapter.TARGETS, group_by="name", core_only=False):
+    """{"rank": r}: the rank whose r (in + out) + M r^2 parameters per group of M come nearest to `params` in all."""
+    linears = adapter.find_linears(model, targets, rank=1)
+    groups = make_groups(linears, group_by).values()
+    ends = 0 if core_only else sum(sum(members[0][1].weight.shape) for members in groups)
+    return adapter.nearest_rank(linears, params, lambda rank: ends * rank + len(linears) * rank ** 2)
+
+
+if __name__ == "__main__":
+    adapter.demonstrate(attach, rank=4)
