@@ -245,15 +245,17 @@ def parameter_table(model):
     for module, parameters in modules.items():
         kind = ".".join(part for part in module.split(".") if not part.isdigit() and part not in ("model", "layers"))
         kinds.setdefault((kind, tuple(parameters)), []).append([parameter.shape for parameter in parameters.values()])
-    total, everything = (sum(p.numel() for p in parameters) for parameters in (trainable(model).values(), model.parameters()))
-    lines = [f"{'module':<26}{'trains':<37}{'layers':>7}{'parameters':>14}"]
-    for (kind, names), layers in kinds.items():
-        shapes = "  ".join(f"{name} {_shape_range(shapes)}" for name, shapes in zip(names, zip(*layers)))
-        lines.append(f"{kind:<26}{shapes:<37}{len(layers):>7}{sum(map(math.prod, sum(layers, []))):>14,}")
-    lines.append(f"{'all':<70}{total:>14,}  ({100 * total / everything:.2f} % of {everything:,})")
+    total, everything = (sum(p.numel() for p in some) for some in (trainable(model).values(), model.parameters()))
+    shapes = ["  ".join(f"{name} {_shape_range(shapes)}" for name, shapes in zip(names, zip(*layers)))
+              for (_, names), layers in kinds.items()]
+    width = max([37] + [len(text) + 2 for text in shapes])
+    lines = [f"{'module':<26}{'trains':<{width}}{'layers':>7}{'parameters':>14}"]
+    for ((kind, _), layers), text in zip(kinds.items(), shapes):
+        lines.append(f"{kind:<26}{text:<{width}}{len(layers):>7}{sum(map(math.prod, sum(layers, []))):>14,}")
+    lines.append(f"{'all':<{width + 33}}{total:>14,}  ({100 * total / everything:.2f} % of {everything:,})")
     frozen = sum(tensor.numel() for tensor in adapter_tensors(model).values()) - total
     if frozen:
-        lines.append(f"{'frozen, added and saved beside them':<70}{frozen:>14,}")
+        lines.append(f"{'frozen, added and saved beside them':<{width + 33}}{frozen:>14,}")
     return lines
 
 

@@ -7,6 +7,7 @@ is not work.
 """
 import argparse
 import contextlib
+import inspect
 import json
 import random
 import statistics
@@ -39,7 +40,8 @@ def matmul_rate(device, dtype, size=2048):
 def our_steps(args, base, encoded):
     """The calls of train.py's loop; yields the real tokens of each step after it."""
     model = base.model
-    adapter.method_module(args.method).attach(model, **({} if args.method == "full" else {"rank": args.rank}))
+    attach = adapter.method_function(args.method, "attach")
+    attach(model, **({"rank": args.rank} if "rank" in inspect.signature(attach).parameters else {}))
     parameters = list(adapter.trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     device, lengths = model.lm_head.weight.device, [len(ids) for ids, _ in encoded]

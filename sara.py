@@ -85,22 +85,27 @@ def choose_rank(sigma, threshold):
 def choose_ranks(linears, threshold, ks, norms):
     """({name: k}, {name: |W0|_F}) of the linears: by the rule, or as given, from an adapter file.
 
-    Raises ValueError for a threshold outside 0 < m <= 1, a given k that is missing or no rank of its weight, or a given
-    norm that the weight does not have (to 1e-3): the adapter then belongs to another base.
+    Raises ValueError for a threshold outside 0 < m <= 1, for given ones that are not those of these linears, a k that is
+    no rank of its weight, or a norm that the weight does not have (to 1e-3): the adapter then belongs to another base.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold:g} is out of range: it is a share, above 0 and at most 1")
     found = {name: torch.linalg.vector_norm(linear.weight.double()).item() for name, linear in linears}
+    for what, given in (("ks", ks), ("norms", norms)):
+        wrong = [] if given is None else [f"missing {name}" for name in found if name not in given]
+        wrong += [] if given is None else [f"unexpected {name}" for name in given if name not in found]
+        if wrong:
+            raise ValueError(f"{what} does not fit this model and these targets: {wrong[0]}")
     for name, norm in found.items():
-        if norms is not None and not abs(norms.get(name, float("nan")) - norm) <= 1e-3 * norm:
-            raise ValueError(f"{name} has norm {norm:.6g}, but the adapter was made for one of norm {norms.get(name)}: "
+        if norms is not None and not abs(norms[name] - norm) <= 1e-3 * norm:
+            raise ValueError(f"{name} has norm {norm:.6g}, but the adapter was made for one of norm {norms[name]:.6g}: "
                              "it belongs to another base model")
     if ks is None:
         return {name: choose_rank(spectrum(linear.weight), threshold) for name, linear in linears}, found
     for name, linear in linears:
-        if not isinstance(ks.get(name), int) or not 1 <= ks[name] <= min(linear.weight.shape):
-            raise ValueError(f"ks gives {name} the rank {ks.get(name)}: it must be 1 .. {min(linear.weight.shape)}")
-    return {name: ks[name] for name, _ in linears}, found
+        if not isinstance(ks[name], int) or not 1 <= ks[name] <= min(linear.weight.shape):
+            raise ValueError(f"ks gives {name} the rank {ks[name]!r}: it must be 1 .. {min(linear.weight.shape)}")
+    return ks, found
 
 
 def rank_table(model):

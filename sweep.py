@@ -1,48 +1,70 @@
-"""Learning rates side by side: `python sweep.py --data DIR --methods lora sorsa --lrs 3e-4 1e-3`.
+"""Methods and learning rates side by side: `python sweep.py --data DIR --methods lora sorsa --lrs 3e-4 1e-3`.
 
-Runs train.py once per method and rate, all with the same data order and held-out slice, and appends a JSON line each to
-results/sweep.jsonl. What follows a lone -- goes to train.py as it is: `... -- --steps 100 --rank 32`.
+Runs train.py once per method and rate (without --lrs once per method, at its default rate), all with the same data
+order and held-out slice, each in a process of its own, so that its peak memory is its own. Prints a table and appends a
+JSON line per run to the results file. What follows a lone -- goes to train.py as it is: `... -- --steps 100`.
 """
-import contextlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
-import train
-from script import Parser, run_script
+from script import Parser, amount, run_script
 
 KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
-        "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "adapter", "model", "tokens", "seconds",
+        "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "model", "tokens", "seconds_in_steps", "seconds",
         "memory_gb", "device", "torch", "command")
+# Neither has a size that a budget could choose sensibly: full trains all there is, and Mo-SARA reaches LoRA's budgets
+# only with nearly all singular vectors, whose frozen copies then cost as much as the model.
+OWN_SIZE = ("full", "mosara")
 
 
 def run(method, lr, out, extra):
-    """The kept fields of one run's result; held_out_after is None for a run that diverged."""
-    arguments = ["--method", method, "--lr", f"{lr:g}", "--out", str(out), "--overwrite", "--no-sample", *extra]
+    """The kept fields of one run's result; held_out_after is None for a run that diverged. ValueError if train.py
+    refuses its flags."""
+    arguments = ["--method", method, "--out", str(out), "--overwrite", "--no-sample", *extra]
+    arguments += [] if lr is None else ["--lr", f"{lr:g}"]
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "output.txt", "w") as file, contextlib.redirect_stdout(file):
-        try:
-            result = train.main(arguments)
-        except FloatingPointError as error:
-            return {"method": method, "lr": lr, "held_out_after": None, "error": str(error)}
-    return {key: result[key] for key in KEPT if key in result}
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
+    with open(out / "output.txt", "w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True)
+    if "lower --lr" in done.stderr:
+        return {"method": method, "lr": lr, "held_out_after": None, "error": done.stderr.strip()}
+    if done.returncode:
+        raise ValueError(f"{method}: {done.stderr.strip().removeprefix('error: ')}")
+    result = json.loads((out / "result.json").read_text())
+    config = {key: value for key, value in result["adapter"].items() if key not in ("ks", "norms")}
+    return {**{key: result[key] for key in KEPT if key in result}, "adapter": config}
+
+
+def table_row(record):
+    """One line of a Markdown table."""
+    config = record.get("adapter", {})
+    size = f"r {config['rank']}" if "rank" in config else f"m {config['threshold']}" if "threshold" in config else "-"
+    if record["held_out_after"] is None:
+        return f"| `{record['method']}` | {record['lr']} | diverged |"
+    return (f"| `{record['method']}` | {size} | {record['lr']:g} | {record['trainable_parameters']:,} "
+            f"| {record['held_out_before']:.4f} | {record['held_out_after']:.4f} "
+            f"| {record['seconds_in_steps'] / record['steps']:.2f} | {record['memory_gb']:.2f} |")
 
 
 def main(argv):
     own, extra = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
     parser = Parser(prog="sweep.py", description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", required=True)
-    parser.add_argument("--lrs", nargs="+", type=float, required=True)
+    parser.add_argument("--lrs", nargs="+", type=float, default=[None], help="peak rates (default: the method's own)")
+    parser.add_argument("--params", type=amount, help="a budget for all methods but " + " and ".join(OWN_SIZE))
     parser.add_argument("--data", default="gsm8k")
     parser.add_argument("--results", type=Path, default=Path("results/sweep.jsonl"))
     args = parser.parse_args(own)
     args.results.parent.mkdir(parents=True, exist_ok=True)
+    print("| method | size | peak lr | parameters | held-out before | after | s/step | peak GB |\n" + "|---" * 8 + "|")
     for method in args.methods:
+        budget = ["--params", str(args.params)] if args.params and method not in OWN_SIZE else []
         for lr in args.lrs:
-            record = run(method, lr, Path("runs/sweep") / f"{method}-{lr:g}", ["--data", args.data, *extra])
-            after = record["held_out_after"]
-            shown = "diverged" if after is None else f"{after:.4f}"
-            print(f"{method:<8} lr {lr:<8g} held-out loss {shown}", flush=True)
+            folder = Path("runs/sweep") / (method if lr is None else f"{method}-{lr:g}")
+            record = run(method, lr, folder, ["--data", args.data, *budget, *extra])
+            print(table_row(record), flush=True)
             with open(args.results, "a") as file:
                 file.write(json.dumps(record) + "\n")
 

@@ -200,7 +200,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("lora, pissa, sorsa, cora, cora-init, lotr").add_argument
     add("--rank", type=int, help="r (default: 16, lotr: 64)")
     add = parser.add_argument_group("lora, sara, cora, cora-init, lotr").add_argument
-    add("--alpha", type=above_zero, help="the change is scaled by alpha / r (default: 1 / 1; lotr: alpha = 3 / sqrt(in))")
+    add("--alpha", type=above_zero, help="the change is scaled by alpha / r (default: alpha = r; lotr: 3 / sqrt(in))")
     add = parser.add_argument_group("pissa, sorsa").add_argument
     add("--svd", choices=("gram", "exact"), help="how the start is computed (default: gram)")
     add = parser.add_argument_group("sorsa").add_argument
@@ -298,6 +298,8 @@ def complete_options(args, options, model, dtype, device):
         options = {**options, **fit(model, args.params, **known)}
     if args.extra:
         names = [name for name in args.extra.split(",") if name]
+        if not names:
+            raise ValueError("--extra is empty: name further models, as in --extra one.gguf,two.gguf")
         options = {**options, "extra": {name: checkpoint.load(name, dtype, device).model.state_dict() for name in names}}
     return options
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import adapter
+import sweep
 import train
 from loss import answer_loss
 from script import run_script
-from toy import attach, perturb, toy_examples, toy_model, write_sums
+from tiny import tiny_metadata, tiny_tensors, write_gguf
+from toy import SIZES, attach, perturb, toy_examples, toy_model, write_sums
 
-METHODS = ["full", "lora", "pissa", "sorsa"]
+METHODS = list(adapter.METHODS)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 
@@ -142,6 +144,34 @@ def test_flop_count_of_the_reference_case():
         assert train.gflop_per_token(model, 0.5)[1] * 1e9 == pytest.approx(expected(body, 0.5 * 97 * 32, P))
 
 
+def test_flop_count_of_shared_and_frozen_factors():
+    """A shared factor works in every layer that uses it, a frozen one costs no gradient of its own."""
+    for method in ("lotr", "cora", "mosara"):
+        model = toy_model()
+        body = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
+        attach(model, method)
+        layers = [layer for _, layer in adapter.adapted_layers(model)]
+        if method == "lotr":
+            own = sum(6 * (4 * sum(layer.weight.shape) + 16) for layer in layers)
+        elif method == "cora":
+            own = sum(6 * 4 * layer.in_features + 4 * 4 * layer.out_features for layer in layers)
+        else:
+            own = sum(4 * len(layer.Vt) * sum(layer.weight.shape) + 6 * (5 * len(layer.Vt) + len(layer.Vt) + 5) for layer in layers)
+        assert train.gflop_per_token(model, 0.5)[1] * 1e9 == pytest.approx(4 * body + 4 * 0.5 * 97 * 32 + own)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_lists_a_flag_under_the_methods_that_take_it(method, capsys):
+    """Each flag of a method stands in --help in a group that names the method, and in no other method's."""
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--help"])
+    for section in capsys.readouterr().out.split("\n\n"):
+        title = section.splitlines()[0].rstrip(":")
+        flags = {word.lstrip("-").rstrip(",").replace("-", "_") for line in section.splitlines()[1:] for word in line.split()[:1]}
+        for flag in flags & set(train.METHOD_FLAGS) - {"targets", "params"}:
+            assert (flag in train.own_flags(method)) == (method in title.split(", ")), (title, flag)
+
+
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -155,8 +185,9 @@ def run(tiny_gguf, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_learns_and_leaves_its_files(method, run, tiny_gguf, tmp_path, capsys):
     """Six steps lower the held-out loss; the log, the result and the adapter are there and agree with what was printed."""
-    rank = [] if method == "full" else ["--rank", "4"]
-    result = run("run", "--method", method, "--lr", "1e-2", *rank)
+    size = [f"--{key}={value}" for key, value in SIZES.get(method, {"rank": 4}).items()]
+    targets = [] if method == "full" else ["--targets", ",".join(adapter.TARGETS)]
+    result = run("run", "--method", method, "--lr", "3e-2" if "sara" in method else "1e-2", *size, *targets)
     assert result["held_out_after"] < result["held_out_before"] - 0.05
     assert result["held_out_after"] == list(result["held_out_loss"].values())[-1]
     printed = capsys.readouterr().out
@@ -169,7 +200,60 @@ def test_a_run_learns_and_leaves_its_files(method, run, tiny_gguf, tmp_path, cap
     tensors, config, name, _ = adapter.read_config(tmp_path / "run" / "adapter.safetensors")
     assert config["method"] == method and name == str(tiny_gguf)
     trained = result["trainable_parameters"]
-    assert sum(t.numel() for t in tensors.values()) == trained * (1 if method in ("full", "lora") else 2)
+    stored = sum(t.numel() for t in tensors.values())
+    assert stored == 2 * trained if method in ("pissa", "sorsa") else stored > trained if method in ("mosara", "cora") else stored == trained
+
+
+def test_ranks_are_printed_and_kept(run, tmp_path, capsys):
+    """A SARA run shows a rank per layer and projection and keeps them in result.json; --params says what it chose."""
+    result = run("run", "--method", "sara", "--params", "1k", "--steps", "1")
+    printed, ks = capsys.readouterr().out, json.loads((tmp_path / "run" / "result.json").read_text())["adapter"]["ks"]
+    assert ks.keys() == {f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")}
+    for name in ("q_proj", "v_proj"):
+        own = [ks[f"model.layers.{i}.self_attn.{name}"] for i in range(2)]
+        assert [f"{own[0]}", f"{own[1]}", "mean", f"{sum(own) / 2:.1f}"] in [line.split()[1:] for line in printed.splitlines()
+                                                                             if line.split()[:1] == [name]]
+    threshold, trained = result["adapter"]["threshold"], result["trainable_parameters"]
+    assert f"nearest to --params 1,000: threshold {threshold} with {trained:,} trainable parameters" in printed
+    assert sum(k * (64 + (64 if "q_proj" in name else 32) + 1) for name, k in ks.items()) == trained
+
+
+def test_routers_are_watched(run, tmp_path, capsys):
+    """A Mo-SARA run logs and prints its gates and its change with every held-out loss; the change starts at zero."""
+    run("run", "--method", "mosara", "--sets", "3", "--lr", "0.1")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if "held_out_loss" in line]
+    assert all(len(line["gates"]) == 3 and sum(line["gates"]) == pytest.approx(1, abs=1e-5) for line in lines)
+    assert all(1 / 3 <= line["top_gate"] <= 1 for line in lines)
+    assert lines[0]["change"] == 0 < lines[1]["change"] < lines[-1]["change"]
+    assert f"|dW|/|W| {lines[-1]['change']:.1e}  top gate {lines[-1]['top_gate']:.2f} of " in capsys.readouterr().out
+
+
+def test_further_checkpoints_join_the_basis(run, tiny_gguf, tmp_path):
+    """--extra names models whose weights enter CoRA's basis; the base named again gives the base's own span."""
+    other = tmp_path / "other.gguf"
+    write_gguf(other, tiny_metadata(), tiny_tensors(seed=5))
+    bases = []
+    for extra in ([], ["--extra", str(tiny_gguf)], ["--extra", f"{other},{tiny_gguf}"]):
+        result = run("run", "--method", "cora", "--rank", "4", "--steps", "1", "--overwrite", *extra)
+        assert result["adapter"]["extra"] == (extra[1].split(",") if extra else [])
+        bases.append(adapter.read_config(tmp_path / "run" / "adapter.safetensors")[0]["cora.model/layers/0/mlp/gate_up/96.B"])
+    overlap = [torch.linalg.svdvals(bases[0].T @ B).min() for B in bases[1:]]
+    assert overlap[0] > 1 - 1e-5 and overlap[1] < 0.99
+
+
+def test_a_sweep_records_every_run(tiny_gguf, tmp_path, monkeypatch, capsys):
+    """Each method and rate gets a line in the table and in the results; a diverged run is recorded, a wrong flag stops."""
+    data, results = write_sums(tmp_path / "data"), tmp_path / "results.jsonl"
+    flags = ["--data", str(data), "--results", str(results), "--", "--model", str(tiny_gguf), "--steps", "2", "--batch", "4",
+             "--held-out", "8", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    sweep.main(["--methods", "lora", "--lrs", "1e-2", "1e30", "--params", "5k", *flags])
+    good, bad = [json.loads(line) for line in results.read_text().splitlines()]
+    assert good["held_out_after"] < good["held_out_before"] and good["adapter"]["rank"] == 3
+    assert bad["held_out_after"] is None and "lower --lr" in bad["error"]
+    assert "| `lora` | r 3 | 0.01 | " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="lora: --gamma does not belong to lora"):
+        sweep.main(["--methods", "lora", *flags, "--gamma", "1"])
 
 
 def test_same_seed_same_losses(run, tmp_path):
@@ -299,7 +383,7 @@ def test_a_second_run_gets_its_own_folder(tiny_gguf, tmp_path, monkeypatch):
 
 
 BAD = [
-    (["--method", "lorra"], "unknown method 'lorra': choose one of full, lora, pissa, sorsa"),
+    (["--method", "lorra"], "unknown method 'lorra': choose one of full, lora, pissa, sorsa, sara, mosara, cora, cora-init, lotr"),
     (["--method", "lora", "--rank", "0"], "rank 0 is out of range: it must be 1 .. 32"),
     (["--method", "sorsa", "--rank", "33"], "rank 33 is out of range: it must be 1 .. 32, the smaller side of"),
     (["--method", "lora", "--targets", "q_proj,w_pack"], "target 'w_pack' matches no linear layer: this model has q_proj"),
@@ -311,7 +395,23 @@ BAD = [
     (["--warmup", "2"], "--warmup 2 is a share of the steps"),
     (["--steps", "0"], "argument --steps: '0' is not a whole number of at least 1"),
     (["--steps", "3", "--epochs", "1"], "give --steps or --epochs, not both"),
-    (["--method", "lora", "--gamma", "1e-3"], "--gamma does not belong to lora: its own flags are --rank, --alpha, --targets"),
+    (["--method", "lora", "--gamma", "1e-3"], "--gamma does not belong to lora: its own flags are --targets, --params, --rank, --alpha"),
+    (["--method", "cora", "--threshold", "0.1"], "--threshold does not belong to cora: its own flags are --targets, --params, --rank"),
+    (["--method", "sara", "--rank", "8"], "--rank does not belong to sara: its own flags are --targets, --params, --alpha, --threshold"),
+    (["--method", "lora", "--router-rank", "2"], "--router-rank does not belong to lora"),
+    (["--method", "sara", "--sets", "2"], "--sets does not belong to sara"),
+    (["--method", "lora", "--core-only"], "--core-only does not belong to lora"),
+    (["--method", "full", "--params", "1M"], "--params does not belong to full"),
+    (["--method", "lora", "--params", "1M", "--rank", "8"], "--params chooses the rank: give --params or --rank, not both"),
+    (["--method", "sara", "--params", "1M", "--threshold", "0.1"], "--params chooses the threshold"),
+    (["--params", "1.2G"], "argument --params: '1.2G' is not a number of at least 1, as in 500k or 1.2M"),
+    (["--params", "0"], "argument --params: '0' is not a number of at least 1"),
+    (["--method", "sara", "--threshold", "1.5"], "threshold 1.5 is out of range: it is a share, above 0 and at most 1"),
+    (["--method", "cora", "--basis", "input"], "basis='input' needs square weights: model.layers.0.self_attn.k_proj is 32 x 64"),
+    (["--method", "cora", "--basis", "pca"], "argument --basis: invalid choice: 'pca'"),
+    (["--method", "cora", "--extra", "no/such.gguf"], "no/such.gguf: no such file"),
+    (["--method", "cora", "--extra", ","], "--extra is empty"),
+
     (["--method", "full", "--rank", "8"], "--rank does not belong to full"),
     (["--held-out", "100000"], "--held-out 100000 leaves nothing to train on"),
     (["--data", "no/such/folder"], "no/such/folder"),

@@ -7,8 +7,10 @@ import torch.nn as nn
 import adapter
 from model import Config, Model
 
-ATTACHED = ["lora", "pissa", "sorsa"]  # methods that replace linears
-MERGEABLE = ATTACHED
+ATTACHED = [method for method in adapter.METHODS if method != "full"]  # methods that replace linears
+MERGEABLE = [method for method in ATTACHED if method != "mosara"]
+RANKED = [method for method in ATTACHED if method not in ("sara", "mosara")]  # methods with one rank for all layers
+SIZES = {"full": {}, "sara": {"threshold": 0.4}, "mosara": {"threshold": 0.4}}  # the others: rank 4
 
 
 def toy_model(seed=0, **changes):
@@ -25,8 +27,9 @@ def toy_model(seed=0, **changes):
 
 
 def attach(model, method, **options):
-    """Attach by name, at a rank that fits the toy model."""
-    adapter.method_module(method).attach(model, **{"rank": 4, **options} if method != "full" else options)
+    """Attach by name to all seven projections, at a size that fits the toy model."""
+    targets = {} if method == "full" else {"targets": adapter.TARGETS}
+    adapter.method_function(method, "attach")(model, **{**SIZES.get(method, {"rank": 4}), **targets, **options})
     return model
 
 
