@@ -155,7 +155,7 @@ def further_weight(checkpoint, state, name, weight):
     if state[name].shape != weight.shape:
         raise ValueError(f"{name} has shape {tuple(state[name].shape)} in the further checkpoint {checkpoint}, "
                          f"expected {tuple(weight.shape)}: it must have the base's architecture")
-    return state[name].to(weight)
+    return state[name].to(weight.device)
 
 
 def saved_basis(saved, key, members, rank, variant):
@@ -163,7 +163,7 @@ def saved_basis(saved, key, members, rank, variant):
     shape = (members[0][1].out_features, rank)
     if variant == "init":
         return torch.zeros(shape)
-    return adapter.saved_tensor(saved, f"cora.{key}.B", shape).to(members[0][1].weight.device)
+    return adapter.saved_tensor(saved, f"cora.{key}.B", shape).to(members[0][1].weight.device, torch.float32)
 
 
 def fit(model, params, targets=adapter.TARGETS):

@@ -50,7 +50,7 @@ class LoTRLinear(adapter.AdaptedLinear):
         super().__init__(linear)
         self.shared = (shared,)  # in a tuple, so that it is not registered here again: see adapter.Shared
         rank = shared.A.shape[1]
-        self.G = nn.Parameter(torch.zeros(rank, rank, device=self.weight.device))  # (r, r)
+        self.G = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32, device=self.weight.device))  # (r, r)
         self.c = alpha / rank
 
     @property
@@ -90,17 +90,17 @@ def attach(model, rank=64, alpha=None, targets=adapter.TARGETS, group_by="name",
     """
     linears = adapter.find_linears(model, targets, rank)
     groups = make_groups(linears, group_by)
-    adapter.freeze(model)
-    generator, owners = torch.Generator().manual_seed(seed), {}
+    generator, shared = torch.Generator().manual_seed(seed), {}
     for key, members in groups.items():
-        out, inner = members[0][1].weight.shape
-        A, B = (torch.randn(size, rank, generator=generator) for size in (inner, out))  # (in, r), (out, r)
-        shared = LoTRFactors(*(factor.to(members[0][1].weight.device) for factor in (A, B)))
-        shared.requires_grad_(not core_only)
+        weight = members[0][1].weight
+        A, B = (torch.randn(size, rank, generator=generator) for size in weight.T.shape)  # (in, r), (out, r)
+        shared[key] = LoTRFactors(A.float().to(weight.device), B.float().to(weight.device))
+    adapter.freeze(model)
+    model.lotr = adapter.Shared(shared).requires_grad_(not core_only)
+    for key, members in groups.items():
         for name, linear in members:
-            adapter.replace(model, name, LoTRLinear(linear, shared, 3 / inner ** 0.5 if alpha is None else alpha))
-        owners[key] = shared
-    model.lotr = adapter.Shared(owners)
+            group_alpha = 3 / linear.in_features ** 0.5 if alpha is None else alpha
+            adapter.replace(model, name, LoTRLinear(linear, shared[key], group_alpha))
     adapter.record(model, "lotr", rank=rank, alpha=alpha, targets=list(targets), group_by=group_by,
                    core_only=core_only, seed=seed)
 

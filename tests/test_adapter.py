@@ -400,22 +400,27 @@ def test_lora_factors_make_a_plain_lora(method):
     assert (plain(tokens()) - model(tokens())).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("method, rank, count", [
-    ("lora", 16, 4_884_480), ("pissa", 16, 4_884_480), ("sorsa", 16, 4_887_840), ("lora", 128, 39_075_840),
-    ("sorsa", 128, 39_102_720), ("full", None, 134_515_008), ("cora", 16, 2_396_160), ("cora-init", 16, 4_884_480),
-    ("lotr", 64, 1_511_424)])
-def test_published_counts_on_the_default_model(method, rank, count, monkeypatch):
-    """The counts that the README states, on the default model's shapes (without weights: no SVD is run)."""
+@pytest.fixture
+def default_shapes(monkeypatch):
+    """The default model without weights, on which no SVD is run."""
     def no_svd(weight, rank, svd="gram"):
         out, inner = weight.shape
-        return [torch.empty(size, device="meta") for size in ((out, rank), (rank,), (rank, inner))]
+        return [torch.empty(size, device=weight.device) for size in ((out, rank), (rank,), (rank, inner))]
     monkeypatch.setattr(adapter, "principal_triplets", no_svd)
     monkeypatch.setattr(adapter, "subtract", lambda weight, delta: None)
     with torch.device("meta"):
-        model = Model(Config(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                             num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True))
-    attach(model, method, **({"rank": rank} if rank else {}))
-    assert sum(p.numel() for p in adapter.trainable(model).values()) == count
+        return Model(Config(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                            num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("method, rank, count", [
+    ("lora", 16, 4_884_480), ("pissa", 16, 4_884_480), ("sorsa", 16, 4_887_840), ("lora", 128, 39_075_840),
+    ("sorsa", 128, 39_102_720), ("full", None, 134_515_008), ("cora", 8, 1_198_080), ("cora-init", 8, 2_442_240),
+    ("lotr", 32, 540_672)])
+def test_published_counts_on_the_default_model(method, rank, count, default_shapes):
+    """The counts of the specifications, on the default model's shapes."""
+    attach(default_shapes, method, **({"rank": rank} if rank else {}))
+    assert sum(p.numel() for p in adapter.trainable(default_shapes).values()) == count
 
 
 def test_full_trains_everything_once_or_the_named_matrices():
@@ -464,3 +469,20 @@ def test_hugging_face_model_as_host(method):
     expected = host(tokens()).logits
     adapter.merge(host)
     assert (host(tokens()).logits - expected).abs().max() < 1e-5 and (expected - before).abs().max() > 1e-2
+
+
+def readme_counts():
+    """{method: parameters} of the method table in the README."""
+    rows = [line.split("|") for line in (Path(__file__).parent.parent / "README.md").read_text().splitlines() if line.startswith("| `")]
+    return {row[1].strip(" `"): int(row[5].split()[0].replace(",", "")) for row in rows
+            if len(row) == 8 and row[1].strip(" `") in adapter.METHODS}
+
+
+@pytest.mark.parametrize("method", adapter.METHODS)
+def test_the_readme_states_the_counts_of_the_default_sizes(method, default_shapes, real_base):
+    """The method table's parameters are those of attach with its defaults on the default model (for SARA, of its weights)."""
+    if "sara" in method:
+        default_shapes = Model(real_base.model.config)
+        default_shapes.load_state_dict(real_base.model.state_dict(), assign=True)
+    adapter.method_function(method, "attach")(default_shapes)
+    assert readme_counts()[method] == sum(p.numel() for p in adapter.trainable(default_shapes).values())
