@@ -93,6 +93,8 @@ def attach(model, rank=16, alpha=None, targets=adapter.TARGETS, variant="frozen"
                                   ("basis", basis, ("weights", "input", "random"))):
         if choice not in choices:
             raise ValueError(f"unknown {what} {choice!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+    if basis == "random" and extra:
+        raise ValueError("basis='random' uses no weights: leave out extra")
     linears = adapter.find_linears(model, targets, rank)
     generator, s = torch.Generator().manual_seed(seed), (rank if alpha is None else alpha) / rank
     groups = adapter.grouped(linears, group_key)

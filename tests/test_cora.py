@@ -649,3 +649,22 @@ def test_a_second_attach_is_refused(first, method):
     assert layers_of(model) == layers and set(adapter.trainable(model)) == trained
     assert model.state_dict().keys() == before.keys() and model.adapter_config["method"] == first
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", BOTH)
+def test_an_adapter_saved_from_a_cast_model_is_fp32_again_and_merges(method, dtype, tmp_path):
+    """Factors are fp32 after loading whatever dtype the file has, so that delta() can be formed."""
+    adapter.save(perturb(attach(toy_model(), method)).to(dtype), tmp_path / "a.safetensors")
+    fresh = toy_model().to(dtype)
+    adapter.load(fresh, tmp_path / "a.safetensors")
+    assert all(factor.dtype == torch.float32 for layer in layers_of(fresh).values() for factor in layer.factors())
+    expected = fresh(tokens())
+    adapter.merge(fresh)
+    assert (fresh(tokens()) - expected).abs().max() < (0.2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_random_basis_with_further_checkpoints_is_refused():
+    """Weights that would not be used are not silently recorded."""
+    with pytest.raises(ValueError, match="basis='random' uses no weights: leave out extra"):
+        attach(toy_model(), "cora", basis="random", extra={"other": toy_model().state_dict()})

@@ -1,4 +1,5 @@
 """SARA and Mo-SARA: the rank rule against fp64 SVDs, the layers against their equations, starts, files and budgets."""
+import copy
 import functools
 import json
 import subprocess
@@ -735,3 +736,23 @@ def test_fit_refuses_what_attach_refuses():
             fit(toy_model(), 1000, targets=["w_pack"])
         with pytest.raises(ValueError, match="sara is already attached"):
             fit(model, 1000)
+
+
+def test_triple_form_and_its_gradients_are_those_of_peft_adalora():
+    """peft's SVDLinear with the same A, lam and B gives the same output and gradients: B diag(lam) A is AdaLoRA's form."""
+    peft = pytest.importorskip("peft")
+    from peft.tuners.adalora.layer import SVDLinear
+    torch.manual_seed(0)
+    host, x = nn.Sequential(nn.Linear(20, 12)).double(), torch.randn(7, 20).double()
+    peer = SVDLinear(copy.deepcopy(host[0]), "default", config=peft.AdaLoraConfig(total_step=1), r=5, lora_alpha=3).double()
+    sara.attach(host, targets=["0"], ks={"0": 5}, alpha=3)
+    layer = perturb(host.double(), scale=0.5)[0]
+    theirs = peer.lora_A["default"], peer.lora_E["default"], peer.lora_B["default"]
+    peer.ranknum["default"].data.fill_(5 - 1e-5)  # they divide by ranknum + 1e-5
+    for parameter, value in zip(theirs, (layer.A, layer.lam[:, None], layer.B)):
+        parameter.data = value.detach().clone()
+    assert torch.allclose(peer(x), host(x), atol=1e-12)
+    for model in (peer, host):
+        model(x).square().sum().backward()
+    for parameter, own in zip(theirs, (layer.A.grad, layer.lam.grad[:, None], layer.B.grad)):
+        assert torch.allclose(parameter.grad, own, atol=1e-10)
