@@ -193,10 +193,11 @@ class MoSARALinear(adapter.AdaptedLinear):
             self.unmergeable = "each token has its own update through the router, so no single matrix equals it"
 
     def gates(self, h):
-        """(..., n), each >= 0 and with sum 1, for tokens in the coordinates h = Vt x (..., k); in fp32 or better."""
+        """(..., n), each >= 0 and with sum 1, for tokens in the coordinates h = Vt x (..., k); fp32, also under autocast."""
         if self.W_g1 is None:
             return self.Lam.new_ones(*h.shape[:-1], 1)
-        return (h.to(self.W_g1.dtype) @ self.W_g1 @ self.W_g2).softmax(dim=-1)
+        with torch.autocast(h.device.type, enabled=False):
+            return (h.to(self.W_g1.dtype) @ self.W_g1 @ self.W_g2).softmax(dim=-1)
 
     def forward(self, x):
         h = x @ self.Vt.T  # (..., k)

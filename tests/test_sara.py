@@ -555,8 +555,9 @@ def test_what_no_matrix_equals_is_refused_with_the_reason(options, reason):
     """merge(), delta() and lora_factors() name it; in output mode gates do not help delta() either."""
     host, layer, x = filled(sara.attach_mosara, **options)
     before = host(x)
-    for call in (lambda: adapter.merge(host), layer.delta, layer.lora_factors):
-        with pytest.raises(ValueError, match=reason):
+    for call, what in ((lambda: adapter.merge(host), "0 cannot be merged: "), (layer.delta, r"there is no delta\(\): "),
+                       (layer.lora_factors, r"there are no lora_factors\(\): ")):
+        with pytest.raises(ValueError, match=what + reason):
             call()
     assert reason in layer.unmergeable and host[0] is layer and torch.equal(host(x), before)
     gates = torch.ones(len(layer.Lam)).double() / len(layer.Lam)
@@ -738,13 +739,24 @@ def test_fit_refuses_what_attach_refuses():
             fit(model, 1000)
 
 
+def test_router_is_fp32_under_autocast():
+    """A caller's autocast lowers neither the router's products nor its softmax."""
+    host, x = linear_host()
+    sara.attach_mosara(host, targets=["0"])
+    h = x @ host[0].Vt.T
+    expected = host[0].gates(h)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(host[0].gates(h), expected) and expected.dtype == torch.float32
+
+
 def test_triple_form_and_its_gradients_are_those_of_peft_adalora():
     """peft's SVDLinear with the same A, lam and B gives the same output and gradients: B diag(lam) A is AdaLoRA's form."""
     peft = pytest.importorskip("peft")
     from peft.tuners.adalora.layer import SVDLinear
     torch.manual_seed(0)
     host, x = nn.Sequential(nn.Linear(20, 12)).double(), torch.randn(7, 20).double()
-    peer = SVDLinear(copy.deepcopy(host[0]), "default", config=peft.AdaLoraConfig(total_step=1), r=5, lora_alpha=3).double()
+    config = peft.AdaLoraConfig(total_step=1)
+    peer = SVDLinear(copy.deepcopy(host[0]), "default", config=config, r=5, lora_alpha=3).double()
     sara.attach(host, targets=["0"], ks={"0": 5}, alpha=3)
     layer = perturb(host.double(), scale=0.5)[0]
     theirs = peer.lora_A["default"], peer.lora_E["default"], peer.lora_B["default"]
