@@ -152,6 +152,11 @@ def nearest_rank(linears, params, count):
     return {"rank": min(range(1, limit + 1), key=lambda rank: abs(count(rank) - params))}
 
 
+def uniform_factor(rank, inner, generator):
+    """LoRA's A (rank, in) at the start: uniform in +-1/sqrt(in), drawn on the CPU."""
+    return (2 * torch.rand(rank, inner, generator=generator) - 1) * inner ** -0.5
+
+
 # ---- singular vectors -----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager

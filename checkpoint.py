@@ -83,9 +83,9 @@ def model_file(name):
         return default_model()
     path = Path(name)
     if path.suffix != ".gguf":
-        raise ValueError(f"--model {name} is not known: it takes {DEFAULT_MODEL} or the path of a .gguf file")
+        raise ValueError(f"model {name} is not known: it takes {DEFAULT_MODEL} or the path of a .gguf file")
     if not path.is_file():
-        raise FileNotFoundError(f"--model {name}: no such file; it takes {DEFAULT_MODEL} or the path of a .gguf file")
+        raise FileNotFoundError(f"model {name}: no such file; it takes {DEFAULT_MODEL} or the path of a .gguf file")
     return path
 
 

@@ -4,7 +4,7 @@ LoRA's B, which starts at zero, is replaced by an orthonormal basis computed fro
 projections that share an input, and A starts at zero instead:
 
     h = W_i x + s B A_i x,      s = alpha / r,      B^T B = I
-    B = the r leading left singular vectors of J = [W_1 ... W_n]        the weights W_i (out, in) of one group, side by side
+    B = the r leading left singular vectors of J = [W_1 ... W_n]      the weights (out, in) of one group, side by side
 
     letter   attribute   shape      start                            trains: cora    cora-init
     W_i      weight      (out, in)  pretrained                       no              no
@@ -12,18 +12,20 @@ projections that share an input, and A starts at zero instead:
     B        B           (out, r)   the group's basis                no, shared      yes, each layer its own
 
 Trainable parameters: r in per adapted linear (about half of LoRA's), cora-init r (in + out). Merge: W_i + s B A_i.
-First step: dA = s B^T dW is not zero, dB = s dW A^T is; from step 2 on both move. In cora every column of the change
-stays in the span of B for ever. cora-init is a LoRALinear from another start, and uses that class.
+First step (d: the gradient of the loss): dA = s B^T dW is not zero; in cora-init dB = s dW A^T is, as A = 0, and from
+step 2 on both move. In cora B never moves: every column of the change stays in its span. cora-init is a LoRALinear from
+another start, and uses that class.
 
 Evidence. The paper's text was not at hand and we know of no code by its authors: this is a reconstruction. From the
 abstract come the common subspace in B's place and its two uses; from secondary summaries the joint matrix of the query,
-key and value weights of each layer, its plain SVD and the first r singular vectors. What that leaves open, and what we chose:
+key and value weights of each layer, its plain SVD and the first r singular vectors. What is open, and what we chose:
 - the output space (left vectors; the summaries fit two readings), as it also serves out != in. basis="input" is the
   other reading: the leading eigenvectors of sum W_i^T W_i, possible only where out = in;
 - no mean removed, no singular values in B, the largest entry of each column positive; A = 0; alpha = r, so s = 1;
-- a group: same block, same role (attention input q k v, MLP input gate up, each other projection alone), same output
-  width. With grouped-query attention q is therefore alone, and its B is nothing but its own singular vectors: only
-  k with v and gate with up are truly common there. With full multi-head attention it is q, k, v as in the paper;
+- a group: same parent module, same role (attention input q k v, MLP input gate up, by the names in ROLES; any other
+  projection is alone), same output width. With grouped-query attention q is therefore alone, and its B is nothing but
+  its own singular vectors: only k with v and gate with up are truly common there. With full multi-head attention it is
+  q, k, v as in the paper;
 - several models (`extra`): the weights of further checkpoints join J; the base always counts once;
 - B is part of the adapter file, once per group: A is useless without the exact B it was trained with;
 - control arms: basis="random" (orthonormal, seeded), a_init="random" (LoRA's A: the output then moves at step 0).
@@ -36,7 +38,8 @@ import torch.nn as nn
 import adapter
 from lora import LoRALinear, fit as fit_init  # noqa: F401 (cora-init has LoRA's count)
 
-ROLES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+ROLES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "query": "qkv", "key": "qkv", "value": "qkv",
+         "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
 class CoRABasis(nn.Module):
@@ -83,11 +86,11 @@ def attach(model, rank=16, alpha=None, targets=adapter.TARGETS, variant="frozen"
     """Replace every target linear by a CoRALinear (variant "frozen") or a LoRALinear that starts from B ("init").
 
     The bases of the frozen variant are registered as `model.cora`. `alpha=None` means alpha = rank. `basis` is
-    "weights", "input" or "random", `a_init` "zeros" or "random". `extra` is {name: state dict} of further checkpoints of
-    the same architecture and pretraining; only the names are recorded. `seed` draws what is random, on the CPU. `saved`,
-    the tensors of an adapter file, gives the B in place of an SVD.
-    Raises ValueError on an unknown target or choice, a rank outside 1 .. min(out, in), basis="input" where out != in, an
-    `extra` that does not fit, or a second attach.
+    "weights", "input" or "random", `a_init` "zeros" or "random". `extra` is {name: state dict} of further checkpoints
+    of the same architecture and pretraining; only the names are recorded. `seed` draws what is random, on the CPU.
+    `saved`, the tensors of an adapter file, gives the B in place of an SVD.
+    Raises ValueError on an unknown target or choice, a rank outside 1 .. min(out, in), basis="input" where out != in,
+    an `extra` that does not fit or is not used, or a second attach.
     """
     for what, choice, choices in (("variant", variant, ("frozen", "init")), ("a_init", a_init, ("zeros", "random")),
                                   ("basis", basis, ("weights", "input", "random"))):
@@ -108,8 +111,8 @@ def attach(model, rank=16, alpha=None, targets=adapter.TARGETS, variant="frozen"
         for name, linear in members:
             A = torch.zeros(rank, linear.in_features)  # (r, in)
             if a_init == "random":
-                A = (2 * torch.rand(A.shape, generator=generator) - 1) / linear.in_features ** 0.5
-            A = A.to(linear.weight.device)
+                A = adapter.uniform_factor(rank, linear.in_features, generator)
+            A = A.to(linear.weight.device, torch.float32)
             frozen = variant == "frozen"
             layer = CoRALinear(linear, shared[key], A, s) if frozen else LoRALinear(linear, A, bases[key].clone(), s)
             adapter.replace(model, name, layer)
@@ -141,7 +144,7 @@ def common_basis(members, rank, basis, extra, generator):
     for checkpoint, state in dict(extra).items():
         weights += [further_weight(checkpoint, state, f"{name}.weight", linear.weight) for name, linear in members]
     if basis == "weights":
-        J = torch.cat(weights, dim=1)  # (out, sum in); J J^T = sum W_i W_i^T
+        J = torch.cat(weights, dim=1)  # (out, sum in), with J J^T = sum W_i W_i^T, of which B are eigenvectors
         return adapter.principal_triplets(J.T, rank)[2].T.contiguous()
     for name, linear in members:
         if linear.in_features != linear.out_features:
@@ -151,7 +154,7 @@ def common_basis(members, rank, basis, extra, generator):
 
 
 def further_weight(checkpoint, state, name, weight):
-    """The tensor of a further checkpoint that belongs to `weight` (out, in); ValueError if it is absent or misshapen."""
+    """The further checkpoint's tensor in the place of `weight` (out, in); ValueError if it is absent or misshapen."""
     if name not in state:
         raise ValueError(f"the further checkpoint {checkpoint} has no {name}: it must have the base's architecture")
     if state[name].shape != weight.shape:
@@ -161,7 +164,7 @@ def further_weight(checkpoint, state, name, weight):
 
 
 def saved_basis(saved, key, members, rank, variant):
-    """B of one group from an adapter file. In cora-init each layer trains a B of its own, which `adapter.load` fills in."""
+    """B of one group from an adapter file. In cora-init each layer has its own, which `adapter.load` fills in."""
     shape = (members[0][1].out_features, rank)
     if variant == "init":
         return torch.zeros(shape)

@@ -169,7 +169,7 @@ def summarise(records):
 def parse_arguments(argv):
     parser = Parser(prog="eval.py", usage="eval.py RUN [flags], or eval.py --model MODEL [flags]",
                     description="Greedy generation and GSM-8K accuracy.")
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made, or an adapter file")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("--model", help="base model: a name or a .gguf file (default: the run's own base)")
     parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data)")
     parser.add_argument("--limit", type=int, help="first N test problems, 0 for all (default: 128 on a CPU, else all)")

@@ -10,7 +10,7 @@ The change of a weight is learned as a product of two thin matrices; the weight 
     B        B           (out, r)   zeros, so step 0 is the base     yes
 
 Trainable parameters: r (in + out) per adapted linear. Merge: W + s B A.
-First step: B = 0 makes dA = s B^T dW = 0, while dB = s dW A^T is not; from step 2 on both move.
+First step (d: the gradient of the loss): B = 0 makes dA = s B^T dW = 0, while dB = s dW A^T is not; then both move.
 
 What is left open, and what we chose: the paper draws A from a Gaussian, implementations use the uniform distribution
 above (Kaiming with a = sqrt 5) and so do we; alpha = r, so s = 1, unless given; no dropout.
@@ -58,8 +58,7 @@ def attach(model, rank=16, alpha=None, targets=adapter.TARGETS, seed=0, saved=No
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in linears:
-        bound = linear.in_features ** -0.5
-        A = (2 * torch.rand(rank, linear.in_features, generator=generator) - 1) * bound  # (r, in)
+        A = adapter.uniform_factor(rank, linear.in_features, generator)  # (r, in)
         B = torch.zeros(linear.out_features, rank)  # (out, r)
         scale = (rank if alpha is None else alpha) / rank
         adapter.replace(model, name, LoRALinear(linear, A, B, scale))

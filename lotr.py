@@ -4,7 +4,7 @@ The changes of many layers, stacked, are one tensor of low rank: all layers of a
 output factor B, and each layer owns only a small r x r core between them:
 
     h   = W_s x + c B G_s^T A^T x,      c = alpha / r,      s = the layer's number in its group
-    dW_s[i, j] = c sum_pq B[i, q] G_s[p, q] A[j, p]         (G_s is transposed in dW_s, and rank(dW_s) <= r)
+    change_s[i, j] = c sum_pq B[i, q] G_s[p, q] A[j, p]        (G_s is transposed in it, and its rank is at most r)
 
     letter   attribute   shape      start                                 trains          belongs to
     W_s      weight      (out, in)  pretrained                            no              the layer
@@ -14,14 +14,16 @@ output factor B, and each layer owns only a small r x r core between them:
     with core_only=True A and B stay frozen at their random start
 
 Trainable parameters of a group of M layers: r (in + out) + M r^2, core only M r^2. Merge: W_s + c B G_s^T A^T.
-First step: G = 0 makes dA = dB = 0, while dG_s = c A^T dW_s^T B is not; from step 2 on all three move. The factors are
-not unique (A P, B Q and P^-1 G_s Q^-T give the same dW_s): compare delta() between runs, never the factors.
+First step (d: the gradient of the loss): G = 0 makes dA = dB = 0, while dG_s = c A^T dW_s^T B is not; then all three
+move. The factors are not unique (A P, B Q and P^-1 G_s Q^-T give the same change): compare delta() between runs,
+never the factors.
 
 Sources: the paper's abstract, the first author's slides and the official code; the paper's text was not at hand.
 What that leaves open, and what we chose:
-- alpha = 3 / sqrt(in), per group. The first Adam step then changes a layer's output as much as LoRA's does at equal
-  learning rate (alpha lr sqrt(in) here, about 3 lr there); alpha = 1, the official default, makes it 8 to 13 times as
-  large on the default model. For width 768 our rule gives 0.11; the authors' own scan is best at 0.1;
+- alpha = 3 / sqrt(in), per group. The first Adam step then changes a layer's output about as much as LoRA's does at
+  equal learning rate lr: by alpha lr sqrt(in) = 3 lr here, by sqrt(r / 3) lr there (2.3 lr at r = 16, 3.3 at r = 32).
+  alpha = 1, the official default, makes it 8 to 13 times as large on the default model. For width 768 our rule gives
+  0.11; the authors' own scan is best at 0.1;
 - a group is a projection's name, over all layers: k does not compete with v, and grouped-query attention fits. The
   official code shares A and B among all targets of one shape: group_by="shape";
 - core_only: the abstract names the idea, the protocol is our reading; no weight decay on A and B (train.py), it would
@@ -44,7 +46,7 @@ class LoTRFactors(nn.Module):
 
 
 class LoTRLinear(adapter.AdaptedLinear):
-    """weight + c B G^T A^T, for one `nn.Linear`: A and B are read from the group's LoTRFactors, G is the layer's own."""
+    """weight + c B G^T A^T, for one `nn.Linear`: A and B are the group's, in its LoTRFactors; G is the layer's own."""
 
     def __init__(self, linear, shared, alpha):
         super().__init__(linear)
@@ -64,8 +66,8 @@ class LoTRLinear(adapter.AdaptedLinear):
         return self.shared[0].B
 
     def forward(self, x):
-        low = (x @ self.A.to(x.dtype)) @ self.G.to(x.dtype)  # (..., r)
-        return self.base(x) + self.c * (low @ self.B.T.to(x.dtype))  # (..., out)
+        low = (x @ self.A.to(x)) @ self.G.to(x)  # (..., r), on x's device: the group may span several
+        return self.base(x) + self.c * (low @ self.B.T.to(x))  # (..., out)
 
     def factors(self):
         """What forward multiplies by, beside `weight`."""
@@ -84,7 +86,7 @@ def attach(model, rank=64, alpha=None, targets=adapter.TARGETS, group_by="name",
     """Replace every target linear by a LoTRLinear, in place, and register the groups' A and B as `model.lotr`.
 
     `alpha=None` means 3 / sqrt(in) per group. `group_by` is "name" (a projection, over all layers) or "shape". `seed`
-    draws A and B, on the CPU. `saved` is part of every attach (the tensors of an adapter file); LoTR's start needs none.
+    draws A and B, on the CPU. `saved` is part of every attach (the tensors of an adapter file); nothing here needs it.
     Raises ValueError on an unknown target or grouping, a rank outside 1 .. min(out, in), a group whose layers have not
     all one shape, or a second attach.
     """
@@ -117,7 +119,7 @@ def make_groups(linears, group_by):
     for key, members in groups.items():
         shapes = {tuple(linear.weight.shape) for _, linear in members}
         if len(shapes) > 1:
-            raise ValueError(f"the layers called {key} differ in shape ({', '.join(map(str, sorted(shapes)))}), so that "
+            raise ValueError(f"the layers called {key} differ in shape ({', '.join(map(str, sorted(shapes)))}), so "
                              "they cannot share A and B: choose other targets, or group_by='shape'")
     return groups
 

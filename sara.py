@@ -7,7 +7,7 @@ values that make up the share m (`threshold`) of the sum of all r = min(out, in)
 
 SARA adds a product with a diagonal in the middle. W0 stays whole, nothing is subtracted from it:
 
-    y = W0 x + b + s B diag(lam) A x
+    y = W0 x + b + s B diag(lam) A x,        s = 1 (alpha / k if alpha is given)
 
     letter   attribute   shape      start: init="lam"   init="lora"             trains
     W0       weight      (out, in)  pretrained          pretrained              no
@@ -21,7 +21,9 @@ zeros has a gradient, the others follow; two tensors of zeros would stay so for 
 Mo-SARA freezes the k leading singular vectors of W0 and trains n sets of singular values (`sets`) between them, mixed
 for each token by a router that sees the token in these k coordinates:
 
-    h = V^T x,    g = softmax(h W_g1 W_g2),    y = W0 x + b + v * U (g Lam * h)           * is elementwise
+    h = V^T x,    g = softmax(h W_g1 W_g2),    y = W0 x + b + v * U (g Lam * h)
+
+(* is elementwise; h and g are rows or columns as each product needs them)
 
     letter   attribute   shape      start                          trains
     U        U           (out, k)   left singular vectors of W0    no
@@ -31,8 +33,9 @@ for each token by a router that sees the token in these k coordinates:
     W_g1     W_g1        (k, q)     N(0, 1/k) (variance)           yes, absent for n = 1, where g = 1
     W_g2     W_g2        (q, n)     N(0, 1/q) (variance)           yes, absent for n = 1
 
-Trainable parameters: n k + out + q (k + n), for n = 1 k + out; q is `router_rank`. Beside them U and V^T cost k (in + out)
-frozen numbers per linear, in memory and in the file (q and v of a 7B model at m = 0.5: an estimated 0.5 to 0.9 G).
+Trainable parameters: n k + out + q (k + n), for n = 1 k + out; q is `router_rank`. Beside them U and V^T cost
+k (in + out) frozen numbers per linear, in memory and in the file (q_proj and v_proj of a 7B model at m = 0.5: some 0.5
+to 0.9 billion, an estimate).
 Mixing first and multiplying once by V^T and once by U equals the sum over n updates, whatever n is. The update is
 diag(v) U diag(Lam^T g(x)) V^T, another one for every token, so for n > 1 there is nothing to merge.
 At step 0 only v has a gradient, the others follow. Equal rows of Lam would leave the router without one.
@@ -42,15 +45,16 @@ W_g2 can ever have the top gate; q >= 2 lifts this.
 Evidence. The paper's text was not at hand and no official code is known to us: this is a reconstruction. From the
 abstract and a caption come the rank rule on sigma (not sigma^2), the truncated diagonal form beside the weights, and
 several parallel sets of singular values behind a router; from secondary summaries the frozen bases; from one unofficial
-implementation random A and B, n = 5, the router's shape, the vector v, the targets q and v. Our own choice:
+implementation random A and B, n = 5, the router's shape, the vector v, the targets q_proj and v_proj. Our own choice:
 - the whole spectrum in fp64 with one k per weight matrix, reached exactly (>=, with 1e-9 of slack), never 0;
-- the starts above; s = 1, as lam learns the scale (`alpha` gives s = alpha / k); no load-balancing loss, no top-k;
+- the starts above; s = 1, as lam learns the scale; no load-balancing loss, no top-k;
 - m = 0.05 for SARA (about LoRA's r = 7 on the default model; 4096-wide models: 0.01) and m = 0.5 for Mo-SARA;
 - v scales the branch alone; v_mode="output", the implementation's reading, scales the whole output (1 + v) and does
   not start at the base model: an ablation;
 - the signs of U, V^T are fixed and both are saved: a flipped v_i would leave the update alone but not the router.
 """
 import bisect
+import math
 
 import torch
 import torch.nn as nn
@@ -64,10 +68,11 @@ TARGETS = ("q_proj", "v_proj")
 
 @torch.no_grad()
 def spectrum(weight):
-    """All min(out, in) singular values of weight (out, in), descending, in fp64, to about 2e-12 of the largest.
+    """All min(out, in) singular values of weight (out, in), descending, in fp64.
 
-    They are the roots of the eigenvalues of the smaller of W W^T and W^T W. What is within that product's rounding of
-    zero is set to zero: without this floor a rank-8 matrix of width 64 would seem to have rank 32.
+    They are the square roots of the eigenvalues of the smaller of W W^T and W^T W. What is within that product's
+    rounding of zero, below about 1e-7 of the largest singular value, is set to zero (their sum hardly notices): without
+    this floor a rank-8 matrix of width 64 would seem to have rank 32.
     """
     with adapter.full_precision(weight.device.type):
         W = weight.double()
@@ -85,8 +90,9 @@ def choose_rank(sigma, threshold):
 def choose_ranks(linears, threshold, ks, norms):
     """({name: k}, {name: |W0|_F}) of the linears: by the rule, or as given, from an adapter file.
 
-    Raises ValueError for a threshold outside 0 < m <= 1, for given ones that are not those of these linears, a k that is
-    no rank of its weight, or a norm that the weight does not have (to 1e-3): the adapter then belongs to another base.
+    Raises ValueError for a threshold outside 0 < m <= 1, weights that are not finite, given ones that are not those of
+    these linears, a k that is no rank of its weight, or a norm that the weight does not have (to 1e-3): the adapter
+    then belongs to another base.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold:g} is out of range: it is a share, above 0 and at most 1")
@@ -97,6 +103,8 @@ def choose_ranks(linears, threshold, ks, norms):
         if wrong:
             raise ValueError(f"{what} does not fit this model and these targets: {wrong[0]}")
     for name, norm in found.items():
+        if not math.isfinite(norm):
+            raise ValueError(f"{name} has weights that are not finite: it has no spectrum to read a rank from")
         if norms is not None and not abs(norms[name] - norm) <= 1e-3 * norm:
             raise ValueError(f"{name} has norm {norm:.6g}, but the adapter was made for one of norm {norms[name]:.6g}: "
                              "it belongs to another base model")
@@ -167,8 +175,7 @@ def attach(model, threshold=0.05, targets=TARGETS, init="lam", alpha=None, seed=
             A, B = (0.02 * torch.randn(shape, generator=generator) for shape in ((k, inner), (out, k)))
             lam = torch.zeros(k)
         else:
-            A = (2 * torch.rand(k, inner, generator=generator) - 1) / inner ** 0.5  # (k, in)
-            lam, B = torch.ones(k), torch.zeros(out, k)
+            A, lam, B = adapter.uniform_factor(k, inner, generator), torch.ones(k), torch.zeros(out, k)
         adapter.replace(model, name, SARALinear(linear, A, lam, B, 1.0 if alpha is None else alpha / k))
     adapter.record(model, "sara", threshold=threshold, targets=list(targets), init=init, alpha=alpha, seed=seed, ks=ks,
                    norms=norms)
@@ -193,7 +200,7 @@ class MoSARALinear(adapter.AdaptedLinear):
             self.unmergeable = "each token has its own update through the router, so no single matrix equals it"
 
     def gates(self, h):
-        """(..., n), each >= 0 and with sum 1, for tokens in the coordinates h = Vt x (..., k); fp32, also under autocast."""
+        """(..., n), each >= 0 and with sum 1, for h = Vt x (..., k): in the router's fp32, also under autocast."""
         if self.W_g1 is None:
             return self.Lam.new_ones(*h.shape[:-1], 1)
         with torch.autocast(h.device.type, enabled=False):
@@ -271,10 +278,11 @@ def singular_bases(name, linear, k, saved):
 
 @torch.no_grad()
 def gate_statistics(model, tokens):
-    """What the routers do on tokens (B, T), averaged over tokens and layers.
+    """What the routers do on tokens (B, T), averaged over tokens and layers; padding would count as tokens.
 
-    {"top_gate": mean of the largest gate (1/n: undecided, near 1: saturated, where the router no longer learns),
-     "gates": mean gate of each set, "change": |dW|_F / |W0|_F at each layer's mean gates, None for v_mode="output"}
+    {"top_gate": mean of a token's largest gate (1/n: undecided; near 1: saturated, where the router no longer learns),
+     "gates": mean gate of a layer's sets, the most used first (1, 0, ...: every layer uses one set only),
+     "change": |dW|_F / |W0|_F at each layer's mean gates, None for v_mode="output"}
     """
     means, tops, hooks = {}, [], []
 
@@ -294,14 +302,14 @@ def gate_statistics(model, tokens):
     squares = [(layer.delta(gates).square().sum(), layer.weight.float().square().sum())
                for layer, gates in means.items() if branch]
     change = (sum(dW for dW, _ in squares) / sum(W for _, W in squares)).sqrt().item() if branch else None
-    return {"top_gate": torch.stack(tops).mean().item(), "gates": torch.stack(list(means.values())).mean(0).tolist(),
-            "change": change}
+    return {"top_gate": torch.stack(tops).mean().item(), "change": change,
+            "gates": torch.stack([gates.sort(descending=True).values for gates in means.values()]).mean(0).tolist()}
 
 
 # ---- a threshold for a budget ---------------------------------------------------------------------------------------
 
 def fit(model, params, targets=TARGETS):
-    """{"threshold": m, "ks": ...}: the m, in thousandths, whose k (in + out + 1) per linear come nearest to `params`."""
+    """{"threshold": m, "ks": ...}: the m, in thousandths, whose k (in + out + 1) in all come nearest to `params`."""
     return _fit(model, params, targets, lambda k, out, inner: k * (inner + out + 1))
 
 
@@ -312,6 +320,7 @@ def fit_mosara(model, params, targets=TARGETS, sets=5, router_rank=1):
 
 
 def _fit(model, params, targets, count):
+    """By bisection: the ranks, and so the total of count(k, out, in), never fall as the threshold rises."""
     linears = adapter.find_linears(model, targets, rank=1)
     spectra = {name: spectrum(linear.weight).cpu() for name, linear in linears}
 

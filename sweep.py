@@ -12,8 +12,8 @@ from pathlib import Path
 from script import Parser, amount, run_script
 
 KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
-        "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "model", "tokens", "seconds_in_steps", "seconds",
-        "memory_gb", "device", "torch", "command")
+        "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "model", "tokens", "seconds_in_steps",
+        "seconds", "memory_gb", "device", "torch", "command")
 # Neither has a size that a budget could choose sensibly: full trains all there is, and Mo-SARA reaches LoRA's budgets
 # only with nearly all singular vectors, whose frozen copies then cost as much as the model.
 OWN_SIZE = ("full", "mosara")
@@ -42,7 +42,7 @@ def table_row(record):
     config = record.get("adapter", {})
     size = f"r {config['rank']}" if "rank" in config else f"m {config['threshold']}" if "threshold" in config else "-"
     if record["held_out_after"] is None:
-        return f"| `{record['method']}` | {record['lr']} | diverged |"
+        return f"| `{record['method']}` | {size} | {record['lr'] or 'default'} | - | - | diverged | - | - |"
     return (f"| `{record['method']}` | {size} | {record['lr']:g} | {record['trainable_parameters']:,} "
             f"| {record['held_out_before']:.4f} | {record['held_out_after']:.4f} "
             f"| {record['seconds_in_steps'] / record['steps']:.2f} | {record['memory_gb']:.2f} |")
@@ -54,16 +54,18 @@ def main(argv):
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--lrs", nargs="+", type=float, default=[None], help="peak rates (default: the method's own)")
     parser.add_argument("--params", type=amount, help="a budget for all methods but " + " and ".join(OWN_SIZE))
+    parser.add_argument("--targets", help="train.py's, for all methods but full, which trains every parameter")
     parser.add_argument("--data", default="gsm8k")
     parser.add_argument("--results", type=Path, default=Path("results/sweep.jsonl"))
     args = parser.parse_args(own)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     print("| method | size | peak lr | parameters | held-out before | after | s/step | peak GB |\n" + "|---" * 8 + "|")
     for method in args.methods:
-        budget = ["--params", str(args.params)] if args.params and method not in OWN_SIZE else []
+        size = ["--params", str(args.params)] if args.params and method not in OWN_SIZE else []
+        size += ["--targets", args.targets] if args.targets and method != "full" else []
         for lr in args.lrs:
             folder = Path("runs/sweep") / (method if lr is None else f"{method}-{lr:g}")
-            record = run(method, lr, folder, ["--data", args.data, *budget, *extra])
+            record = run(method, lr, folder, ["--data", args.data, *size, *extra])
             print(table_row(record), flush=True)
             with open(args.results, "a") as file:
                 file.write(json.dumps(record) + "\n")

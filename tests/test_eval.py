@@ -191,7 +191,7 @@ def test_perfect_answers_score_one_hundred(tmp_path):
 
 
 BAD = [([], "name a run"), (["no/such/run"], "no/such/run: no such file"), (["--model", "x.gguf", "--shots", "-1"], "cannot be negative"),
-       (["--model", "gpt5"], "--model gpt5 is not known")]
+       (["--model", "gpt5"], "model gpt5 is not known")]
 
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[message for _, message in BAD])

@@ -214,7 +214,7 @@ def test_ranks_are_printed_and_kept(run, tmp_path, capsys):
         assert [f"{own[0]}", f"{own[1]}", "mean", f"{sum(own) / 2:.1f}"] in [line.split()[1:] for line in printed.splitlines()
                                                                              if line.split()[:1] == [name]]
     threshold, trained = result["adapter"]["threshold"], result["trainable_parameters"]
-    assert f"nearest to --params 1,000: threshold {threshold} with {trained:,} trainable parameters" in printed
+    assert f"nearest to --params 1,000: threshold {threshold} with {trained:,}\n" in printed
     assert sum(k * (64 + (64 if "q_proj" in name else 32) + 1) for name, k in ks.items()) == trained
 
 
@@ -223,9 +223,10 @@ def test_routers_are_watched(run, tmp_path, capsys):
     run("run", "--method", "mosara", "--sets", "3", "--lr", "0.1")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if "held_out_loss" in line]
     assert all(len(line["gates"]) == 3 and sum(line["gates"]) == pytest.approx(1, abs=1e-5) for line in lines)
+    assert all(line["gates"] == sorted(line["gates"], reverse=True) for line in lines)
     assert all(1 / 3 <= line["top_gate"] <= 1 for line in lines)
     assert lines[0]["change"] == 0 < lines[1]["change"] < lines[-1]["change"]
-    assert f"|dW|/|W| {lines[-1]['change']:.1e}  top gate {lines[-1]['top_gate']:.2f} of " in capsys.readouterr().out
+    assert f"|dW|/|W| {lines[-1]['change']:.1e}  top gate {lines[-1]['top_gate']:.2f}, sets used " in capsys.readouterr().out
 
 
 def test_further_checkpoints_join_the_basis(run, tiny_gguf, tmp_path):
@@ -410,13 +411,14 @@ BAD = [
     (["--method", "cora", "--basis", "input"], "basis='input' needs square weights: model.layers.0.self_attn.k_proj is 32 x 64"),
     (["--method", "cora", "--basis", "pca"], "argument --basis: invalid choice: 'pca'"),
     (["--method", "cora", "--extra", "no/such.gguf"], "no/such.gguf: no such file"),
-    (["--method", "cora", "--extra", ","], "--extra is empty"),
+    (["--method", "cora", "--extra", ","], "--extra is empty or names a model twice"),
+    (["--method", "cora", "--extra", "a.gguf,a.gguf"], "--extra is empty or names a model twice"),
 
     (["--method", "full", "--rank", "8"], "--rank does not belong to full"),
     (["--held-out", "100000"], "--held-out 100000 leaves nothing to train on"),
     (["--data", "no/such/folder"], "no/such/folder"),
     (["--model", "no/such.gguf"], "no/such.gguf: no such file"),
-    (["--model", "gpt5"], "--model gpt5 is not known"),
+    (["--model", "gpt5"], "model gpt5 is not known"),
     (["--max-tokens", "5"], "examples have more than 5 tokens: raise --max-tokens"),
     (["--device", "cuda:9"], "--device cuda:9: torch finds no such device here; choose auto, cpu"),
     (["--device", "gpu"], "--device gpu: torch finds no such device"),
