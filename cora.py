@@ -113,8 +113,10 @@ def attach(model, rank=16, alpha=None, targets=adapter.TARGETS, variant="frozen"
             if a_init == "random":
                 A = adapter.uniform_factor(rank, linear.in_features, generator)
             A = A.to(linear.weight.device, torch.float32)
-            frozen = variant == "frozen"
-            layer = CoRALinear(linear, shared[key], A, s) if frozen else LoRALinear(linear, A, bases[key].clone(), s)
+            if variant == "frozen":
+                layer = CoRALinear(linear, shared[key], A, s)
+            else:
+                layer = LoRALinear(linear, A, bases[key].clone(), s)
             adapter.replace(model, name, layer)
     if variant == "frozen":
         model.cora = adapter.Shared(shared)
