@@ -88,6 +88,8 @@ def method_function(method, verb):
 def find_linears(model, targets, rank=None):
     """[(name, nn.Linear)] in module order: those whose last name component is one of `targets`, exactly.
 
+    The default TARGETS stand for those of the seven that the model has (GPT-2 has no gate_proj).
+
     Raises ValueError, before anything has changed, if a method is already attached, if a target matches nothing or a
     weight that another module uses too (a head tied to the embedding), or if `rank` is given and is not in
     1 .. min(out, in) of every match.
@@ -98,6 +100,8 @@ def find_linears(model, targets, rank=None):
                          "merge it with adapter.merge(model), or start from a fresh base")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = [name.rpartition(".")[2] for name, _ in linears]
+    if tuple(targets) == TARGETS and set(TARGETS) & set(names):
+        targets = [target for target in TARGETS if target in names]
     for target in targets:
         if target not in names:
             raise ValueError(f"target {target!r} matches no linear layer: this model has "

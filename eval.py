@@ -127,7 +127,7 @@ def complete(model, tokenizer, prompts, max_new=256, batch=64, calculator=False,
         if "=" not in tokenizer.decode(ids[-1:]):
             return None
         insert = insertion(tokenizer.decode(ids))
-        return tokenizer.encode(insert) if insert else None
+        return tokenizer.encode(insert, start=False) if insert else None
 
     outputs = generate(model, [tokenizer.encode(prompt) for prompt in prompts], tokenizer.eos_id, max_new, batch,
                        is_done, force if calculator else None, progress)
@@ -138,7 +138,7 @@ def complete(model, tokenizer, prompts, max_new=256, batch=64, calculator=False,
         cut = gsm8k.truncate(text)
         finish = "stop" if cut != text else "eos" if ended else "cap"
         # A row that began another question ran on until the next check: only what is kept counts.
-        new_tokens = len(tokenizer.encode(cut)) if finish == "stop" else len(ids)
+        new_tokens = len(tokenizer.encode(cut, start=False)) if finish == "stop" else len(ids)
         completions.append({"text": cut, "new_tokens": new_tokens, "finish": finish})
     return completions
 
@@ -170,7 +170,7 @@ def parse_arguments(argv):
     parser = Parser(prog="eval.py", usage="eval.py RUN [flags], or eval.py --model MODEL [flags]",
                     description="Greedy generation and GSM-8K accuracy.")
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made, or its adapter")
-    parser.add_argument("--model", help="base model: a name or a .gguf file (default: the run's own base)")
+    parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
     parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data)")
     parser.add_argument("--limit", type=int, help="first N test problems, 0 for all (default: 128 on a CPU, else all)")
     parser.add_argument("--batch", type=positive, help="rows generated together (default: 64 on a CPU, else 512)")

@@ -127,7 +127,7 @@ def target(answer):
 def encode(tokenizer, example):
     """(ids, prompt_length): prompt, target and end-of-sequence token; the loss counts ids[prompt_length:] only."""
     before = tokenizer.encode(prompt(example["question"]))
-    return before + tokenizer.encode(target(example["answer"])) + [tokenizer.eos_id], len(before)
+    return before + tokenizer.encode(target(example["answer"]), start=False) + [tokenizer.eos_id], len(before)
 
 
 def strip_annotations(text):

@@ -1,4 +1,4 @@
-"""One decoder-only transformer, Llama family, in plain PyTorch.
+"""One decoder-only transformer, the Llama family and GPT-2, in plain PyTorch.
 
 A block reads its input twice, each time through a norm, and adds what it computes back (pre-norm residuals):
 
@@ -7,13 +7,16 @@ A block reads its input twice, each time through a norm, and adds what it comput
 
 Queries and keys are rotated by their position (RoPE, half-split layout: feature i is paired with feature
 i + head_dim/2, as in Hugging Face checkpoints). Several query heads share one key/value head (grouped-query attention).
+Qwen2 adds biases to q, k and v, Qwen3 norms each head's q and k. GPT-2 is the same block with LayerNorm for RMSNorm,
+learned positions added to the embedding for RoPE, W_down gelu(W_up n(h)) for SwiGLU, and biases everywhere.
 
 Module and parameter names are those of Hugging Face's `LlamaForCausalLM`, so its checkpoints load with unchanged keys.
-The seven `nn.Linear` of a block (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj) are what the methods
-adapt; this file knows nothing of adapters, files or tokenizers.
+The seven `nn.Linear` of a block (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; GPT-2 has no gate_proj)
+are what the methods adapt; this file knows nothing of adapters, files or tokenizers.
 
 Shapes: B rows, T tokens, S cached slots, d hidden_size, H query heads, K key/value heads, D head_dim, V vocab_size.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +38,34 @@ class Config:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
+    rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ..., ...}
+    attention_bias: bool = False  # of q, k and v
+    qk_norm: bool = False
+    gpt2: bool = False
 
 
-def rope_tables(positions, head_dim, theta):
-    """cos and sin of every angle position * theta^(-2i/D): two tensors (..., T, D/2), fp32, for positions (..., T)."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (D/2,)
+def rope_frequencies(config, device):
+    """theta^(-2i/D) for i < D/2, (D/2,), fp32, slowed down as `rope_scaling` says.
+
+    linear    all by `factor`.
+    llama3    those that turn less than `low_freq_factor` times in the original context by `factor`, those that turn
+              more than `high_freq_factor` times not at all, and a straight line in the number of turns between.
+    """
+    D, scaling = config.head_dim, config.rope_scaling
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)  # (D/2,)
+    if scaling is None:
+        return frequencies
+    slow = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # (D/2,)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    return torch.lerp(slow, frequencies, ((turns - low) / (high - low)).clamp(0, 1))
+
+
+def rope_tables(positions, config):
+    """cos and sin of every angle position * frequency: two tensors (..., T, D/2), fp32, for positions (..., T)."""
+    frequencies = rope_frequencies(config, positions.device)  # (D/2,)
     angles = positions[..., None].float() * frequencies  # (..., T, D/2)
     return angles.cos(), angles.sin()
 
@@ -96,17 +122,23 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.kv_heads, self.head_dim = \
             layer, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        bias = config.attention_bias or config.gpt2
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.gpt2)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         else:
@@ -117,6 +149,18 @@ class Attention(nn.Module):
             mask = mask[:, None].expand(-1, group, -1, -1).reshape(B, 1, group * T, -1)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, self.heads, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class GPT2MLP(nn.Module):
+    """A layer of gelu (its tanh form) in place of SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
 class MLP(nn.Module):
@@ -132,15 +176,20 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def norm(config):
+    """The norm before each half of a block, and the last one."""
+    return (nn.LayerNorm if config.gpt2 else nn.RMSNorm)(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class Block(nn.Module):
     """Attention, then the MLP, each behind its norm and added to what came in."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = norm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = norm(config)
+        self.mlp = GPT2MLP(config) if config.gpt2 else MLP(config)
 
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, positions, mask)
@@ -154,8 +203,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.gpt2:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = norm(config)
 
     def forward(self, tokens, cache=None):
         """Without a cache the T tokens are whole rows; with one they follow what each row holds.
@@ -170,8 +221,11 @@ class Decoder(nn.Module):
             positions = cache.positions(T)  # (B, T)
             mask = torch.arange(cache.slots(T), device=tokens.device) <= positions[:, :, None]  # (B, T, S)
         x = self.embed_tokens(tokens)  # (B, T, d)
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (B or 1, 1, T, D/2)
+        if self.config.gpt2:
+            x, cos, sin = x + self.embed_positions(positions), None, None
+        else:
+            cos, sin = rope_tables(positions, self.config)
+            cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (B or 1, 1, T, D/2)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, positions, mask)
         return self.norm(x)

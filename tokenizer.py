@@ -1,11 +1,17 @@
 """
-Text to token ids and back: byte-level BPE as GPT-2 invented it, run by tiktoken, built from a model's own vocabulary.
+Text to token ids and back: byte-pair encoding, run by tiktoken, built from a model's own vocabulary.
 
 Encoding has two steps. A regular expression cuts the text into pieces (words, numbers, punctuation, white space) that
 no token may cross; then, inside each piece, neighbouring tokens are merged, earliest-learned merge first, until no
 merge applies. Both the expression and the merges are part of the model: another cut gives other ids, and the model
 has never seen them.
+
+Two kinds of vocabulary are read. Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2) starts from bytes. SentencePiece's BPE
+(Llama 2, Mistral) starts from characters, does not cut the text, writes a space as U+2581, and spells a character that
+it lacks in bytes; told which bytes make its characters, tiktoken does the same.
 """
+
+import unicodedata
 
 import numpy as np
 import tiktoken
@@ -19,6 +25,7 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 SMOLLM = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 PATTERNS = {"gpt-2": GPT2, "smollm": SMOLLM}  # by the value of tokenizer.ggml.pre
+METASPACE = "\u2581"  # a space in SentencePiece vocabularies
 NORMAL = 1  # tokenizer.ggml.token_type of a piece of text; every other type is a control, added or unused token
 
 
@@ -36,31 +43,46 @@ def byte_alphabet():
 class Tokenizer:
     """Encodes and decodes with one tiktoken encoding.
 
-    encoding    the tiktoken.Encoding (its n_vocab counts the stand-ins for absent bytes too: use vocab_size)
-    vocab_size  number of ids the model knows: encode returns and decode accepts 0 .. vocab_size - 1
-    special     control tokens, string -> id
+    encoding    the tiktoken.Encoding: its own numbers are ranks, the order in which merges apply
+    ids         ids[rank]: a tuple of the model's ids: none for a byte that the model lacks, several for a character
+                that it spells in bytes
+    pieces      {id: bytes} of every id that the model knows
+    special     control tokens, string -> id; spelled out in a text they are the plain characters they are
     eos_id      the token that ends an answer
+    bos         the ids that a text begins with, often none
+    added       other added tokens, string -> id, which are recognised in a text
+    nfc         whether texts are normalised to NFC first
+    prefix      what SentencePiece puts before a text: "always" a space, "missing" one unless there is one, "" nothing
     """
 
-    def __init__(self, encoding, vocab_size, special, eos_id):
-        self.encoding, self.vocab_size, self.special, self.eos_id = encoding, vocab_size, special, eos_id
+    def __init__(self, encoding, ids, pieces, special, eos_id, bos=(), added=(), nfc=False, prefix=None):
+        self.encoding, self.ids, self.pieces, self.special, self.eos_id = encoding, ids, pieces, special, eos_id
+        self.bos, self.added, self.nfc, self.prefix = list(bos), dict(added), nfc, prefix
 
-    def encode(self, text):
-        """str -> list of ids. Control tokens spelled out in the text are encoded as the plain characters they are."""
-        return [token for token in self.encoding.encode_ordinary(text) if token < self.vocab_size]
+    @property
+    def vocab_size(self):
+        """How many ids there are."""
+        return len(self.pieces)
+
+    def encode(self, text, start=True):
+        """str -> list of ids. `start` is False for a text that continues another one."""
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if self.prefix is not None:
+            text = text.replace(METASPACE, " ")  # one and the same to such a vocabulary
+            if start and text and (self.prefix == "always" or self.prefix == "missing" and not text.startswith(" ")):
+                text = " " + text
+        ranks = self.encoding.encode(text, allowed_special=set(self.added), disallowed_special=())
+        return (self.bos if start else []) + [id for rank in ranks for id in self.ids[rank]]
 
     def decode(self, ids):
         """list of ids -> str. Bytes that are not UTF-8 (an answer cut inside a character) become U+FFFD."""
-        return self.encoding.decode(ids)
+        text = b"".join(self.pieces.get(id, b"") for id in ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.prefix else text
 
 
 def from_gguf(metadata, path="GGUF metadata"):
     """The tokenizer described by the metadata of the GGUF file `path` (dict, as read by `ggufile.read_gguf`).
-
-    A vocabulary may lack bytes: SmolLM's has no token for six control characters nor for bytes that hardly occur in
-    UTF-8. The Hugging Face tokenizer drops such a byte, then merges what is left. tiktoken needs all 256, so an absent
-    byte gets an id above the vocabulary, which `encode` removes. The ids are the same, unless the byte stands beside
-    punctuation: there Hugging Face may merge across the gap, and we do not.
 
     Raises ValueError for a missing field, another kind of tokenizer, or parts that do not fit together.
     """
@@ -78,19 +100,166 @@ def from_gguf(metadata, path="GGUF metadata"):
     if not len(tokens) == len(types) == len(normal) + len(special) or not 0 <= eos_id < len(tokens):
         raise ValueError(f"{path}: {len(tokens)} tokens, {len(normal) + len(special)} of them distinct, {len(types)} "
                          f"token types, end token {eos_id}: these do not fit together; download it again")
+    ranks, ids, pieces = byte_level(normal, merges, False, path)
+    pieces |= {i: token.encode() for token, i in special.items()}
+    encoding = tiktoken.Encoding(pre, pat_str=PATTERNS[pre], mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer(encoding, ids, pieces, special, eos_id)
 
-    # To tiktoken an id is also a priority: lower ids merge first. So ids must follow the order of the merges.
-    if [merge.replace(" ", "", 1) for merge in merges] != [token for token in normal if len(token) > 1]:
-        raise ValueError(f"{path}: the {len(merges)} merges do not make the tokens in the order of their ids; "
-                         "only such vocabularies are supported")
+
+# ---- from tokenizer.json --------------------------------------------------------------------------------------------
+
+def from_tokenizer_json(fields, eos_id, path="tokenizer.json"):
+    """The tokenizer described by a Hugging Face `tokenizer.json` (its parsed `fields`), which ends answers with eos_id.
+
+    Raises ValueError for a kind that this project has no code for, or parts that do not fit together.
+    """
+    model, added_tokens = required(fields, "model", dict, path), required(fields, "added_tokens", list, path)
+    if model.get("type") != "BPE":
+        raise ValueError(f"{path}: a tokenizer of type {model.get('type')!r} is not supported; supported: 'BPE'")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"{path}: {key} = {model[key]!r} is not supported")
+    vocabulary, merges = required(model, "vocab", dict, path), required(model, "merges", list, path)
+    if not all(isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+               for token in added_tokens) or not all(type(i) is int for i in vocabulary.values()):
+        raise ValueError(f"{path}: a token without text or number; download it again")
+    special = {token["content"]: token["id"] for token in added_tokens if token.get("special")}
+    added = {token["content"]: token["id"] for token in added_tokens if not token.get("special")}
+    normal = {token: i for token, i in vocabulary.items() if token not in special and token not in added}
+
+    nfc, prefix = normaliser(fields, path)
+    if prefix is None:
+        name, pattern = "byte-level", splitting_pattern(fields.get("pre_tokenizer"), path)
+        ranks, ids, pieces = byte_level(normal, merges, model.get("ignore_merges") is True, path)
+    else:
+        name, pattern = "sentencepiece", r"(?s:.+)"
+        ranks, ids, pieces = sentencepiece(normal, merges, model, path)
+    pieces |= {i: token.encode() for token, i in (special | added).items()}
+    ids = ids + [(i,) for i in added.values()]
+    if not all(0 <= i < len(pieces) for i in (*pieces, eos_id)):
+        raise ValueError(f"{path}: the {len(pieces)} tokens and the end token {eos_id} are not numbered 0, 1, 2, ...")
+    try:
+        encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens={token: len(ranks) + n for n, token in enumerate(added)})
+    except ValueError as error:
+        raise ValueError(f"{path}: the splitting pattern is not valid: {error}") from None
+    bos = first_ids(fields.get("post_processor"))
+    return Tokenizer(encoding, ids, pieces, special, eos_id, bos, added, nfc, prefix)
+
+
+def parts(step, list_key):
+    """The steps of a normalizer, pre-tokenizer or post-processor: a Sequence's own, or the one there is, or none."""
+    if not isinstance(step, dict):
+        return []
+    if step.get("type") != "Sequence":
+        return [step]
+    return [one for one in step.get(list_key, []) if isinstance(one, dict)]
+
+
+def normaliser(fields, path):
+    """(nfc, prefix) as in Tokenizer; prefix is None for byte-level vocabularies."""
+    steps = parts(fields.get("normalizer"), "normalizers")
+    kinds = [step.get("type") for step in steps]
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": METASPACE}
+    if kinds in ([], ["NFC"]):
+        pre = parts(fields.get("pre_tokenizer"), "pretokenizers")
+        if [step.get("type") for step in pre] != ["Metaspace"]:
+            return kinds == ["NFC"], None
+        scheme = pre[0].get("prepend_scheme", "always")
+        if pre[0].get("split", True) or pre[0].get("replacement") != METASPACE or kinds:
+            raise ValueError(f"{path}: a Metaspace pre-tokenizer that splits is not supported")
+        return False, {"always": "missing", "first": "missing", "never": ""}[scheme]
+    if steps[-1] == spaces and (kinds == ["Replace"] or kinds == ["Prepend", "Replace"] and
+                                steps[0].get("prepend") == METASPACE) and fields.get("pre_tokenizer") is None:
+        return False, "always" if len(steps) == 2 else ""
+    raise ValueError(f"{path}: a normalizer of {', '.join(map(str, kinds))} is not supported")
+
+
+def splitting_pattern(pre_tokenizer, path):
+    """The regular expression that cuts a text into pieces, for a byte-level vocabulary."""
+    steps = parts(pre_tokenizer, "pretokenizers")
+    kinds = [step.get("type") for step in steps]
+    last = steps[-1] if steps else {}
+    if kinds[-1:] == ["ByteLevel"] and not last.get("add_prefix_space"):
+        own = last.get("use_regex", True)
+        if kinds == ["ByteLevel"] and own:
+            return GPT2
+        if kinds == ["Digits", "ByteLevel"] and own and steps[0].get("individual_digits"):
+            return SMOLLM
+        pattern = steps[0].get("pattern")
+        if kinds == ["Split", "ByteLevel"] and not own and isinstance(pattern, dict) and "Regex" in pattern \
+                and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+            return pattern["Regex"]
+    raise ValueError(f"{path}: a pre-tokenizer of {', '.join(map(str, kinds)) or 'nothing'} with these settings is not "
+                     "supported; supported: ByteLevel, alone or after Digits or an isolating Split")
+
+
+def first_ids(post_processor):
+    """The ids that the post-processor puts before a text."""
+    for step in parts(post_processor, "processors"):
+        if step.get("type") == "TemplateProcessing":
+            single = [next(iter(piece.items())) for piece in step["single"]]
+            before = single[:[kind for kind, _ in single].index("Sequence")]
+            return [i for _, piece in before for i in step["special_tokens"][piece["id"]]["ids"]]
+    return []
+
+
+# ---- vocabularies for tiktoken: {bytes: rank}, the model's ids of each rank, {id: bytes} ----------------------------
+
+def byte_level(vocabulary, merges, whole_words, path):
+    """Of a byte-level vocabulary {token: id}, its bytes spelled in the byte alphabet. With `whole_words` a piece that
+    is a token is taken as it is even if no merges lead to it (tiktoken looks a piece up before it merges).
+
+    A vocabulary may lack bytes: SmolLM's has no token for six control characters nor for bytes that hardly occur in
+    UTF-8. The Hugging Face tokenizer drops such a byte, then merges what is left; tiktoken needs all 256, and their
+    ranks get no ids. The ids are the same, unless the byte stands beside punctuation: there Hugging Face may merge
+    across the gap, and we do not.
+    """
     byte_of = byte_alphabet()
-    if not set().union(*normal) <= byte_of.keys():
+    if not set().union(*vocabulary) <= byte_of.keys():
         raise ValueError(f"{path}: a token has a character that stands for no byte; download it again")
-    ranks = {bytes(map(byte_of.get, token)): i for token, i in normal.items()}
-    absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
-    ranks |= {byte: len(tokens) + i for i, byte in enumerate(absent)}
-    encoding = tiktoken.Encoding(pre, pat_str=PATTERNS[pre], mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(encoding, len(tokens), special, eos_id)
+    pieces = {i: bytes(map(byte_of.get, token)) for token, i in vocabulary.items()}
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for left, right in merge_pairs(merges, vocabulary, path):
+        ranks.setdefault(pieces[vocabulary[left + right]], len(ranks))
+    for piece in pieces.values() if whole_words else ():
+        ranks.setdefault(piece, len(ranks))
+    id_of = {piece: i for i, piece in pieces.items()}
+    return ranks, [(id_of[piece],) if piece in id_of else () for piece in ranks], pieces
+
+
+def sentencepiece(vocabulary, merges, model, path):
+    """Of a SentencePiece vocabulary {token: id} with byte fallback.
+
+    The ranks: bytes, then the characters beyond ASCII with their unfinished beginnings, so that every character is put
+    together before anything else is, then the merges. A byte or beginning that is left over is spelled in byte tokens.
+    """
+    byte_ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
+    if not model.get("byte_fallback") or None in byte_ids:
+        raise ValueError(f"{path}: a SentencePiece vocabulary without byte fallback is not supported")
+    pieces = {i: token.replace(METASPACE, " ").encode() for token, i in vocabulary.items()}
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for token, i in vocabulary.items():
+        if len(token) == 1:
+            for end in range(2, len(pieces[i]) + 1):
+                ranks.setdefault(pieces[i][:end], len(ranks))
+    for left, right in merge_pairs(merges, vocabulary, path):
+        ranks.setdefault(pieces[vocabulary[left + right]], len(ranks))
+    pieces |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
+    spelled = set(byte_ids)
+    id_of = {piece: i for i, piece in pieces.items() if i not in spelled}
+    ids = [(id_of[piece],) if piece in id_of else tuple(byte_ids[byte] for byte in piece) for piece in ranks]
+    return ranks, ids, pieces
+
+
+def merge_pairs(merges, vocabulary, path):
+    """The merges, written "a b" or ["a", "b"], as pairs of tokens. ValueError if one makes no known token."""
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair) \
+                or "".join(pair) not in vocabulary:
+            raise ValueError(f"{path}: the merge {merge!r} does not make a token of the vocabulary; download it again")
+        yield pair
 
 
 def required(metadata, key, kind, path):

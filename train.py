@@ -188,7 +188,8 @@ def parse_arguments(argv):
                     description="Fine-tune a model on GSM-8K.")
     add = parser.add_argument
     add("--method", default="sorsa", help=f"one of {', '.join(adapter.METHODS)}")
-    add("--model", default=checkpoint.DEFAULT_MODEL, help="base model: a name or a .gguf file")
+    add("--model", default=checkpoint.DEFAULT_MODEL,
+        help="base model: a name, a .gguf file, a folder in Hugging Face layout, or a hub id (owner/name)")
     add("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, or auto")
     add("--out", type=Path, help="folder of the run (default: runs/METHOD, or the next free runs/METHOD-N)")
     add("--overwrite", action="store_true", help="replace the run that --out already holds")

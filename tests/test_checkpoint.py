@@ -119,9 +119,9 @@ def test_rope_scaling_none_is_no_scaling(tmp_path):
 
 def test_unknown_names_say_what_model_takes(tmp_path):
     """A name that is no model, and a path where nothing is."""
-    with pytest.raises(ValueError, match="model gpt5 is not known: it takes smollm2-135m or the path of a .gguf"):
+    with pytest.raises(ValueError, match="model gpt5 is not known: it takes smollm2-135m, the path of a .gguf"):
         checkpoint.load("gpt5")
-    with pytest.raises(FileNotFoundError, match="no such file; it takes smollm2-135m or"):
+    with pytest.raises(FileNotFoundError, match="no such file; it takes smollm2-135m, "):
         checkpoint.load(tmp_path / "absent.gguf")
 
 

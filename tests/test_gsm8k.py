@@ -166,7 +166,7 @@ class Letters:
     """A tokenizer with one token per character."""
     eos_id = 0
 
-    def encode(self, text):
+    def encode(self, text, start=True):
         return [ord(letter) for letter in text]
 
 

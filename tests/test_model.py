@@ -23,7 +23,7 @@ def test_rope_is_a_rotation_of_complex_pairs():
     """Half-split RoPE multiplies x_i + j x_{i+D/2} by exp(j position theta^(-2i/D))."""
     torch.manual_seed(0)
     x, positions = torch.randn(2, 3, 5, 8), torch.arange(5)[None] + torch.tensor([[0], [7]])
-    cos, sin = rope_tables(positions, 8, 10000.0)
+    cos, sin = rope_tables(positions, toy_model().config)
     turned = rotate(x, cos[:, None], sin[:, None])
     angle = positions[:, None, :, None].double() * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
     expected = torch.complex(x[..., :4].double(), x[..., 4:].double()) * torch.polar(torch.ones_like(angle), angle)
@@ -78,7 +78,7 @@ def test_grouped_queries_equal_repeated_keys():
     model = toy_model()
     attention = model.model.layers[0].self_attn
     x = torch.randn(2, 6, 32)
-    cos, sin = rope_tables(torch.arange(6)[None], 8, 10000.0)
+    cos, sin = rope_tables(torch.arange(6)[None], toy_model().config)
     q, k, v = (F.linear(x, p.weight).view(2, 6, -1, 8).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf).softmax(-1)
