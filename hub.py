@@ -73,8 +73,8 @@ def request(url, name, start=0):
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise ConnectionError(f"{name}: no folder here, and the hub refuses access ({error.code}): gated, private "
-                                  "or misspelt; accept its terms on its page and set HF_TOKEN to a token that may read it"
-                                  ) from None
+                                  "or misspelt; accept its terms on its page and set HF_TOKEN to a token that may read "
+                                  "it") from None
         if error.code == 404:
             raise ConnectionError(f"{name}: no folder here, and the hub has no such model or file ({url})") from None
         raise ConnectionError(f"{url}: {error}; try again later") from None

@@ -105,7 +105,7 @@ def test_a_file_that_is_not_the_hubs_is_thrown_away(server, tmp_path):
     assert not [path for path in (tmp_path / "m").iterdir() if "safetensors" in path.name]
 
 
-@pytest.mark.parametrize("status, message", [(401, "owner/model: the hub refuses access .401.*set HF_TOKEN"),
+@pytest.mark.parametrize("status, message", [(401, "owner/model: no folder here, and the hub refuses access .401.*set HF_TOKEN"),
                                              (403, "set HF_TOKEN"), (404, "the hub has no such model"), (500, "try again later")])
 def test_refusals_say_what_to_do(server, status, message, tmp_path):
     """Gated, absent, or broken: one line each, nothing left behind."""
