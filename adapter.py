@@ -229,12 +229,13 @@ def subtract(weight, delta):
 
 
 def saved_tensor(saved, name, shape):
-    """The tensor called `name` of an adapter file's tensors; ValueError unless it is there in the expected shape."""
+    """A copy of the tensor called `name` of an adapter file's tensors; ValueError unless it is there in the expected
+    shape. (A copy: `load` writes what was trained into the factors that start from it.)"""
     if name not in saved:
         raise ValueError(f"the adapter file has no tensor {name}: it does not fit this model, or was cut off")
     if tuple(saved[name].shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the adapter file, expected {tuple(shape)}")
-    return saved[name]
+    return saved[name].clone()
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------

@@ -140,6 +140,21 @@ def test_save_then_load_in_a_fresh_process(method, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("method", ATTACHED + ["full"])
+def test_a_loaded_adapter_is_the_saved_one_in_every_tensor(method, tmp_path):
+    """Loading fills starts and trained factors from the file, each its own: saving again writes the same tensors, and
+    lora_factors() give the same change."""
+    model, fresh = perturb(attach(toy_model(), method), scale=0.05), toy_model()
+    adapter.save(model, tmp_path / "a.safetensors")
+    adapter.load(fresh, tmp_path / "a.safetensors")
+    adapter.save(fresh, tmp_path / "b.safetensors")
+    first, second = (read_safetensors(tmp_path / name)[0] for name in ("a.safetensors", "b.safetensors"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    for (_, layer), (_, loaded) in zip(adapter.adapted_layers(model), adapter.adapted_layers(fresh)):
+        if not layer.unmergeable:
+            assert all(torch.equal(a, b) for a, b in zip(layer.lora_factors(), loaded.lora_factors()))
+
+
 @pytest.mark.parametrize("method", ATTACHED)
 def test_factors_are_fp32_on_a_bf16_model(method):
     """On a bf16 base the factors are fp32, the weight stays bf16, and step 0 differs by bf16 rounding only."""
