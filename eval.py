@@ -189,20 +189,26 @@ def parse_arguments(argv):
     return args
 
 
+def load_run(run, model, device, dtype):
+    """(Base with the adapter of a run attached, the method's name), on `model` or else the base that the run names."""
+    path = run / "adapter.safetensors" if run.is_dir() else run
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file: give a folder that a finished train.py run has left")
+    _, config, base_name, _ = adapter.read_config(path)
+    base = checkpoint.load(model or base_name, dtype, device)
+    adapter.load(base.model, path, base.sha256)
+    return base, config["method"]
+
+
 def load_for_eval(args, device, dtype):
     """(model ready to generate, tokenizer, its name, the method's name): base, adapter, and merge where possible."""
     if args.run is None:
         base = checkpoint.load(args.model, dtype, device)
         return base.model, base.tokenizer, base.name, "none"
-    path = args.run / "adapter.safetensors" if args.run.is_dir() else args.run
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file: give a folder that a finished train.py run has left")
-    _, config, base_name, _ = adapter.read_config(path)
-    base = checkpoint.load(args.model or base_name, dtype, device)
-    adapter.load(base.model, path, base.sha256)
+    base, method = load_run(args.run, args.model, device, dtype)
     if not any(layer.unmergeable for _, layer in adapter.adapted_layers(base.model)):
         adapter.merge(base.model)
-    return base.model, base.tokenizer, base.name, config["method"]
+    return base.model, base.tokenizer, base.name, method
 
 
 def run_folder(run):

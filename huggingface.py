@@ -7,6 +7,8 @@ import json
 import math
 from pathlib import Path
 
+import torch
+
 from model import Config
 from tensorfile import fault, read_safetensors, unique_keys
 
@@ -195,3 +197,37 @@ def gpt2_names(tensors):
         else:
             ours[name] = tensor  # lm_head, or a name that will be reported
     return ours
+
+
+# ---- the way out ----------------------------------------------------------------------------------------------------
+
+def hugging_face_names(model):
+    """{name: tensor} of a plain model as transformers keeps it; a tied head is left out."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items()
+               if not (model.config.tie_word_embeddings and name == "lm_head.weight")}
+    if not model.config.gpt2:
+        return tensors
+    theirs, ends = {}, {f"model.{ours}": name for name, ours in GPT2_ENDS.items()}
+    for name, tensor in tensors.items():
+        if name in ends:
+            theirs[f"transformer.{ends[name]}"] = tensor
+        elif ".self_attn.q_proj." in name:
+            parts = [tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            layer, last = name.split(".")[2], name.rpartition(".")[2]
+            theirs[f"transformer.h.{layer}.attn.c_attn.{last}"] = torch.cat(parts).T
+        elif "model.layers." in name and not ("k_proj" in name or "v_proj" in name):
+            _, _, layer, part = name.split(".", 3)
+            part, _, last = part.rpartition(".")
+            part = {ours: name for name, ours in GPT2_PARTS.items()}[part]
+            theirs[f"transformer.h.{layer}.{part}.{last}"] = tensor.T
+        elif "model.layers." not in name:
+            theirs[name] = tensor
+    return theirs
+
+
+def llama_fields(config, eos_id):
+    """The config.json of a Llama model that came from another kind of file."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rope_theta",
+             "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "eos_token_id": eos_id,
+            **{name: getattr(config, name) for name in names}}

@@ -106,6 +106,22 @@ def from_gguf(metadata, path="GGUF metadata"):
     return Tokenizer(encoding, ids, pieces, special, eos_id)
 
 
+def gguf_tokenizer_json(metadata):
+    """The `tokenizer.json` that says what `from_gguf` reads."""
+    tokens, types, pre = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "pre"))
+    added = [{"id": i, "content": token, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False} for i, (token, type) in enumerate(zip(tokens, types.tolist())) if type != NORMAL]
+    bytes_cut = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    cut = bytes_cut if pre == "gpt-2" else {
+        "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, bytes_cut]}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": cut, "post_processor": None, "decoder": bytes_cut,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": {token: i for i, token in enumerate(tokens)},
+                      "merges": metadata["tokenizer.ggml.merges"]}}
+
+
 # ---- from tokenizer.json --------------------------------------------------------------------------------------------
 
 def from_tokenizer_json(fields, eos_id, path="tokenizer.json"):
