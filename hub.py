@@ -3,7 +3,6 @@
 Only data is fetched: config, tokenizer and safetensors files of one revision, each checked by size and, where the hub
 gives one, by its sha256. A download that broke off goes on where it stopped. `HF_TOKEN` opens gated models.
 """
-import hashlib
 import http.client
 import json
 import os
@@ -13,6 +12,8 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from tensorfile import sha256
 
 NAMED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
          "model.safetensors.index.json")
@@ -119,11 +120,7 @@ def check(part, path, size, expected):
     found = part.stat().st_size
     if size is not None and found < size:
         raise ConnectionError(f"{path.name}: {found} of {size} bytes came; run again to continue")
-    digest = hashlib.sha256()
-    with open(part, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    if size is not None and found != size or expected and digest.hexdigest() != expected:
+    digest = sha256(part)
+    if size is not None and found != size or expected and digest != expected:
         part.unlink()
-        raise ValueError(f"{path.name}: what came is not the hub's file ({found} bytes, sha256 {digest.hexdigest()}); "
-                         "run again")
+        raise ValueError(f"{path.name}: what came is not the hub's file ({found} bytes, sha256 {digest}); run again")

@@ -188,7 +188,7 @@ def gpt2_names(tensors):
         h, _, rest = short.partition(".")
         layer, _, rest = rest.partition(".")
         part, _, last = rest.rpartition(".")
-        tensor = tensor.T if tensor.dim() == 2 and name != "lm_head.weight" else tensor
+        tensor = tensor if name == "lm_head.weight" else turned(tensor)
         if h == "h" and part == "attn.c_attn" and len(tensor) % 3 == 0:
             for projection, third in zip("qkv", tensor.chunk(3)):
                 ours[f"model.layers.{layer}.self_attn.{projection}_proj.{last}"] = third
@@ -199,6 +199,11 @@ def gpt2_names(tensors):
     return ours
 
 
+def turned(tensor):
+    """A matrix transposed; a bias or norm as it is."""
+    return tensor.T if tensor.dim() == 2 else tensor
+
+
 # ---- the way out ----------------------------------------------------------------------------------------------------
 
 def hugging_face_names(model):
@@ -207,21 +212,20 @@ def hugging_face_names(model):
                if not (model.config.tie_word_embeddings and name == "lm_head.weight")}
     if not model.config.gpt2:
         return tensors
-    theirs, ends = {}, {f"model.{ours}": name for name, ours in GPT2_ENDS.items()}
+    ends, parts = ({ours: theirs for theirs, ours in names.items()} for names in (GPT2_ENDS, GPT2_PARTS))
+    theirs = {}
     for name, tensor in tensors.items():
-        if name in ends:
-            theirs[f"transformer.{ends[name]}"] = tensor
-        elif ".self_attn.q_proj." in name:
-            parts = [tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            layer, last = name.split(".")[2], name.rpartition(".")[2]
-            theirs[f"transformer.h.{layer}.attn.c_attn.{last}"] = torch.cat(parts).T
-        elif "model.layers." in name and not ("k_proj" in name or "v_proj" in name):
-            _, _, layer, part = name.split(".", 3)
-            part, _, last = part.rpartition(".")
-            part = {ours: name for name, ours in GPT2_PARTS.items()}[part]
-            theirs[f"transformer.h.{layer}.{part}.{last}"] = tensor.T
-        elif "model.layers." not in name:
-            theirs[name] = tensor
+        if not name.startswith("model.layers."):
+            end = name.removeprefix("model.")
+            theirs[f"transformer.{ends[end]}" if end in ends else name] = tensor
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        part, _, last = rest.rpartition(".")
+        if part in parts:
+            theirs[f"transformer.h.{layer}.{parts[part]}.{last}"] = turned(tensor)
+        elif part == "self_attn.q_proj":  # c_attn is q, k and v side by side: made once, when q comes
+            three = [tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            theirs[f"transformer.h.{layer}.attn.c_attn.{last}"] = turned(torch.cat(three))
     return theirs
 
 

@@ -8,6 +8,7 @@ Nothing in such a file can run code. A reader must still not believe it: every n
 before it is used to allocate anything, and whatever is wrong, one ValueError names the file and the fault.
 """
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -37,6 +38,16 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256(*paths):
+    """Hex digest of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def fault(path, what, fix="write or download it again"):
