@@ -1,7 +1,7 @@
 """The base model by its name: the default model, fetched once, a GGUF file, a folder in Hugging Face layout, a hub id.
 
 `load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, in the dtype asked for, one at
-a time: the file is mapped, and no second copy of the weights exists. Nothing that is read here can run code.
+a time, each let go before the next is read: no second copy of the weights exists. Nothing read here can run code.
 """
 import math
 import os
@@ -76,7 +76,8 @@ def read_gguf_model(path):
 
     def weights():
         for gguf_name, (our_name, shape) in layout.items():
-            weight = torch.from_numpy(dequantize(tensors[gguf_name].raw, tensors[gguf_name].type, shape))
+            _, kind, raw = tensors.pop(gguf_name)
+            weight = torch.from_numpy(dequantize(raw, kind, shape))
             turned = our_name.endswith(("q_proj.weight", "k_proj.weight"))
             yield our_name, half_split(weight, config.head_dim) if turned else weight
 
@@ -101,7 +102,8 @@ def read_folder(folder):
     tokenizer = from_tokenizer_json(read_json(path), end_token(folder), path)
     if tokenizer.vocab_size > config.vocab_size:
         raise fault(path, f"{tokenizer.vocab_size} tokens for an embedding of {config.vocab_size} rows")
-    return config, tokenizer, tensors.items()
+    largest_first = sorted(tensors, key=lambda name: -tensors[name].numel())  # while there is room for two of them
+    return config, tokenizer, ((name, tensors.pop(name)) for name in largest_first)
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorfile import Cursor, fault
+from tensorfile import Cursor, fault, mapped
 
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "bool", 10: "<u8", 11: "<i8",
            12: "<f8"}  # metadata value types, by number
@@ -68,7 +68,7 @@ def read_gguf(path):
         cursor.position = start + offset
         cursor.take(size, f"tensor {name}")
         end = cursor.position
-        tensors[name] = GGUFTensor(shape, type_name, cursor.data[end - size:end])
+        tensors[name] = GGUFTensor(shape, type_name, mapped(path, end - size, size))
     return metadata, tensors
 
 

@@ -1,7 +1,7 @@
 """A model in the layout of the Hugging Face hub: a folder with config.json, tokenizer.json and safetensors files.
 
-`read_folder(folder)` maps the weights; nothing is copied before a tensor is cast to the dtype asked for. Everything in
-the folder is data: no code of it is run, and no path in it leads out of it.
+`folder_tensors` maps the weights: nothing is read before a tensor is cast to the dtype asked for. Everything in the
+folder is data: no code of it is run, and no path in it leads out of it.
 """
 import json
 import math

@@ -63,8 +63,7 @@ class Cursor:
         if os.path.getsize(path) == 0:
             raise fault(path, "the file is empty")
         self.path, self.position = path, 0
-        self.data = np.memmap(path, dtype=np.uint8, mode="c")  # copy on write: tensors on it may change, the file not
-        self.view = memoryview(self.data)
+        self.view = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
 
     def take(self, size, what):
         """The next `size` bytes."""
@@ -87,10 +86,16 @@ class Cursor:
             raise fault(self.path, f"{what} is not UTF-8 at byte {self.position - len(raw)}") from None
 
 
+def mapped(path, start, size):
+    """Bytes of a file as an array (size,) uint8 with a mapping of its own: read from disk when they are used, out of
+    memory again when the array is let go. It may be written to; the file does not change."""
+    return np.memmap(path, np.uint8, "c", start, size) if size else np.empty(1, np.uint8)[:0]
+
+
 def read_safetensors(path):
     """Map a safetensors file -> (tensors: dict of name -> CPU tensor, metadata: dict of str -> str).
 
-    The tensors read the file when they are used; writing to them does not change it. Raises ValueError for anything
+    The tensors read the file when they are used (see `mapped`). Raises ValueError for anything
     malformed, truncated, overlapping or left over.
     """
     cursor = Cursor(path)
@@ -113,12 +118,12 @@ def read_safetensors(path):
             raise fault(path, f"tensor {name} at offset {first} overlaps another or leaves a gap")
         cursor.take(last - first, f"tensor {name}")
         end = cursor.position
-        raw = torch.from_numpy(cursor.data[start + first:end])  # (bytes,)
+        raw = torch.from_numpy(mapped(path, start + first, last - first))  # (bytes,)
         if (start + first) % dtype.itemsize:
             raw = raw.clone()  # PyTorch expects aligned numbers, the format does not promise them
         tensors[name] = raw.view(dtype).reshape(shape)
-    if end != len(cursor.data):
-        raise fault(path, f"{len(cursor.data) - end} bytes follow the last tensor")
+    if end != len(cursor.view):
+        raise fault(path, f"{len(cursor.view) - end} bytes follow the last tensor")
     return tensors, metadata
 
 

@@ -1,6 +1,9 @@
 """Folders in Hugging Face layout: every family against transformers, every tokenizer against tokenizers, damaged files."""
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +116,36 @@ def test_half_precision_files_arrive_in_the_dtype_asked_for(dtype, folder_of, tm
     for name, parameter in model.named_parameters():
         assert torch.equal(base.model.get_parameter(name), parameter.float())
     assert checkpoint.load(str(tmp_path), torch.bfloat16).model.lm_head.weight.dtype == torch.bfloat16
+
+
+MEASURE = """
+import re, sys, torch, checkpoint
+def kilobytes(field):
+    return int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+torch.ones(2, 2) @ torch.ones(2, 2)
+before = kilobytes("VmRSS")
+model = checkpoint.load(sys.argv[1], getattr(torch, sys.argv[2])).model
+print(1024 * (kilobytes("VmHWM") - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see its own memory")
+@pytest.mark.parametrize("stored, wanted", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")])
+def test_loading_holds_no_second_copy_of_the_weights(stored, wanted, tmp_path):
+    """Peak memory, mapped pages included, stays below 1.2 times the loaded weights (50 million of them)."""
+    config = {**SHAPE, "hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 4000, "max_position_embeddings": 64}
+    config = transformers.LlamaConfig(**config)
+    with torch.device("meta"):
+        shapes = transformers.LlamaForCausalLM(config).state_dict()
+    dtype = getattr(torch, stored)
+    write_safetensors(tmp_path / "model.safetensors", {name: torch.ones(t.shape, dtype=dtype) for name, t in shapes.items()})
+    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_vocabulary()))
+    root = Path(checkpoint.__file__).parent
+    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, wanted], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    ratio = float(done.stdout)
+    assert ratio < 1.2 and (ratio > 0.95 or stored == wanted), ratio  # not cast: read when it is used
 
 
 def test_older_field_names_are_read(folder):
