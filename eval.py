@@ -1,11 +1,12 @@
-"""Greedy generation and GSM-8K accuracy.
+"""Greedy generation, and accuracy on GSM-8K or MATH.
 
-    python eval.py runs/sorsa                        a fine-tuned run on the test set
+    python eval.py runs/sorsa                        a fine-tuned run on GSM-8K's test set
     python eval.py --model smollm2-135m --shots 4    a base model alone
     python eval.py runs/sorsa --ask "Ann has 3 bags of 4 apples and eats 2. How many are left?"
+    python eval.py runs/sorsa --benchmark math --data MATH_test.jsonl
 
 Adapters are merged first where the method can be. Every prediction goes to predictions.jsonl, scored by four rules at
-once (gsm8k.py says which), so that the printed accuracies can be recomputed from that file.
+once (gsm8k.py and hendrycks_math.py say which), so that the printed accuracies can be recomputed from that file.
 """
 import json
 import math
@@ -17,11 +18,16 @@ import torch
 import adapter
 import checkpoint
 import gsm8k
+import hendrycks_math
+import metamath
+import prompting
 from calculator import insertion
 from model import KVCache
 from script import Parser, choose_device, positive, run_script, write_json
 from tensorfile import atomic_write
 
+BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # each with gold and score
+RESULT_FILES = {"gsm8k": ("predictions.jsonl", "eval.json"), "math": ("predictions-math.jsonl", "eval-math.json")}
 CHECK_EVERY = 8  # decode steps between two looks at which rows have finished: each look waits for the GPU
 
 
@@ -113,15 +119,15 @@ def generate(model, prompts, eos_id, max_new=256, batch=64, is_done=None, force=
     return outputs
 
 
-def complete(model, tokenizer, prompts, max_new=256, batch=64, calculator=False, progress=None):
-    """Completions of prompt texts: dicts of text (cut where another question begins), new_tokens, and finish.
+def complete(model, tokenizer, texts, max_new=256, batch=64, calculator=False, progress=None, template="plain"):
+    """Completions of prompts (`texts`): dicts of text (cut where another question begins), new_tokens, and finish.
 
-    finish is "eos", "stop" (a new "Question:" began) or "cap". With `calculator`, what follows the "=" of an open
+    finish is "eos", "stop" (a next problem began, as in the template) or "cap". With `calculator`, what follows the "=" of an open
     annotation `<<48/2=` is computed instead of generated.
     """
     def is_done(ids):
         text = tokenizer.decode(ids)
-        return gsm8k.truncate(text) != text
+        return prompting.truncate(text, template) != text
 
     def force(ids):
         if "=" not in tokenizer.decode(ids[-1:]):
@@ -129,13 +135,13 @@ def complete(model, tokenizer, prompts, max_new=256, batch=64, calculator=False,
         insert = insertion(tokenizer.decode(ids))
         return tokenizer.encode(insert, start=False) if insert else None
 
-    outputs = generate(model, [tokenizer.encode(prompt) for prompt in prompts], tokenizer.eos_id, max_new, batch,
+    outputs = generate(model, [tokenizer.encode(text) for text in texts], tokenizer.eos_id, max_new, batch,
                        is_done, force if calculator else None, progress)
     completions = []
     for ids in outputs:
         ended = ids[-1] == tokenizer.eos_id
         text = tokenizer.decode(ids[:-1] if ended else ids)
-        cut = gsm8k.truncate(text)
+        cut = prompting.truncate(text, template)
         finish = "stop" if cut != text else "eos" if ended else "cap"
         # A row that began another question ran on until the next check: only what is kept counts.
         new_tokens = len(tokenizer.encode(cut, start=False)) if finish == "stop" else len(ids)
@@ -145,18 +151,19 @@ def complete(model, tokenizer, prompts, max_new=256, batch=64, calculator=False,
 
 # ---- scoring --------------------------------------------------------------------------------------------------------
 
-def score_all(examples, completions):
-    """One record per problem: question, gold, completion, and what each rule extracted and whether it was right."""
-    return [{"question": example["question"], "gold": gsm8k.gold(example["answer"]), "completion": completion["text"],
-             "finish": completion["finish"], "new_tokens": completion["new_tokens"],
-             "scores": gsm8k.score(completion["text"], example["answer"])}
+def score_all(benchmark, examples, completions):
+    """One record per problem: question, gold, completion, and what each rule extracted and whether it was right; for
+    MATH also subject and level."""
+    return [{**{key: value for key, value in example.items() if key != "answer"},
+             "gold": benchmark.gold(example["answer"]), "completion": completion["text"], "finish": completion["finish"],
+             "new_tokens": completion["new_tokens"], "scores": benchmark.score(completion["text"], example["answer"])}
             for example, completion in zip(examples, completions)]
 
 
 def summarise(records):
     """n, accuracy and its standard error per rule, the shares that were capped and that gave no answer, new tokens."""
     n = len(records)
-    accuracy = {rule: sum(record["scores"][rule]["correct"] for record in records) / n for rule in gsm8k.RULES}
+    accuracy = {rule: sum(record["scores"][rule]["correct"] for record in records) / n for rule in records[0]["scores"]}
     return {"n": n, "accuracy": accuracy,
             "standard_error": {rule: math.sqrt(p * (1 - p) / n) for rule, p in accuracy.items()},
             "capped": sum(record["finish"] == "cap" for record in records) / n,
@@ -164,17 +171,28 @@ def summarise(records):
             "new_tokens": sum(record["new_tokens"] for record in records)}
 
 
+def by_field(records, field):
+    """{value: {"n", "accuracy"}} of our rule over the records with each value of a field; empty where none has one."""
+    values = sorted({record[field] for record in records if record.get(field) is not None})
+    groups = {value: [r["scores"]["answer"]["correct"] for r in records if r[field] == value] for value in values}
+    return {value: {"n": len(right), "accuracy": sum(right) / len(right)} for value, right in groups.items()}
+
+
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 def parse_arguments(argv):
     parser = Parser(prog="eval.py", usage="eval.py RUN [flags], or eval.py --model MODEL [flags]",
-                    description="Greedy generation and GSM-8K accuracy.")
+                    description="Greedy generation, and accuracy on GSM-8K or MATH.")
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
-    parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data)")
+    parser.add_argument("--benchmark", choices=list(BENCHMARKS), default="gsm8k", help="which test")
+    parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data); for "
+                                       "math a .jsonl file of problems")
+    parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to think "
+                                                                           "step by step (default: the run's, plain)")
     parser.add_argument("--limit", type=int, help="first N test problems, 0 for all (default: 128 on a CPU, else all)")
     parser.add_argument("--batch", type=positive, help="rows generated together (default: 64 on a CPU, else 512)")
-    parser.add_argument("--max-new", type=positive, default=256, help="most new tokens per answer")
+    parser.add_argument("--max-new", type=positive, help="most new tokens per answer (default: 256, math: 1024)")
     parser.add_argument("--shots", type=int, default=0, help="worked training problems in front of every question")
     parser.add_argument("--calculator", action="store_true", help="compute what follows '=' inside << >>")
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
@@ -186,6 +204,12 @@ def parse_arguments(argv):
         parser.error("name a run (a folder that train.py made), or a base model with --model")
     if args.shots < 0 or (args.limit is not None and args.limit < 0):
         parser.error("--shots and --limit cannot be negative")
+    if args.benchmark == "math":
+        if args.data is None and args.ask is None:
+            parser.error("--benchmark math needs --data FILE: a .jsonl file of problems with answers")
+        if args.shots or args.calculator:
+            parser.error("--shots and --calculator are for GSM-8K: MATH has no training problems here and no << >>")
+    args.max_new = args.max_new or {"gsm8k": 256, "math": 1024}[args.benchmark]
     return args
 
 
@@ -216,15 +240,30 @@ def run_folder(run):
     return run if run.is_dir() else run.parent
 
 
-def recorded_data(run):
-    """The data a run was trained on, as the result.json beside its adapter says; "auto" where there is none."""
+def recorded(run):
+    """(data, template) of a run as the result.json beside its adapter says; ("auto", "plain") where there is none."""
     path = run_folder(run) / "result.json" if run else None
     if not path or not path.is_file():
-        return "auto"
+        return "auto", "plain"
     try:
-        return json.loads(path.read_text())["data"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not the result of a run: name the data with --data") from None
+        result = json.loads(path.read_text())
+        data, template = result["data"], result.get("template", "plain")
+        return "auto" if data.endswith(metamath.SUFFIXES) else data, template
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: not the result of a run: name --data and --template") from None
+
+
+def report(summary, path):
+    """Print what a user wants to know of a summary; its records are in the file `path`."""
+    print(f"\naccuracy on {summary['n']} problems (standard error)")
+    for rule, accuracy in summary["accuracy"].items():
+        print(f"  {rule:<9} {100 * accuracy:6.2f} %  (+- {100 * summary['standard_error'][rule]:.2f})")
+    for field in ("subject", "level"):
+        for value, group in summary.get(f"by_{field}", {}).items():
+            print(f"  {field} {value:<24} {100 * group['accuracy']:6.2f} %  of {group['n']}")
+    print(f"stopped at the cap of {summary['max_new']} tokens: {100 * summary['capped']:.1f} %   "
+          f"no answer found: {100 * summary['no_answer']:.1f} %")
+    print(f"{summary['new_tokens']:,} new tokens in {summary['seconds']:.1f} s   predictions: {path}")
 
 
 def main(argv=None):
@@ -233,18 +272,19 @@ def main(argv=None):
     model, tokenizer, name, method = load_for_eval(args, device, dtype)
     model.eval().requires_grad_(False)
     shown = f"{name}, method {method}, {str(dtype).removeprefix('torch.')} on {device}"
-    data = args.data or recorded_data(args.run)
+    recorded_data, recorded_template = recorded(args.run)
+    data, template = args.data or recorded_data, args.template or recorded_template
     shots = gsm8k.load(data, "train")[0][:args.shots] if args.shots else ()
 
     if args.ask is not None:
-        prompt = gsm8k.prompt(args.ask, shots)
-        answer = complete(model, tokenizer, [prompt], args.max_new, calculator=args.calculator)[0]
-        print(f"{shown}\n\nQuestion: {args.ask}\nAnswer:{answer['text']}")
+        text = prompting.prompt(args.ask, shots, template)
+        answer = complete(model, tokenizer, [text], args.max_new, calculator=args.calculator, template=template)[0]
+        print(f"{shown}\n\n{prompting.prompt(args.ask, template=template)}{answer['text']}")
         if answer["finish"] == "cap":
             print(f"[stopped after {args.max_new} tokens: --max-new allows more]")
         return None
 
-    examples, source = gsm8k.load(data, "test")
+    examples, source = hendrycks_math.load(data) if args.benchmark == "math" else gsm8k.load(data, "test")
     total = len(examples)
     limit = args.limit if args.limit is not None else 128 if device.type == "cpu" else 0
     examples = examples[:limit or None]
@@ -252,7 +292,7 @@ def main(argv=None):
     print(f"model     {shown}")
     rest = " (--limit 0 for all)" if len(examples) < total else ""
     print(f"data      {source}; {len(examples)} of {total} problems{rest}")
-    print(f"protocol  prompt 'Question: ... Answer:', {args.shots} shots, greedy, at most {args.max_new} new tokens, "
+    print(f"protocol  prompt {template}, {args.shots} shots, greedy, at most {args.max_new} new tokens, "
           f"batch {batch}, calculator {'on' if args.calculator else 'off'}")
 
     started, done = time.time(), 0
@@ -265,27 +305,24 @@ def main(argv=None):
         rate = tokens / seconds
         print(f"  {done:>5}/{len(examples)} problems  {rate:,.0f} new tokens/s  {seconds:.0f} s", flush=True)
 
-    completions = complete(model, tokenizer, [gsm8k.prompt(example["question"], shots) for example in examples],
-                           args.max_new, batch, args.calculator, progress)
+    texts = [prompting.prompt(example["question"], shots, template) for example in examples]
+    completions = complete(model, tokenizer, texts, args.max_new, batch, args.calculator, progress, template)
     seconds = time.time() - started
-    records = score_all(examples, completions)
-    summary = {"model": name, "method": method, "data": str(data), "source": source, **summarise(records),
-               "seconds": round(seconds, 2), "batch": batch, "max_new": args.max_new, "shots": args.shots,
-               "calculator": args.calculator, "dtype": str(dtype).removeprefix("torch."), "device": str(device),
-               "torch": torch.__version__}
+    records = score_all(BENCHMARKS[args.benchmark], examples, completions)
+    summary = {"model": name, "method": method, "benchmark": args.benchmark, "data": str(data), "source": source,
+               **summarise(records), "seconds": round(seconds, 2), "batch": batch, "max_new": args.max_new,
+               "template": template, "shots": args.shots, "calculator": args.calculator,
+               "dtype": str(dtype).removeprefix("torch."), "device": str(device), "torch": torch.__version__}
+    if args.benchmark == "math":
+        summary.update(by_subject=by_field(records, "subject"), by_level=by_field(records, "level"))
 
     out = args.out or (run_folder(args.run) if args.run else Path("runs") / f"base-{Path(name).stem}")
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / "predictions.jsonl") as file:
+    predictions, result = RESULT_FILES[args.benchmark]
+    with atomic_write(out / predictions) as file:
         file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-    write_json(out / "eval.json", summary)
-
-    print(f"\naccuracy on {summary['n']} problems (standard error)")
-    for rule in gsm8k.RULES:
-        print(f"  {rule:<9} {100 * summary['accuracy'][rule]:6.2f} %  (+- {100 * summary['standard_error'][rule]:.2f})")
-    print(f"stopped at the cap of {args.max_new} tokens: {100 * summary['capped']:.1f} %   "
-          f"no answer found: {100 * summary['no_answer']:.1f} %")
-    print(f"{summary['new_tokens']:,} new tokens in {seconds:.1f} s   predictions: {out / 'predictions.jsonl'}")
+    write_json(out / result, summary)
+    report(summary, out / predictions)
     return summary
 
 

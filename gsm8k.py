@@ -1,4 +1,4 @@
-"""GSM-8K, grade school word problems: the data, the one prompt of training and evaluation, and how an answer is scored.
+"""GSM-8K, grade school word problems: the data, and how an answer is scored.
 
 A problem is a dict of two texts, "question" and "answer". The answer reasons line by line and repeats each computation
 in an annotation that a calculator could have filled in; after `#### ` stands the number that counts:
@@ -9,7 +9,7 @@ in an annotation that a calculator could have filled in; after `#### ` stands th
     So he gets back 20-15 = $<<20-15=5>>5.
     #### 5
 
-Top to bottom: data, prompt, scoring. `python gsm8k.py` shows what each scoring rule reads in one completion.
+Top to bottom: data, scoring. `python gsm8k.py` shows what each scoring rule reads in one completion.
 """
 import hashlib
 import http.client
@@ -111,25 +111,6 @@ def download(url, path, expected):
         file.write(body)
 
 
-# ---- Prompt: the same function for training and for evaluation ------------------------------------------------------
-
-def prompt(question, shots=()):
-    """The text a model continues: solved examples (`shots`), then the question. No space at its end: see target."""
-    solved = [prompt(shot["question"]) + target(shot["answer"]) for shot in shots]
-    return "\n\n".join([*solved, f"Question: {question}\nAnswer:"])
-
-
-def target(answer):
-    """What the model shall write after the prompt. Its leading space belongs to the first word's token."""
-    return " " + answer
-
-
-def encode(tokenizer, example):
-    """(ids, prompt_length): prompt, target and end-of-sequence token; the loss counts ids[prompt_length:] only."""
-    before = tokenizer.encode(prompt(example["question"]))
-    return before + tokenizer.encode(target(example["answer"]), start=False) + [tokenizer.eos_id], len(before)
-
-
 def strip_annotations(text):
     """The text without its <<calculator annotations>>."""
     return re.sub(r"<<.*?>>", "", text)
@@ -148,11 +129,6 @@ def gold(answer):
     if not match:
         raise ValueError(f"the answer does not end in '#### number': ...{answer[-60:]!r}")
     return match[1].replace(",", "")
-
-
-def truncate(completion):
-    """The completion up to where the model goes on to a next problem. (The bare word "Question" may be reasoning.)"""
-    return completion.partition("\nQuestion:")[0]
 
 
 def extract_answer(text):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -207,6 +208,7 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = norm(config)
+        self.checkpointing = False  # True: training keeps each block's input only, and runs the block again in backward
 
     def forward(self, tokens, cache=None):
         """Without a cache the T tokens are whole rows; with one they follow what each row holds.
@@ -227,7 +229,10 @@ class Decoder(nn.Module):
             cos, sin = rope_tables(positions, self.config)
             cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (B or 1, 1, T, D/2)
         for layer in self.layers:
-            x = layer(x, cos, sin, cache, positions, mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin, cache, positions, mask)
         return self.norm(x)
 
 

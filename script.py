@@ -75,6 +75,15 @@ def amount(text):
     return value
 
 
+def two_lengths(text):
+    """An argparse type: two whole numbers of at least 1, as in 512+512."""
+    first, _, second = text.partition("+")
+    try:
+        return positive(first), positive(second)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two lengths, as in 512+512") from None
+
+
 def write_json(path, record):
     """Write a dict as an indented JSON file, whole or not at all. ValueError for numbers JSON has no word for."""
     with atomic_write(path) as file:

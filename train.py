@@ -1,4 +1,4 @@
-"""Fine-tune a model on GSM-8K with one of the methods: `python train.py --method sorsa`.
+"""Fine-tune a model on word problems with one of the methods: `python train.py --method sorsa`.
 
 The loop is plain: batches of examples of similar length, the loss on answer tokens only, one optimizer step per batch
 however it is cut into micro-batches. Everything that was chosen is printed; every choice is a flag.
@@ -18,34 +18,52 @@ import torch
 import adapter
 import checkpoint
 import gsm8k
-from eval import complete
+import metamath
+import prompting
+from eval import RESULT_FILES, complete
 from loss import IGNORE, answer_loss
-from script import Parser, above_zero, amount, at_least_zero, choose_device, positive, run_script, write_json
+from script import (Parser, above_zero, amount, at_least_zero, choose_device, positive, run_script, two_lengths,
+                    write_json)
 
 # The best of a small grid on the default model, GSM-8K, 24 steps of 6 (README, results/sweep.jsonl), the smaller of two
 # that differ by less than 0.003: start there.
 DEFAULT_LR = {"full": 1e-4, "lora": 3e-3, "pissa": 3e-4, "sorsa": 1e-4, "sara": 3e-2, "mosara": 1e-1,
               "cora": 3e-3, "cora-init": 3e-3, "lotr": 3e-3}
+# --recipe paper: what SORSA's authors trained Llama 2 7B with (Mistral and Gemma at rank 64), PiSSA's at the same
+# settings but for the rate, LoRA and full fine-tuning as their baselines. The other papers trained on other tasks.
+RECIPE = {"template": "alpaca", "limit": 100_000, "cut": (512, 512), "rank": 128, "epochs": 1.0, "batch": 128,
+          "schedule": "cosine", "warmup": 0.03, "weight_decay": 0.0, "clip": 1.0, "seed": 42}
+RECIPE_OF = {"sorsa": {"lr": 3e-5, "gamma": 4e-4, "reduction": "mean"}, "pissa": {"lr": 2e-5},
+             "lora": {"lr": 2e-5}, "full": {"lr": 2e-5}}
 SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
 
-def encode_examples(tokenizer, examples, max_tokens):
+def load_examples(data):
+    """(examples, source): the training problems that --data names, a file or one of gsm8k.load's kinds."""
+    return metamath.load(data) if data.endswith(metamath.SUFFIXES) else gsm8k.load(data, "train")
+
+
+def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None)):
     """[(ids, prompt_length)] of the examples that have at most max_tokens tokens; ValueError if none has."""
-    encoded = [gsm8k.encode(tokenizer, example) for example in examples]
+    encoded = [prompting.encode(tokenizer, example, template, cut) for example in examples]
     kept = [(ids, prompt_length) for ids, prompt_length in encoded if len(ids) <= max_tokens]
     if not kept:
         raise ValueError(f"all {len(encoded)} examples have more than {max_tokens} tokens: raise --max-tokens")
     return kept
 
 
-def split(examples, held_out):
-    """(examples to train on, `held_out` examples kept apart): the same split whatever the seed of the run."""
+def split(examples, held_out, limit=None):
+    """(examples to train on, `held_out` examples kept apart): the same split whatever the seed of the run.
+
+    With a limit, the ones to train on are the first of the data that are not held out.
+    """
     if held_out >= len(examples):
         raise ValueError(f"--held-out {held_out} leaves nothing to train on: the data has {len(examples)} examples")
-    shuffled = random.Random(SPLIT_SEED).sample(examples, len(examples))
-    return shuffled[held_out:], shuffled[:held_out]
+    order = random.Random(SPLIT_SEED).sample(range(len(examples)), len(examples))
+    last = sorted(order[held_out:])[:limit][-1]
+    return ([examples[i] for i in order[held_out:] if i <= last], [examples[i] for i in order[:held_out]])
 
 
 def epoch_batches(lengths, batch, seed, epoch, window=32):
@@ -185,12 +203,16 @@ def duration(seconds):
 
 def parse_arguments(argv):
     parser = Parser(prog="train.py", usage="train.py --method METHOD [flags]",
-                    description="Fine-tune a model on GSM-8K.")
+                    description="Fine-tune a model on word problems.")
     add = parser.add_argument
     add("--method", default="sorsa", help=f"one of {', '.join(adapter.METHODS)}")
     add("--model", default=checkpoint.DEFAULT_MODEL,
         help="base model: a name, a .gguf file, a folder in Hugging Face layout, or a hub id (owner/name)")
-    add("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, or auto")
+    add("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, auto, or a file of "
+                                       "problems with answers: MetaMathQA-395K.json, or a .jsonl")
+    add("--template", choices=("plain", "alpaca"), default="plain", help="of the prompt")
+    add("--recipe", choices=("paper",), help="the settings of SORSA's authors for MetaMathQA (for PiSSA, LoRA and full "
+                                             "their baselines'); what is given beside it counts")
     add("--out", type=Path, help="folder of the run (default: runs/METHOD, or the next free runs/METHOD-N)")
     add("--overwrite", action="store_true", help="replace the run that --out already holds")
 
@@ -238,10 +260,14 @@ def parse_arguments(argv):
     add("--warmup", type=at_least_zero, default=0.03, help="share of the steps")
     add("--weight-decay", type=at_least_zero, default=0.0, help="AdamW's")
     add("--clip", type=above_zero, default=1.0, help="largest gradient norm")
-    add("--max-tokens", type=positive, default=512, help="longer examples are left out")
+    add("--max-tokens", type=positive, help="longer examples are left out (default: 512)")
+    add("--cut", type=two_lengths, metavar="P+A", help="cut prompts at P tokens and answers at A instead of leaving long "
+                                                       "examples out, as in 512+512")
     add("--strip-annotations", action="store_true", help="remove the <<48/2=24>> calculator annotations")
-    add("--limit", type=positive, help="train on N examples only")
+    add("--limit", type=positive, help="train on the first N examples of the data only")
     add("--seed", type=int, default=0, help="of the order of the data and of random factors")
+    add("--checkpointing", action="store_true", help="keep only the input of each block and compute the rest again in "
+                                                     "the backward pass: less memory, about 1.3 times the work")
 
     add = parser.add_argument_group("reporting").add_argument
     add("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
@@ -251,11 +277,27 @@ def parse_arguments(argv):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: fp32 on a CPU, else bf16)")
     args = parser.parse_args(argv)
+    if args.recipe:
+        settings = recipe_settings(args)
+        parser.set_defaults(**settings)
+        args = parser.parse_args(argv)
+        args.recipe_set = {key: value for key, value in settings.items() if getattr(args, key) == value}
     if args.steps and args.epochs:
         parser.error("give --steps or --epochs, not both")
     if args.warmup > 1:
         parser.error(f"--warmup {args.warmup:g} is a share of the steps: at most 1")
     return args
+
+
+def recipe_settings(args):
+    """What --recipe paper sets for the method, less what --params and --steps replace; ValueError where it is unknown."""
+    adapter.method_module(args.method)  # ValueError for no method at all
+    if args.method not in RECIPE_OF:
+        raise ValueError(f"--recipe paper is known for {', '.join(RECIPE_OF)}: the paper behind {args.method} trained on "
+                         "other tasks")
+    replaced = ["rank"] * (args.params is not None or args.method == "full") + ["epochs"] * (args.steps is not None)
+    settings = {**RECIPE, **RECIPE_OF[args.method]}
+    return {key: value for key, value in settings.items() if key not in replaced}
 
 
 METHOD_FLAGS = ("targets", "params", "rank", "alpha", "svd", "gamma", "reduction", "threshold", "init", "sets",
@@ -309,7 +351,8 @@ def complete_options(args, options, model, dtype, device):
     return options
 
 
-RUN_FILES = ("log.jsonl", "result.json", "adapter.safetensors", "predictions.jsonl", "eval.json")
+EVAL_FILES = tuple(itertools.chain.from_iterable(RESULT_FILES.values()))
+RUN_FILES = ("log.jsonl", "result.json", "adapter.safetensors", *EVAL_FILES)
 
 
 def holds_a_run(folder):
@@ -356,12 +399,18 @@ def describe(args, base, regularizer, device, source, data):
         dtype += f" computing in {args.autocast}"
     hardware = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     print(f"device    {device} ({hardware}), weights {dtype}, torch {torch.__version__}")
+    if args.recipe:
+        words = {key: "+".join(map(str, value)) if key == "cut" else value for key, value in args.recipe_set.items()}
+        print(f"recipe    {args.recipe} sets {', '.join(f'{key} {value}' for key, value in words.items())}")
     print(f"model     {base.name}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
     print(f"data      {source}")
     print(f"          {len(encoded)} to train on, {len(held_out)} held out, {left_out} left out "
           f"(longer than {args.max_tokens} tokens)")
-    print(f"          {tokens:.0f} tokens per example, {answers:.0f} of them answer, calculator annotations "
-          f"{'removed' if args.strip_annotations else 'kept'}")
+    print(f"          prompt {args.template}; {tokens:.0f} tokens per example, {answers:.0f} of them answer, calculator "
+          f"annotations {'removed' if args.strip_annotations else 'kept'}")
+    if args.cut:
+        cut = sum(ids[-1] != base.tokenizer.eos_id for ids, _ in encoded)
+        print(f"          prompts cut at {args.cut[0]} tokens, answers at {args.cut[1]} ({cut} of them were longer)")
     print(f"method    {', '.join([args.method, *shown])}; targets {', '.join(targets or ['every parameter'])}")
     if args.params:
         total = sum(p.numel() for p in adapter.trainable(model).values())
@@ -373,7 +422,7 @@ def describe(args, base, regularizer, device, source, data):
     print("\n".join(f"          {line}" for line in adapter.parameter_table(model)))
     epochs = args.steps * args.batch / len(encoded)
     print(f"plan      {args.steps} steps of {args.batch} examples ({epochs:.2f} epochs), "
-          f"{args.micro_batch} per forward pass; {gflop_per_token(model, answers / tokens)[1]:.2f} GFLOP per token")
+          f"{args.micro_batch} per forward pass{', checkpointing' * args.checkpointing}; {gflop_per_token(model, answers / tokens)[1]:.2f} GFLOP per token")
     print(f"          AdamW, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
           f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
     if regularizer.get("gamma"):
@@ -457,15 +506,16 @@ def main(argv=None):
     check_out(args)
 
     print(f"loading {args.model}, attaching {args.method} ...", flush=True)
-    examples, source = gsm8k.load(args.data, "train")
+    examples, source = load_examples(args.data)
     if args.strip_annotations:
         examples = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
     base = checkpoint.load(args.model, weights, device)
     model, tokenizer = base.model, base.tokenizer
-    to_train, to_hold_out = split(examples, args.held_out)
-    to_train = to_train[:args.limit]
-    args.max_tokens = min(args.max_tokens, model.config.max_position_embeddings)
-    encoded, held_out = (encode_examples(tokenizer, part, args.max_tokens) for part in (to_train, to_hold_out))
+    model.model.checkpointing = args.checkpointing
+    to_train, to_hold_out = split(examples, args.held_out, args.limit)
+    args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), model.config.max_position_embeddings)
+    encoded, held_out = (encode_examples(tokenizer, part, args.max_tokens, args.template, args.cut or (None, None))
+                         for part in (to_train, to_hold_out))
     left_out = len(to_train) + len(to_hold_out) - len(encoded) - len(held_out)
 
     attach = adapter.method_function(args.method, "attach")
@@ -487,11 +537,13 @@ def main(argv=None):
         return loss
 
     def sample(when):
-        prompt, right = gsm8k.prompt(to_hold_out[0]["question"]), gsm8k.gold(to_hold_out[0]["answer"])
-        room = model.config.max_position_embeddings - len(tokenizer.encode(prompt))
+        example = to_hold_out[0]
+        text = prompting.prompt(example["question"], template=args.template)
+        right = example["answer"].rstrip().splitlines()[-1].removeprefix("#### ").removeprefix("The answer is: ")
+        room = model.config.max_position_embeddings - len(tokenizer.encode(text))
         if room > 0 and not args.no_sample:
-            text = complete(model, tokenizer, [prompt], min(128, room))[0]["text"]
-            print(f"\n--- a held-out question, {when} training (right: {right})\n{prompt}{text}\n---\n", flush=True)
+            answer = complete(model, tokenizer, [text], min(128, room), template=args.template)[0]["text"]
+            print(f"\n--- a held-out question, {when} training (right: {right})\n{text}{answer}\n---\n", flush=True)
 
     def regularize():
         return module.add_regularizer_grad(model, regularizer["gamma"] / args.lr, regularizer["reduction"])
@@ -506,12 +558,13 @@ def main(argv=None):
     after, path = losses[args.steps], args.out / "adapter.safetensors"
     adapter.save(model, path, base.name, base.sha256)
     log.close()
-    for stale in ("predictions.jsonl", "eval.json"):  # of the adapter that was overwritten
+    for stale in EVAL_FILES:  # of the adapter that was overwritten
         (args.out / stale).unlink(missing_ok=True)
 
     data = {"auto": "practice" if source.startswith("practice") else "gsm8k"}.get(args.data, args.data)
+    data = data if data in ("practice", "gsm8k") else str(Path(data).resolve())
     result = {**vars(args), **regularizer, "out": str(args.out), "adapter": model.adapter_config,
-              "data": str(Path(data).resolve()) if Path(data).is_dir() else data, "source": source,
+              "data": data, "source": source,
               "model": base.name, "base_sha256": base.sha256,
               "trainable_parameters": sum(p.numel() for p in adapter.trainable(model).values()),
               "adapter_bytes": path.stat().st_size, "held_out_examples": len(held_out),

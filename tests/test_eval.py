@@ -7,6 +7,7 @@ import torch
 import adapter
 import eval as evaluation
 import gsm8k
+import prompting
 import train
 from script import run_script
 from toy import attach, perturb, tokens, toy_model, write_sums
@@ -77,15 +78,15 @@ def test_a_prompt_longer_than_the_context_is_refused():
 def test_golden_generation_on_the_real_model(real_base):
     """On the real model, batched and cached generation gives the uncached one-row loop's text, token for token."""
     questions = ["What is 3 plus 4?", "Tom has 12 eggs. He eats 2 each day for 3 days. How many eggs are left?", "How many legs do 5 dogs have?"]
-    prompts = [real_base.tokenizer.encode(gsm8k.prompt(question)) for question in questions]
-    expected = [naive_greedy(real_base.model, prompt, 16, real_base.tokenizer.eos_id) for prompt in prompts]
-    assert evaluation.generate(real_base.model, prompts, real_base.tokenizer.eos_id, max_new=16) == expected
+    asked = [real_base.tokenizer.encode(prompting.prompt(question)) for question in questions]
+    expected = [naive_greedy(real_base.model, ids, 16, real_base.tokenizer.eos_id) for ids in asked]
+    assert evaluation.generate(real_base.model, asked, real_base.tokenizer.eos_id, max_new=16) == expected
 
 
 def test_calculator_on_the_real_model(real_base):
     """With the calculator, what follows '=' inside << >> is computed, not generated."""
     shots = [{"question": "Sam has 4 bags with 6 figs each. How many figs?", "answer": "Sam has 4*6 = <<4*6=24>>24 figs.\n#### 24"}] * 2
-    prompt = gsm8k.prompt("Eve has 137 boxes with 68 pens each. How many pens does she have?", shots)
+    prompt = prompting.prompt("Eve has 137 boxes with 68 pens each. How many pens does she have?", shots)
     with_it, without = (evaluation.complete(real_base.model, real_base.tokenizer, [prompt], max_new=40, calculator=on)[0]["text"] for on in (True, False))
     assert "<<137*68=9316>>" in with_it and "<<137*68=9316>>" not in without
 
@@ -177,16 +178,16 @@ def test_a_damaged_result_is_named(small_run, capsys):
     (run / "result.json").write_text("{}")
     with pytest.raises(SystemExit):
         run_script(lambda: evaluation.main([str(run), "--device", "cpu"]))
-    assert f"{run / 'result.json'}: not the result of a run: name the data with --data" in capsys.readouterr().err
+    assert f"{run / 'result.json'}: not the result of a run: name --data and --template" in capsys.readouterr().err
 
 
 def test_perfect_answers_score_one_hundred(tmp_path):
     """Completions that are the reference solutions are right by our rule and the strict one, and summed up so."""
     examples = gsm8k.practice("test", 20)
-    completions = [{"text": gsm8k.target(e["answer"]), "finish": "eos", "new_tokens": 5} for e in examples]
-    summary = evaluation.summarise(evaluation.score_all(examples, completions))
+    completions = [{"text": prompting.target(e["answer"]), "finish": "eos", "new_tokens": 5} for e in examples]
+    summary = evaluation.summarise(evaluation.score_all(gsm8k, examples, completions))
     assert summary["accuracy"]["answer"] == summary["accuracy"]["strict"] == 1 and summary["standard_error"]["answer"] == 0
-    wrong = evaluation.summarise(evaluation.score_all(examples, [{**c, "text": " no idea", "finish": "cap"} for c in completions]))
+    wrong = evaluation.summarise(evaluation.score_all(gsm8k, examples, [{**c, "text": " no idea", "finish": "cap"} for c in completions]))
     assert wrong["accuracy"]["answer"] == 0 and wrong["no_answer"] == wrong["capped"] == 1 and summary["new_tokens"] == 100
 
 

@@ -1,4 +1,4 @@
-"""GSM-8K: reading the data, the prompt, the four scoring rules."""
+"""GSM-8K: reading the data, the four scoring rules."""
 import hashlib
 import http.client
 import json
@@ -11,10 +11,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-import regex
 
 import gsm8k
-import tokenizer
+import prompting
 
 GOOD = {"question": "How many legs have 3 cats?", "answer": "3*4 = <<3*4=12>>12 legs.\n#### 12"}
 ANNOTATION = re.compile(r"<<(.*?)=(.*?)>>")
@@ -151,50 +150,6 @@ def test_real_data_has_the_published_size(gsm8k_data):
     assert all(re.fullmatch(r"-?\d+", gsm8k.gold(example["answer"])) for example in train + test)
 
 
-# ---- prompt ---------------------------------------------------------------------------------------------------------
-
-def test_prompt_and_target():
-    """The decided texts, character by character, with and without shots."""
-    assert gsm8k.prompt("Why?") == "Question: Why?\nAnswer:"
-    assert gsm8k.target("So.\n#### 1") == " So.\n#### 1"
-    shots = [{"question": "A?", "answer": "#### 1"}, {"question": "B?", "answer": "#### 2"}]
-    assert gsm8k.prompt("C?", shots) == ("Question: A?\nAnswer: #### 1\n\nQuestion: B?\nAnswer: #### 2\n\n"
-                                         "Question: C?\nAnswer:")
-
-
-class Letters:
-    """A tokenizer with one token per character."""
-    eos_id = 0
-
-    def encode(self, text, start=True):
-        return [ord(letter) for letter in text]
-
-
-def test_encode():
-    """ids are prompt, target and end token, cut where the answer begins."""
-    ids, length = gsm8k.encode(Letters(), GOOD)
-    assert "".join(map(chr, ids[:length])) == gsm8k.prompt(GOOD["question"])
-    assert "".join(map(chr, ids[length:-1])) == gsm8k.target(GOOD["answer"])
-    assert ids[-1] == 0 and 0 not in ids[:-1]
-
-
-def test_encoding_in_two_parts_changes_no_token_of_the_data(gsm8k_data, real_base):
-    """encode(prompt) + encode(target) == encode(prompt + target) on all problems, with the default tokenizer."""
-    real = real_base.tokenizer
-    for example in gsm8k.load(gsm8k_data, "train")[0] + gsm8k.load(gsm8k_data, "test")[0]:
-        text = gsm8k.prompt(example["question"]) + gsm8k.target(example["answer"])
-        assert gsm8k.encode(real, example)[0] == real.encode(text) + [real.eos_id], text
-
-
-@pytest.mark.parametrize("cut", sorted(tokenizer.PATTERNS))
-def test_no_token_can_cross_from_prompt_to_target(cut):
-    """Why it is so, for every known tokenizer: a token stays in its piece, and the cut into pieces is the same."""
-    for example in gsm8k.practice("test"):
-        before, behind = gsm8k.prompt(example["question"]), gsm8k.target(example["answer"])
-        apart = regex.findall(tokenizer.PATTERNS[cut], before) + regex.findall(tokenizer.PATTERNS[cut], behind)
-        assert regex.findall(tokenizer.PATTERNS[cut], before + behind) == apart
-
-
 @pytest.mark.parametrize("text, expected", [
     ("3*4 = <<3*4=12>>12 legs", "3*4 = 12 legs"), ("$<<1+1=2>>2 and <<2*2=4>>4", "$2 and 4"),
     ("no annotation, 1 < 2 >> 0", "no annotation, 1 < 2 >> 0"), ("open <<1+1=", "open <<1+1="),
@@ -235,7 +190,7 @@ def verdicts(completion, gold):
     ("10-5=5", 5, ["-", "5", "-", "5"]),
     ("#### 5\n#### 7", 5, ["5", "7 wrong", "-", "7 wrong"]),
     ("#### 5\nQuestion: 3+4", 5, ["5", "4 wrong", "-", "5"]),
-    (gsm8k.truncate("#### 5\nQuestion: 3+4"), 5, ["5", "5", "-", "5"]),
+    (prompting.truncate("#### 5\nQuestion: 3+4"), 5, ["5", "5", "-", "5"]),
     ("", 5, ["-", "-", "-", "-"]),
     ("I do not know.", 5, ["-", "-", "-", "-"]),
     ("#### 5", "1,005", ["5 wrong", "5 wrong", "-", "5 wrong"]),
@@ -325,19 +280,10 @@ def test_answer_without_gold(answer):
         gsm8k.score("#### 7", answer)
 
 
-@pytest.mark.parametrize("completion, expected", [
-    (" 5\n#### 5\n\nQuestion: next\nAnswer: 6", " 5\n#### 5\n"), ("A\nQuestion: B\nQuestion: C", "A"),
-    ("The Question: is 5", "The Question: is 5"), ("\nQuestion is 5", "\nQuestion is 5"), ("", ""),
-])
-def test_truncate(completion, expected):
-    """The cut is at a new line's `Question:` only."""
-    assert gsm8k.truncate(completion) == expected
-
-
 def test_real_answers_score_as_right(gsm8k_data):
     """Every test answer, taken as a completion, is right by the three rules that know `#### `; 40 of them are 5."""
     examples = gsm8k.load(gsm8k_data, "test")[0]
-    scores = [gsm8k.score(gsm8k.target(example["answer"]), example["answer"]) for example in examples]
+    scores = [gsm8k.score(prompting.target(example["answer"]), example["answer"]) for example in examples]
     right = {rule: sum(score[rule]["correct"] for score in scores) for rule in gsm8k.RULES}
     assert right == {"answer": 1319, "strict": 1319, "flexible": 1319, "metamath": 0}
     assert sum(gsm8k.score("#### 5", example["answer"])["answer"]["correct"] for example in examples) == 40

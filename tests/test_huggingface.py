@@ -10,8 +10,8 @@ import torch
 
 import adapter
 import checkpoint
-import gsm8k
 import huggingface
+import prompting
 import tokenizer
 from eval import generate_batch
 from tensorfile import read_safetensors, write_safetensors
@@ -261,8 +261,8 @@ def test_texts_begin_with_what_the_post_processor_puts_before_them(processor):
     ours = tokenizer.from_tokenizer_json({**byte_vocabulary(), "post_processor": steps}, 2)
     assert ours.encode("ab")[0] == 1 and ours.encode("ab", start=False) == ours.encode("ab")[1:]
     example = {"question": "How many?", "answer": "One. #### 1"}
-    ids, length = gsm8k.encode(ours, example)
-    assert ids.count(1) == 1 and ids[0] == 1 and ids[:length] == ours.encode(gsm8k.prompt("How many?"))
+    ids, length = prompting.encode(ours, example)
+    assert ids.count(1) == 1 and ids[0] == 1 and ids[:length] == ours.encode(prompting.prompt("How many?"))
 
 
 def test_added_tokens_that_are_not_control_tokens_are_recognised():

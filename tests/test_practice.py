@@ -9,6 +9,7 @@ import pytest
 
 import gsm8k
 import practice as generator
+import prompting
 from calculator import calculate
 
 ANNOTATION = re.compile(r"<<(.*?)=(.*?)>>")
@@ -84,7 +85,7 @@ def test_all_templates_serve():
 def test_practice_answers_score_as_right():
     """A practice answer, taken as a completion, is right by the rules that know its form."""
     for problem in generator.practice("test", 200):
-        scores = gsm8k.score(gsm8k.target(problem["answer"]), problem["answer"])
+        scores = gsm8k.score(prompting.target(problem["answer"]), problem["answer"])
         assert [scores[rule]["correct"] for rule in ("answer", "strict", "flexible")] == [True] * 3
 
 
@@ -94,4 +95,4 @@ def test_script_shows_the_same_problems_in_another_process():
                          env={**os.environ, "PYTHONHASHSEED": "12345"})
     assert run.returncode == 0, run.stderr
     for problem in generator.practice("train", 3):
-        assert gsm8k.prompt(problem["question"]) + gsm8k.target(problem["answer"]) in run.stdout
+        assert prompting.prompt(problem["question"]) + prompting.target(problem["answer"]) in run.stdout

@@ -1,0 +1,216 @@
+r"""MATH (Hendrycks et al., arXiv 2103.03874): competition problems in seven subjects and five levels, and their scoring.
+
+A solution is LaTeX, and its answer stands in a box: "... so the probability is $\boxed{\frac{1}{2}}$." A prediction is
+right if it means the same, which nobody can decide in full: 1/2, .5 and \dfrac12 are one number, x = 5 says 5. Four
+rules, three of them other people's, repeated with their flaws to compare with their numbers:
+
+    answer      the last box, else what follows the last "The answer is", else the last $...$; equal as mended below
+    is_equiv    the same prediction, equal as in the data set's own code
+    harness     lm-evaluation-harness, hendrycks_math: the last box, else the first \[...\], else what lies between the
+                first and the last dollar sign, else everything
+    metamath    MetaMath, PiSSA and SORSA: what follows the last "The answer is: ", to the end of the sentence
+
+The data set is not shipped: `eval.py --benchmark math --data FILE` reads it, one JSON object per line.
+`python hendrycks_math.py` shows what each rule reads in one completion.
+"""
+import re
+from fractions import Fraction
+from pathlib import Path
+
+from gsm8k import LONGEST
+from metamath import read_records
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def load(path):
+    """(examples, source) of a .jsonl file (or a .json list) of MATH problems.
+
+    A record has a problem, an answer or a solution with a boxed one, and may have a subject (or type) and a level.
+    An example is a dict of question, answer (the gold one, LaTeX), subject and level (text, or None). Raises
+    FileNotFoundError for a missing file, ValueError naming the file and the record at fault.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the MATH benchmark is read from a .jsonl file of problems")
+    examples = [parse(record, f"{path}: record {number}") for number, record in enumerate(read_records(path), 1)]
+    return examples, f"MATH, {len(examples)} problems, from {path}"
+
+
+def parse(record, where):
+    """One record as an example; `where` names it in the ValueError raised when it is none."""
+    record = record if isinstance(record, dict) else {}
+    problem, solution, answer = (record.get(key) for key in ("problem", "solution", "answer"))
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError(f"{where}: expected a JSON object with a non-empty text under 'problem'")
+    answer = last_box(solution) if answer is None and isinstance(solution, str) else answer
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"{where}: no 'answer', and no 'solution' with a closed \\boxed{{...}} in it")
+    subject, level = record.get("subject", record.get("type")), record.get("level")
+    level = level if level is None else str(level).removeprefix("Level ")
+    return {"question": problem, "answer": answer, "subject": subject if isinstance(subject, str) else None,
+            "level": level}
+
+
+def gold(answer):
+    """The answer that is right: the one of the data, as it is."""
+    return answer
+
+
+# ---- what a completion answers --------------------------------------------------------------------------------------
+
+def last_box(text):
+    r"""What stands in the last \boxed{...} (or \fbox{...}) of a text, braces matched; None if it has none, or an open
+    one."""
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start < 0:
+        return None
+    start = text.index("{", start) + 1
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return None
+
+
+def extract_answer(text):
+    """Our prediction: the last box, else what follows the last "The answer is" on its line, else the last $...$."""
+    box = last_box(text)
+    if box is not None:
+        return box
+    _, marker, behind = text.rpartition("The answer is")
+    said = re.sub(r"\.?\s*\Z", "", behind.lstrip(": ").partition("\n")[0])
+    if marker and said:
+        return said
+    dollars = re.findall(r"\$([^$]+)\$", text)
+    return dollars[-1] if dollars else None
+
+
+def extract_harness(text):
+    """lm-evaluation-harness. Flaw: there is always an answer, at worst the whole text."""
+    box = last_box(text)
+    if box is not None:
+        return box
+    display = re.search(r"\\\[(.*?)\\\]", text, re.DOTALL)
+    if display:
+        return display[1]
+    first, last = text.find("$"), text.rfind("$")
+    return text[first + 1:last] if first < last else text
+
+
+def extract_metamath(text):
+    """MetaMath, PiSSA, SORSA. Flaws: needs exactly "The answer is: "; a box alone counts for nothing."""
+    _, marker, behind = text.rpartition("The answer is: ")
+    return behind.partition(".\n")[0].strip().removesuffix(".").strip() if marker else None
+
+
+# ---- what is equal --------------------------------------------------------------------------------------------------
+
+def normalise(text):
+    """The data set's own normal form of an answer, step by step as its `math_equivalence` has it, flaws included.
+
+    ValueError where that code fails: two units, or \\frac or \\sqrt at the very end.
+    """
+    for old, new in (("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""),
+                     (r"\right", ""), (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", "")):
+        text = text.replace(old, new)
+    if text.count(r"\text{ ") > 1:
+        raise ValueError("two units")
+    text = text.partition(r"\text{ ")[0]  # a unit
+    for old, new in ((r"\%", ""), (" .", " 0."), ("{.", "{0.")):
+        text = text.replace(old, new)
+    if text.startswith("."):
+        text = "0" + text
+    left, equals, right = text.partition("=")
+    if equals and "=" not in right and len(left) <= 2:  # x = 5
+        text = right
+    if re.search(r"\\sqrt(\\sqrt|\Z)", text):
+        raise ValueError("a root of nothing")
+    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text, flags=re.DOTALL).replace(" ", "")
+    text = brace_fractions(text)
+    text = r"\frac{1}{2}" if text == "0.5" else text
+    simple = re.fullmatch(r"(0|-?[1-9]\d*)/(0|-?[1-9]\d*)", text, re.ASCII)
+    return rf"\frac{{{simple[1]}}}{{{simple[2]}}}" if simple else text
+
+
+def brace_fractions(text):
+    r"""\frac12 and \frac1{72} with braces around both arguments; all of it unchanged if a \frac has one character behind
+    it, ValueError if one has none."""
+    done, *parts = text.split(r"\frac")
+    for part in parts:
+        if not part:
+            raise ValueError("a fraction of nothing")
+        if not part.startswith("{"):
+            if len(part) == 1:
+                return text
+            part = f"{{{part[0]}}}" + (part[1:] if part[1] == "{" else f"{{{part[1]}}}{part[2:]}")
+        done += r"\frac" + part
+    return done
+
+
+def is_equiv(prediction, answer):
+    """The data set's own comparison: equal normal forms; equal texts where there is none. None equals nothing."""
+    if prediction is None:
+        return False
+    try:
+        return normalise(prediction) == normalise(answer)
+    except ValueError:
+        return prediction == answer
+
+
+GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"  # braces, with braces in them at most once
+TERM = rf"((?:\\?\w|{GROUP})+)"  # 3\sqrt{2}, say
+
+
+def mend(text):
+    r"""A normal form that also knows what `normalise` misses: $5$, \text{A}, 5\mbox{ cm}, 50%, \frac{72}1, 3\pi/2."""
+    text = text.strip().removeprefix(r"\(").removesuffix(r"\)").replace(r"\$", "").replace("$", "").rstrip(". ")
+    for old, new in (("%", ""), ("{,}", ","), (r"\,", ""), ("\\ ", " "), (r"\mbox", r"\text"), (r"\cfrac", r"\frac")):
+        text = text.replace(old, new)
+    text = re.sub(r"(?<=.)\\text\{ .*", "", text, flags=re.DOTALL)  # a unit
+    text = re.sub(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(rf"(frac *{GROUP} *)(\\[a-zA-Z]+|[^{{}}\\\s])", r"\1{\2}", text)
+    try:
+        text = normalise(text)
+    except ValueError:
+        pass
+    return re.sub(f"{TERM}/{TERM}", r"\\frac{\1}{\2}", text)
+
+
+def number(text):
+    r"""The value of a plain number (1,000 or -0.25) or of a simple fraction (-\frac{3}{4}) in normal form, else None."""
+    if len(text) > LONGEST:
+        return None
+    match = re.fullmatch(r"([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)", text, re.ASCII)
+    if match:
+        return Fraction(match[1] + match[2].replace(",", ""))
+    match = re.fullmatch(r"([-+]?)\\frac\{(-?\d+)\}\{(-?\d+)\}", text, re.ASCII)
+    return Fraction(int(match[1] + "1") * int(match[2]), int(match[3])) if match and int(match[3]) else None
+
+
+def equal(prediction, answer):
+    """Our comparison: as `is_equiv`, or equal in the mended form, as text or as numbers. None equals nothing."""
+    if prediction is None:
+        return False
+    mended, right = mend(prediction), mend(answer)
+    value = number(mended)
+    return is_equiv(prediction, answer) or mended == right or value is not None and value == number(right)
+
+
+RULES = {"answer": (extract_answer, equal), "is_equiv": (extract_answer, is_equiv),
+         "harness": (extract_harness, is_equiv), "metamath": (extract_metamath, is_equiv)}
+
+
+def score(completion, answer):
+    """{rule: {"extracted": text or None, "correct": bool}} for a completion and the answer that is right."""
+    found = {rule: extract(completion) for rule, (extract, _) in RULES.items()}
+    return {rule: {"extracted": found[rule], "correct": same(found[rule], answer)}
+            for rule, (_, same) in RULES.items()}
+
+
+if __name__ == "__main__":
+    completion = r"Two of the eight draws win. The probability is $\frac28$. The answer is: 2/8"
+    print(rf"What each rule reads in {completion!r} where \frac{{1}}{{4}} is right:")
+    for rule, result in score(completion, r"\frac{1}{4}").items():
+        print(f"{rule:>8}: {result['extracted']} ({'correct' if result['correct'] else 'wrong'})")
