@@ -16,7 +16,7 @@ import adapter
 import checkpoint
 from eval import load_run
 from ggufile import read_gguf
-from huggingface import hugging_face_names, llama_fields, read_json
+from huggingface import gpt2_factors, hugging_face_names, llama_fields, read_json
 from script import Parser, run_script, write_json
 from tensorfile import write_safetensors
 from tokenizer import gguf_tokenizer_json
@@ -33,18 +33,19 @@ def write_peft(model, base_name, folder):
     """adapter_config.json and adapter_model.safetensors of an adapted model, in peft's layout.
 
     peft computes (alpha / r) up @ down; the factors carry their scale, so alpha = r, layer by layer. ValueError for a
-    layer without factors of its own, for GPT-2, and where no linear is adapted.
+    layer without factors of its own, and where no linear is adapted.
     """
     layers = adapter.adapted_layers(model)
     if not layers:
         raise ValueError("full fine-tuning changes whole matrices, which is no LoRA: export it with --to hf")
-    if model.config.gpt2:
-        raise ValueError("GPT-2 keeps q, k and v in one matrix, our adapters one each: export it with --to hf")
-    tensors, ranks = {}, {}
     for name, layer in layers:
         if layer.unmergeable:
             raise ValueError(f"{name} is no LoRA: {layer.unmergeable}")
-        down, up = layer.lora_factors()  # (k, in), (out, k)
+    gpt2, factors = model.config.gpt2, {name: layer.lora_factors() for name, layer in layers}
+    if gpt2:
+        factors = gpt2_factors(factors, model.config.hidden_size)
+    tensors, ranks = {}, {}
+    for name, (down, up) in factors.items():  # (k, in), (out, k)
         tensors[f"base_model.model.{name}.lora_A.weight"] = down.float()
         tensors[f"base_model.model.{name}.lora_B.weight"] = up.float()
         ranks[name] = len(down)
@@ -55,8 +56,8 @@ def write_peft(model, base_name, folder):
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
         "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others, "lora_dropout": 0.0, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True,
-        "target_modules": sorted({name.rpartition(".")[2] for name in ranks})})
+        "fan_in_fan_out": gpt2, "inference_mode": True,
+        "target_modules": sorted({".".join(name.split(".")[-2 if gpt2 else -1:]) for name in ranks})})
 
 
 # ---- the merged model as a Hugging Face folder ----------------------------------------------------------------------

@@ -229,6 +229,23 @@ def hugging_face_names(model):
     return theirs
 
 
+def gpt2_factors(factors, hidden):
+    """{our name of a linear: LoRA factors (k, in) and (out, k)} under GPT-2's names: c_attn is q, k and v side by side,
+    so its factors are those of the three, each writing to its own third of the outputs."""
+    parts, theirs = {ours: name for name, ours in GPT2_PARTS.items()}, {}
+    for name, (down, up) in factors.items():
+        _, _, layer, part = name.split(".", 3)
+        if part in parts:
+            theirs[f"transformer.h.{layer}.{parts[part]}"] = down, up
+            continue
+        c_attn, third = f"transformer.h.{layer}.attn.c_attn", "qkv".index(part.removeprefix("self_attn.")[0])
+        rows = up.new_zeros(3 * hidden, up.shape[1])  # (3 d, k)
+        rows[third * hidden:(third + 1) * hidden] = up
+        downs, ups = theirs.get(c_attn, (down[:0], rows[:, :0]))
+        theirs[c_attn] = torch.cat((downs, down)), torch.cat((ups, rows), dim=1)
+    return theirs
+
+
 def llama_fields(config, eos_id):
     """The config.json of a Llama model that came from another kind of file."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rope_theta",

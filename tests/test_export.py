@@ -17,10 +17,10 @@ transformers = pytest.importorskip("transformers")
 LORAS = [method for method in adapter.METHODS if method not in ("full", "mosara")]
 
 
-def make_run(folder, model, method):
+def make_run(folder, model, method, targets=adapter.TARGETS):
     """A run folder whose adapter has moved, and the logits of its model."""
     base = checkpoint.load(str(model))
-    targets = {} if method == "full" else {"targets": adapter.TARGETS}
+    targets = {} if method == "full" else {"targets": targets}
     adapter.method_function(method, "attach")(base.model, **SIZES.get(method, {"rank": 4}), **targets)
     perturb(base.model, 0.05)
     folder.mkdir()
@@ -39,7 +39,7 @@ def models(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("family", ["llama3.1", "qwen2"])
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2", "gpt2"])
 @pytest.mark.parametrize("method", LORAS)
 def test_peft_folder_gives_our_logits(method, family, models, tmp_path):
     """PeftModel.from_pretrained on transformers' own base, ranks per layer included."""
@@ -52,7 +52,22 @@ def test_peft_folder_gives_our_logits(method, family, models, tmp_path):
     assert (found - expected).abs().max() < 1e-4 < 1e-2 < (before - expected).abs().max()
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(models / family)
-    assert (len(config["rank_pattern"]) > 0) == (method == "sara")
+    assert (len(config["rank_pattern"]) > 0) == (method == "sara" or family == "gpt2")  # c_attn has three times the rank
+
+
+@pytest.mark.parametrize("targets, modules", [
+    (["v_proj", "down_proj"], ["attn.c_attn", "mlp.c_proj"]), (["q_proj", "o_proj"], ["attn.c_attn", "attn.c_proj"]),
+    (["k_proj", "up_proj"], ["attn.c_attn", "mlp.c_fc"])])
+def test_a_part_of_gpt2s_matrices_in_peft(targets, modules, models, tmp_path):
+    """One of q, k, v alone changes only its third of c_attn; the two matrices called c_proj are told apart."""
+    expected = make_run(tmp_path / "run", models / "gpt2", "pissa", targets)
+    export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", "peft"])
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == modules
+    base = transformers.AutoModelForCausalLM.from_pretrained(models / "gpt2")
+    with torch.no_grad():
+        before = base(tokens()).logits
+        found = peft.PeftModel.from_pretrained(base, tmp_path / "out")(tokens()).logits
+    assert (found - expected).abs().max() < 1e-4 < 1e-2 < (before - expected).abs().max()
 
 
 @pytest.mark.parametrize("family, method", [("llama3.1", method) for method in LORAS + ["full"]] + [("gpt2", "lora"), ("qwen2", "full")])
@@ -97,8 +112,7 @@ def test_a_base_alone_and_a_lora_on_it(tiny_gguf, tmp_path, capsys):
 @pytest.mark.parametrize("method, family, to, message", [
     ("mosara", "llama3.1", "peft", "q_proj is no LoRA: each token has its own update through the router"),
     ("mosara", "llama3.1", "hf", "q_proj cannot be merged: each token has its own update through the router"),
-    ("full", "llama3.1", "peft", "full fine-tuning changes whole matrices, which is no LoRA: export it with --to hf"),
-    ("lora", "gpt2", "peft", "GPT-2 keeps q, k and v in one matrix")])
+    ("full", "llama3.1", "peft", "full fine-tuning changes whole matrices, which is no LoRA: export it with --to hf")])
 def test_what_cannot_be_exported_says_why(method, family, to, message, models, tmp_path, capsys):
     """One line, status 2, and no folder left behind."""
     make_run(tmp_path / "run", models / family, method)
