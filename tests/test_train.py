@@ -120,6 +120,26 @@ def test_regularizer_comes_after_clipping_and_outside_the_logged_norm(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_keeps_the_gradients_and_less_memory(method):
+    """The same loss and gradients, bit by bit; of four layers only their inputs wait for the backward pass."""
+    batch, results = toy_examples(8), []
+    for checkpointing in (False, True):
+        model, saved = perturb(attach(toy_model(num_hidden_layers=4), method), 0.02), {}
+        model.model.checkpointing = checkpointing
+
+        def keep(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = train.accumulate_gradients(model, batch, 8, "cpu", NO_AUTOCAST)
+        weights = {p.untyped_storage().data_ptr() for p in model.state_dict().values()}
+        results.append((loss, gradients(model), sum(size for place, size in saved.items() if place not in weights)))
+    (loss, kept, all_saved), (same_loss, again, few_saved) = results
+    assert torch.equal(loss, same_loss) and all(torch.equal(kept[name], again[name]) for name in kept)
+    assert few_saved < all_saved / 3
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_gpu_precisions_run_on_a_cpu(method):
     """A bf16 base with fp32 factors, and fp32 weights under bf16 autocast for full, give the fp32 loss and gradients to
     bf16 rounding, the gradients in fp32."""
