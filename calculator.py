@@ -7,6 +7,7 @@ import operator
 import re
 from fractions import Fraction
 
+LONGEST = 300  # characters; a longer number is a model stuck on one digit, and more than int() and float() accept
 OPERATIONS = {"*": operator.mul, "/": operator.truediv, "//": lambda a, b: Fraction(a // b)}
 
 

@@ -21,7 +21,7 @@ import urllib.request
 from fractions import Fraction
 from pathlib import Path
 
-from calculator import decimal
+from calculator import LONGEST, decimal
 from checkpoint import cache_dir, sha256
 from practice import practice
 from tensorfile import atomic_write
@@ -120,7 +120,6 @@ def strip_annotations(text):
 
 GOLD = re.compile(r"#### (-?[0-9,]*\.?[0-9]+)\s*\Z")
 NUMBER = r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-LONGEST = 300  # characters; a longer number is a model stuck on one digit, and more than int() and float() accept
 
 
 def gold(answer):

@@ -7,17 +7,16 @@ rules, three of them other people's, repeated with their flaws to compare with t
     answer      the last box, else what follows the last "The answer is", else the last $...$; equal as mended below
     is_equiv    the same prediction, equal as in the data set's own code
     harness     lm-evaluation-harness, hendrycks_math: the last box, else the first \[...\], else what lies between the
-                first and the last dollar sign, else everything
-    metamath    MetaMath, PiSSA and SORSA: what follows the last "The answer is: ", to the end of the sentence
+                first and the last dollar sign, else everything; compared as is_equiv (nearly as there)
+    metamath    MetaMath, PiSSA and SORSA: what follows the last "The answer is: ", to the end of the sentence; is_equiv
 
 The data set is not shipped: `eval.py --benchmark math --data FILE` reads it, one JSON object per line.
 `python hendrycks_math.py` shows what each rule reads in one completion.
 """
 import re
 from fractions import Fraction
-from pathlib import Path
 
-from gsm8k import LONGEST
+from calculator import LONGEST
 from metamath import read_records
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -30,47 +29,48 @@ def load(path):
     An example is a dict of question, answer (the gold one, LaTeX), subject and level (text, or None). Raises
     FileNotFoundError for a missing file, ValueError naming the file and the record at fault.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the MATH benchmark is read from a .jsonl file of problems")
-    examples = [parse(record, f"{path}: record {number}") for number, record in enumerate(read_records(path), 1)]
+    examples = [example(record, where) for where, record in read_records(path)]
     return examples, f"MATH, {len(examples)} problems, from {path}"
 
 
-def parse(record, where):
+def example(record, where):
     """One record as an example; `where` names it in the ValueError raised when it is none."""
     record = record if isinstance(record, dict) else {}
-    problem, solution, answer = (record.get(key) for key in ("problem", "solution", "answer"))
+    problem, solution, answer, level = (record.get(key) for key in ("problem", "solution", "answer", "level"))
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError(f"{where}: expected a JSON object with a non-empty text under 'problem'")
-    answer = last_box(solution) if answer is None and isinstance(solution, str) else answer
+    answer = str(answer) if type(answer) in (int, float) else answer
     if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"{where}: no 'answer', and no 'solution' with a closed \\boxed{{...}} in it")
-    subject, level = record.get("subject", record.get("type")), record.get("level")
-    level = level if level is None else str(level).removeprefix("Level ")
+        answer = last_box(solution) if isinstance(solution, str) else None
+    if not answer or not answer.strip():
+        raise ValueError(f"{where}: no text under 'answer', and no 'solution' that ends in a \\boxed{{...}} one")
+    subject = record.get("subject") or record.get("type")
     return {"question": problem, "answer": answer, "subject": subject if isinstance(subject, str) else None,
-            "level": level}
+            "level": None if level is None else str(level).removeprefix("Level ")}
 
 
 def gold(answer):
-    """The answer that is right: the one of the data, as it is."""
+    """The text that a completion is held against: for MATH the answer as it is (GSM-8K's is the end of a solution)."""
     return answer
 
 
 # ---- what a completion answers --------------------------------------------------------------------------------------
 
 def last_box(text):
-    r"""What stands in the last \boxed{...} (or \fbox{...}) of a text, braces matched; None if it has none, or an open
-    one."""
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    r"""What stands in the last \boxed{...} of a text (without one, the last \fbox{...}), braces matched; \boxed 5 ends at
+    the next dollar sign. None if there is none, or one that is not closed."""
+    start = text.rfind(r"\boxed")
+    start = start if start >= 0 else text.rfind(r"\fbox")
     if start < 0:
         return None
-    start = text.index("{", start) + 1
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    rest = re.sub(r"\A\\[a-z]+", "", text[start:])
+    if not rest.startswith("{"):
+        return rest.partition("$")[0].strip() if rest.startswith(" ") else None
+    depth = 0
+    for end, letter in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
         if depth == 0:
-            return text[start:end]
+            return rest[1:end]
     return None
 
 
@@ -79,11 +79,11 @@ def extract_answer(text):
     box = last_box(text)
     if box is not None:
         return box
-    _, marker, behind = text.rpartition("The answer is")
-    said = re.sub(r"\.?\s*\Z", "", behind.lstrip(": ").partition("\n")[0])
-    if marker and said:
+    said = text.rpartition("The answer is")[2] if "The answer is" in text else ""
+    said = said.lstrip(": \n").partition("\n")[0].rstrip().removesuffix(".").rstrip()
+    if said:
         return said
-    dollars = re.findall(r"\$([^$]+)\$", text)
+    dollars = re.findall(r"\$\$?([^$]+)\$\$?", text.replace(r"\$", ""))
     return dollars[-1] if dollars else None
 
 
@@ -92,9 +92,9 @@ def extract_harness(text):
     box = last_box(text)
     if box is not None:
         return box
-    display = re.search(r"\\\[(.*?)\\\]", text, re.DOTALL)
+    display = re.search(r"\\\[(.+?)\\\]", text, re.DOTALL)
     if display:
-        return display[1]
+        return display[1].strip()
     first, last = text.find("$"), text.rfind("$")
     return text[first + 1:last] if first < last else text
 
@@ -110,7 +110,7 @@ def extract_metamath(text):
 def normalise(text):
     """The data set's own normal form of an answer, step by step as its `math_equivalence` has it, flaws included.
 
-    ValueError where that code fails: two units, or \\frac or \\sqrt at the very end.
+    ValueError where that code fails: two units, or \\frac or \\sqrt with nothing behind it but another one.
     """
     for old, new in (("\n", ""), (r"\!", ""), (r"\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""),
                      (r"\right", ""), (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", "")):
@@ -127,7 +127,7 @@ def normalise(text):
         text = right
     if re.search(r"\\sqrt(\\sqrt|\Z)", text):
         raise ValueError("a root of nothing")
-    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text, flags=re.DOTALL).replace(" ", "")
+    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
     text = brace_fractions(text)
     text = r"\frac{1}{2}" if text == "0.5" else text
     simple = re.fullmatch(r"(0|-?[1-9]\d*)/(0|-?[1-9]\d*)", text, re.ASCII)
@@ -135,8 +135,8 @@ def normalise(text):
 
 
 def brace_fractions(text):
-    r"""\frac12 and \frac1{72} with braces around both arguments; all of it unchanged if a \frac has one character behind
-    it, ValueError if one has none."""
+    r"""\frac12 and \frac1{72} with braces around both arguments. As the original has it: all of the text stays unchanged if
+    a \frac has a single character behind it, and it is a ValueError if one has none."""
     done, *parts = text.split(r"\frac")
     for part in parts:
         if not part:
@@ -165,22 +165,27 @@ TERM = rf"((?:\\?\w|{GROUP})+)"  # 3\sqrt{2}, say
 
 def mend(text):
     r"""A normal form that also knows what `normalise` misses: $5$, \text{A}, 5\mbox{ cm}, 50%, \frac{72}1, 3\pi/2."""
-    text = text.strip().removeprefix(r"\(").removesuffix(r"\)").replace(r"\$", "").replace("$", "").rstrip(". ")
-    for old, new in (("%", ""), ("{,}", ","), (r"\,", ""), ("\\ ", " "), (r"\mbox", r"\text"), (r"\cfrac", r"\frac")):
+    if len(text) > LONGEST:
+        return text
+    for old, new in ((r"\$", ""), ("$", ""), (r"\%", ""), ("%", ""), (r"\(", ""), (r"\)", ""), (r"\[", ""), (r"\]", ""),
+                     ("{,}", ","), (r"\,", ""), ("\\ ", " "), (r"\mbox", r"\text"), (r"\cfrac", r"\frac")):
         text = text.replace(old, new)
-    text = re.sub(r"(?<=.)\\text\{ .*", "", text, flags=re.DOTALL)  # a unit
-    text = re.sub(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(rf"(frac *{GROUP} *)(\\[a-zA-Z]+|[^{{}}\\\s])", r"\1{\2}", text)
+    text = text.strip().rstrip(". ")
+    text = re.sub(r"(?<=.)\\text *\{ .*", "", text, flags=re.DOTALL)  # 5\text{ cm}, but not \text{ Monday} alone
+    text = re.sub(r"(?<=\d)\\text *\{[^{}]*\}\Z", "", text)  # 5\text{cm}
+    text = re.sub(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf) *\{([^{}]*)\}", r"\1", text)  # \text{A}
+    text = re.sub(rf"(frac *{GROUP} *)(\\[a-zA-Z]+|[^{{}}\\\s])", r"\1{\2}", text)  # \frac{72}1
+    text = re.sub(r"(?<![\d}])\.(?=\d)", "0.", text)  # -.5
     try:
         text = normalise(text)
     except ValueError:
         pass
-    return re.sub(f"{TERM}/{TERM}", r"\\frac{\1}{\2}", text)
+    return re.sub(rf"(?<![\^_\w\\}}]){TERM}/{TERM}", r"\\frac{\1}{\2}", text)  # 3\pi/2, but not in 2^3/4
 
 
 def number(text):
     r"""The value of a plain number (1,000 or -0.25) or of a simple fraction (-\frac{3}{4}) in normal form, else None."""
-    if len(text) > LONGEST:
+    if len(text) > LONGEST:  # int() would refuse it
         return None
     match = re.fullmatch(r"([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)", text, re.ASCII)
     if match:
@@ -190,12 +195,12 @@ def number(text):
 
 
 def equal(prediction, answer):
-    """Our comparison: as `is_equiv`, or equal in the mended form, as text or as numbers. None equals nothing."""
-    if prediction is None:
+    """Our comparison: as `is_equiv`, or equal in the mended form, as texts or as numbers. Nothing equals nothing."""
+    if prediction is None or not prediction.strip():
         return False
-    mended, right = mend(prediction), mend(answer)
-    value = number(mended)
-    return is_equiv(prediction, answer) or mended == right or value is not None and value == number(right)
+    ours, theirs = mend(prediction), mend(answer)
+    value = number(ours)
+    return is_equiv(prediction, answer) or ours == theirs or value is not None and value == number(theirs)
 
 
 RULES = {"answer": (extract_answer, equal), "is_equiv": (extract_answer, is_equiv),

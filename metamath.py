@@ -17,34 +17,43 @@ def load(path):
 
     Raises FileNotFoundError for a missing file, ValueError naming the file and the record at fault.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; --data takes a .json list or a .jsonl file of problems")
-    records = read_records(path)
-    examples = [example(record, f"{path}: record {number}") for number, record in enumerate(records, 1)]
+    examples = [example(record, where) for where, record in read_records(path)]
     return examples, f"{path}, {len(examples)} problems"
 
 
 def read_records(path):
-    """The JSON values in a file: the items of a list (.json), or one per line (.jsonl)."""
-    try:
-        if path.suffix == ".jsonl":
-            with open(path, encoding="utf-8-sig") as file:
-                records = [json.loads(line) for line in file if line.strip()]
-        else:
-            records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path}: holds no records; expected a JSON list of them (in a .jsonl file, one per line)")
+    """[(where, JSON value)] in a file: the lines of a .jsonl, or the items of a list. `where` names the place."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a .json list or a .jsonl file of problems")
+    if path.suffix.lower() == ".jsonl":
+        with open(path, "rb") as file:
+            lines = [(f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip()]
+        records = [(where, parse(line, where)) for where, line in lines]
+    else:
+        values = parse(path.read_bytes(), path)
+        if not isinstance(values, list):
+            raise ValueError(f"{path}: expected a JSON list of records (one record per line goes into a .jsonl file)")
+        records = [(f"{path}: record {number}", value) for number, value in enumerate(values, 1)]
+    if not records:
+        raise ValueError(f"{path}: holds no records")
     return records
+
+
+def parse(text, where):
+    """The JSON value of some bytes of UTF-8; ValueError naming the place if it is none."""
+    try:
+        return json.loads(str(text, "utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
 
 
 def example(record, where):
     """One record under our names. ValueError for one that has no pair of texts under any of KEYS."""
+    record = record if isinstance(record, dict) else {}
     for keys in KEYS:
-        texts = [record.get(key) for key in keys] if isinstance(record, dict) else []
-        if all(isinstance(text, str) and text.strip() for text in texts) and texts:
+        texts = [record.get(key) for key in keys]
+        if all(isinstance(text, str) and text.strip() for text in texts):
             return dict(zip(("question", "answer"), texts))
     pairs = ", ".join(" and ".join(keys) for keys in KEYS)
     raise ValueError(f"{where}: expected a JSON object with two texts, under {pairs}")

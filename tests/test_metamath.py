@@ -1,0 +1,134 @@
+"""Files of problems to train on: MetaMathQA and the like."""
+import json
+
+import pytest
+
+import metamath
+
+QUERY = {"query": "How many legs have 3 cats?", "response": "3*4 = 12 legs. The answer is: 12"}
+GSM8K = {"question": "How many eyes has a cat?", "answer": "Two.\n#### 2"}
+MATH = {"problem": "What is $1+1$?", "solution": r"It is $\boxed{2}$."}
+READ = {"question": QUERY["query"], "answer": QUERY["response"]}
+
+
+def write(path, *records):
+    """The records as a .jsonl file or, by its name, as a JSON list. Returns the path."""
+    lines = [json.dumps(record) for record in records]
+    text = "".join(line + "\n" for line in lines) if path.suffix == ".jsonl" else "[" + ",\n".join(lines) + "]"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def fault(path):
+    """What is wrong with the file at this path, in one line that begins with its name."""
+    with pytest.raises(ValueError) as error:
+        metamath.load(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize("suffix", metamath.SUFFIXES)
+def test_both_kinds_of_file_are_read(tmp_path, suffix):
+    """A list and one record per line: the same examples under our names, in order; the source says how many and from where."""
+    path = write(tmp_path / f"data{suffix}", QUERY, GSM8K, MATH)
+    expected = [READ, GSM8K, {"question": MATH["problem"], "answer": MATH["solution"]}], f"{path}, 3 problems"
+    assert metamath.load(path) == metamath.load(str(path)) == expected
+
+
+def test_names_of_files():
+    """The names by which `--data` tells a file of problems from a folder or a word."""
+    assert all(name.endswith(metamath.SUFFIXES) for name in ("MetaMathQA-395K.json", "runs/a.jsonl"))
+    assert not any(name.endswith(metamath.SUFFIXES) for name in ("gsm8k", "data/json", "a.json.gz", "practice"))
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({**MATH, **GSM8K, **QUERY}, READ), ({**MATH, **QUERY}, READ), ({**MATH, **GSM8K}, GSM8K),
+    ({"query": "q", "answer": "a", "problem": "p", "solution": "s"}, {"question": "p", "answer": "s"}),
+    ({**GSM8K, "query": "q", "response": " "}, GSM8K), ({**GSM8K, "query": "q", "response": None}, GSM8K),
+    ({**GSM8K, "query": 1, "response": "r"}, GSM8K),
+    ({"query": "q", **MATH}, {"question": MATH["problem"], "answer": MATH["solution"]}),
+    ({**QUERY, "type": "MATH_Rephrased", "original_question": "Cats?", "id": 7, "extra": {"a": [1]}}, READ),
+    ({"query": " q\n", "response": "\tr "}, {"question": " q\n", "answer": "\tr "}), ({"query": "q", "response": "0"},
+    {"question": "q", "answer": "0"}),
+])
+def test_the_first_complete_pair_counts(record, expected):
+    """The texts of the first pair that is complete, as they are; other fields go."""
+    assert metamath.example(record, "here") == expected
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeff" + json.dumps(QUERY) + "\n" + json.dumps(QUERY), json.dumps(QUERY) + "\r\n\r\n  \n\t\n" + json.dumps(QUERY) + "\r\n",
+    "\n" + json.dumps(QUERY) + "\n\n" + json.dumps(QUERY) + "\n\n", "  " + json.dumps(QUERY) + "  \n" + json.dumps(QUERY),
+])
+def test_lines_with_nothing_in_them_are_skipped(tmp_path, text):
+    """A .jsonl file may have a byte order mark, CRLF, blank lines and no newline at its end."""
+    (tmp_path / "data.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert metamath.load(tmp_path / "data.jsonl")[0] == [READ, READ]
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.txt", "data"])
+def test_a_list_may_be_indented_and_marked(tmp_path, name):
+    """A file of any other name is one JSON list, over any number of lines, with or without a byte order mark."""
+    for mark in ("", "\ufeff"):
+        (tmp_path / name).write_text(mark + json.dumps([QUERY, GSM8K], indent=4) + "\n", encoding="utf-8")
+        assert metamath.load(tmp_path / name)[0] == [READ, GSM8K]
+
+
+@pytest.mark.parametrize("suffix", metamath.SUFFIXES)
+def test_text_is_unicode(tmp_path, suffix):
+    """Characters beyond ASCII are read whether written out or escaped; a line separator in a text ends no record."""
+    text = "\u00bd of 6\u00d7\u03c0 \u2028 \u5341 \U0001f408"
+    lines = [json.dumps({"query": text, "response": text}, ensure_ascii=ascii_only) for ascii_only in (True, False)]
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(("\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]").encode())
+    assert metamath.load(path)[0] == [{"question": text, "answer": text}] * 2
+
+
+def test_missing_file_is_named(tmp_path):
+    """A path that is no file, and a folder, are named in one line that says what is taken."""
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(FileNotFoundError) as error:
+            metamath.load(path)
+        assert str(error.value).startswith(f"{path}: ") and "--data" in str(error.value) and ".jsonl" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.json", b""), ("a.json", b"not JSON"), ("a.json", b"<html>\nplease log in\n</html>"), ("a.json", json.dumps([QUERY]).encode()[:-9]),
+    ("a.json", json.dumps(QUERY).encode() + b"\n" + json.dumps(QUERY).encode()), ("a.json", b'[{"query": "\xff", "response": "r"}]'),
+    ("a.json", b"[" * 200_000), ("a.json", b'{"a":' * 200_000),
+    ("a.jsonl", b"not JSON"), ("a.jsonl", json.dumps(QUERY).encode() + b"\n" + json.dumps(QUERY).encode()[:-9]),
+    ("a.jsonl", b"[" * 200_000),
+    ("a.jsonl", b'{"query": "\xff", "response": "r"}'), ("a.jsonl", json.dumps([QUERY], indent=4).encode()),
+], ids=lambda value: repr(value[:30]))
+def test_a_file_that_is_not_json_is_an_error(tmp_path, name, content):
+    """Other text, half a file, bytes that are no text and endless nesting raise one line that names the file."""
+    (tmp_path / name).write_bytes(content)
+    assert fault(tmp_path / name).startswith("not valid JSON: ")
+
+
+@pytest.mark.parametrize("name, text", [("a.json", "[]"), ("a.json", "{}"), ("a.json", json.dumps(QUERY)), ("a.json", '"text"'),
+                                        ("a.json", "null"), ("a.json", "7"),
+                                        ("a.json", json.dumps({"data": [QUERY]})), ("a.jsonl", ""), ("a.jsonl", "\n \n")])
+def test_a_file_without_records_is_an_error(tmp_path, name, text):
+    """No list, an empty one, and a .jsonl file of blank lines: the error says what was expected."""
+    (tmp_path / name).write_text(text)
+    message = fault(tmp_path / name)
+    assert "no records" in message and "list" in message and ".jsonl" in message
+
+
+@pytest.mark.parametrize("suffix", metamath.SUFFIXES)
+@pytest.mark.parametrize("record", [
+    None, 7, True, "text", [], [QUERY], {}, {"query": "q"}, {"response": "r"}, {"query": "q", "answer": "a"},
+    {"Query": "q", "Response": "r"},
+    {"query": "", "response": "r"}, {"query": "q", "response": ""}, {"query": " \n", "response": "r"}, {"query": "q", "response": "\t"},
+    {"query": 1, "response": "r"}, {"query": "q", "response": 12}, {"query": None, "response": "r"}, {"query": "q", "response": ["r"]},
+    {"question": "q", "answer": 5},
+])
+def test_a_bad_record_is_named(tmp_path, suffix, record):
+    """A record without two texts raises one line with file, number of the record and the names that were looked for."""
+    message = fault(write(tmp_path / f"data{suffix}", QUERY, GSM8K, record, QUERY))
+    assert message.startswith("record 3: ")
+    assert all(f"{question} and {answer}" in message for question, answer in [("query", "response"), ("question", "answer"),
+    ("problem", "solution")])
