@@ -33,6 +33,31 @@ METHODS = {"full": ("full", ""), "lora": ("lora", ""), "pissa": ("pissa", ""), "
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+class LowRankSum(torch.autograd.Function):
+    """x W^T + b + (x down^T) up^T for x (n, in), down (k, in), up (out, k), with each sum made in place of its first term.
+
+    These sums are the width of the model and the products behind them thin, so that writing and reading them is what a
+    thin adapter costs: left to itself, autograd would keep memory for each product and for each sum. With g = dL/dy
+
+        dL/dx = g W + (g up) down        dL/d down = (g up)^T x        dL/d up = g^T (x down^T)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up):
+        low = x @ down.T  # (n, k)
+        ctx.save_for_backward(x, weight, down, up, low)
+        return F.linear(x, weight, bias).addmm_(low, up.T)  # (n, out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight, down, up, low = ctx.saved_tensors
+        d_low = g @ up  # (n, k)
+        of_x, of_weight, of_bias, of_down, of_up = ctx.needs_input_grad
+        return ((g @ weight).addmm_(d_low, down) if of_x else None, g.T @ x if of_weight else None,
+                g.sum(0) if of_bias else None, d_low.T @ x if of_down else None, g.T @ low if of_up else None)
+
+
 class AdaptedLinear(nn.Module):
     """The `nn.Linear` it replaces, frozen: the same `weight` (out, in) and `bias` (out,) tensors, no copy made."""
 
@@ -47,6 +72,14 @@ class AdaptedLinear(nn.Module):
     def base(self, x):
         """x W^T + b."""
         return F.linear(x, self.weight, self.bias)
+
+    def plus(self, x, down, up):
+        """x W^T + b + (x down^T) up^T, (..., out), for x (..., in), down (k, in), up (out, k), both cast to x's dtype."""
+        down, up = down.to(x), up.to(x)
+        if torch.is_autocast_enabled(x.device.type):  # which chooses dtypes product by product
+            return self.base(x) + (x @ down.T) @ up.T
+        y = LowRankSum.apply(x.reshape(-1, self.in_features), self.weight, self.bias, down, up)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self):
         trained = ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters() if p.requires_grad)

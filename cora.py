@@ -65,8 +65,7 @@ class CoRALinear(adapter.AdaptedLinear):
         return self.basis[0].B
 
     def forward(self, x):
-        low = x @ self.A.T.to(x.dtype)  # (..., r)
-        return self.base(x) + self.s * (low @ self.B.T.to(x.dtype))  # (..., out)
+        return self.plus(x, self.A, self.s * self.B)  # W x + s B A x, (..., out)
 
     def factors(self):
         """What forward multiplies by, beside `weight`."""

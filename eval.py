@@ -248,7 +248,7 @@ def recorded(run):
     try:
         result = json.loads(path.read_text())
         data, template = result["data"], result.get("template", "plain")
-        return "auto" if data.endswith(metamath.SUFFIXES) else data, template
+        return "auto" if metamath.is_problem_file(data) else data, template
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not the result of a run: name --data and --template") from None
 

@@ -63,9 +63,10 @@ def last_box(text):
     start = start if start >= 0 else text.rfind(r"\fbox")
     if start < 0:
         return None
-    rest = re.sub(r"\A\\[a-z]+", "", text[start:])
+    after = text[start:].removeprefix(r"\boxed").removeprefix(r"\fbox")
+    rest = after.lstrip()
     if not rest.startswith("{"):
-        return rest.partition("$")[0].strip() if rest.startswith(" ") else None
+        return rest.partition("$")[0].strip() if after.startswith(" ") else None
     depth = 0
     for end, letter in enumerate(rest):
         depth += {"{": 1, "}": -1}.get(letter, 0)
@@ -80,11 +81,11 @@ def extract_answer(text):
     if box is not None:
         return box
     said = text.rpartition("The answer is")[2] if "The answer is" in text else ""
-    said = said.lstrip(": \n").partition("\n")[0].rstrip().removesuffix(".").rstrip()
+    said = said.lstrip(": \r\n\t").partition("\n")[0].rstrip().removesuffix(".").rstrip()
     if said:
         return said
-    dollars = re.findall(r"\$\$?([^$]+)\$\$?", text.replace(r"\$", ""))
-    return dollars[-1] if dollars else None
+    dollars = re.findall(r"\$\$([^$]+)\$\$|\$([^$]+)\$", text.replace(r"\$", ""))
+    return "".join(dollars[-1]) if dollars else None
 
 
 def extract_harness(text):
@@ -172,7 +173,6 @@ def mend(text):
         text = text.replace(old, new)
     text = text.strip().rstrip(". ")
     text = re.sub(r"(?<=.)\\text *\{ .*", "", text, flags=re.DOTALL)  # 5\text{ cm}, but not \text{ Monday} alone
-    text = re.sub(r"(?<=\d)\\text *\{[^{}]*\}\Z", "", text)  # 5\text{cm}
     text = re.sub(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf) *\{([^{}]*)\}", r"\1", text)  # \text{A}
     text = re.sub(rf"(frac *{GROUP} *)(\\[a-zA-Z]+|[^{{}}\\\s])", r"\1{\2}", text)  # \frac{72}1
     text = re.sub(r"(?<![\d}])\.(?=\d)", "0.", text)  # -.5
@@ -180,7 +180,9 @@ def mend(text):
         text = normalise(text)
     except ValueError:
         pass
-    return re.sub(rf"(?<![\^_\w\\}}]){TERM}/{TERM}", r"\\frac{\1}{\2}", text)  # 3\pi/2, but not in 2^3/4
+    if r"\begin" in text:  # a matrix: its rows end in backslashes, as commands begin
+        return text
+    return re.sub(rf"(?<![\^_\w\\}}.]){TERM}/{TERM}", r"\\frac{\1}{\2}", text)  # 3\pi/2, but not in 2^3/4
 
 
 def number(text):

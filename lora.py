@@ -31,8 +31,7 @@ class LoRALinear(adapter.AdaptedLinear):
         self.scale = scale
 
     def forward(self, x):
-        low = x @ self.A.T.to(x.dtype)  # (..., r)
-        return self.base(x) + self.scale * (low @ self.B.T.to(x.dtype))  # (..., out)
+        return self.plus(x, self.A, self.scale * self.B)  # W x + (alpha / r) B A x, (..., out)
 
     def factors(self):
         """What forward multiplies by, beside `weight`."""

@@ -66,12 +66,11 @@ class LoTRLinear(adapter.AdaptedLinear):
         return self.shared[0].B
 
     def forward(self, x):
-        low = (x @ self.A.to(x)) @ self.G.to(x)  # (..., r), on x's device: the group may span several
-        return self.base(x) + self.c * (low @ self.B.T.to(x))  # (..., out)
+        return self.plus(x, *self.factors())  # W_s x + c B G_s^T A^T x, (..., out)
 
     def factors(self):
-        """What forward multiplies by, beside `weight`."""
-        return self.A, self.G, self.B
+        """What forward multiplies by, beside `weight`: G_s^T A^T (r, in), once for all tokens, and c B (out, r)."""
+        return (self.A.to(self.G) @ self.G).T, self.c * self.B  # on G's device: the group may span several
 
     def delta(self):
         """(out, in): what forward adds to `weight`."""

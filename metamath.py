@@ -8,8 +8,12 @@ are solved: that is what the test sets of GSM-8K and MATH are for.
 import json
 from pathlib import Path
 
-SUFFIXES = (".json", ".jsonl")
 KEYS = (("query", "response"), ("question", "answer"), ("problem", "solution"))  # MetaMathQA, GSM-8K, MATH
+
+
+def is_problem_file(data):
+    """Does --data name such a file?"""
+    return Path(data).suffix.lower() in (".json", ".jsonl")
 
 
 def load(path):

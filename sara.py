@@ -138,8 +138,7 @@ class SARALinear(adapter.AdaptedLinear):
         self.s = s
 
     def forward(self, x):
-        low = (x @ self.A.T.to(x.dtype)) * self.lam.to(x.dtype)  # (..., k)
-        return self.base(x) + self.s * (low @ self.B.T.to(x.dtype))  # (..., out)
+        return self.plus(x, self.A, self.s * (self.B * self.lam))  # W x + s B diag(lam) A x, (..., out)
 
     def factors(self):
         """What forward multiplies by, beside `weight`."""
@@ -209,10 +208,9 @@ class MoSARALinear(adapter.AdaptedLinear):
     def forward(self, x):
         h = x @ self.Vt.T  # (..., k)
         mix = (self.gates(h) @ self.Lam).to(x.dtype)  # (..., k)
-        update = (mix * h) @ self.U.T  # (..., out)
         if self.v_mode == "output":
-            return (1 + self.v.to(x.dtype)) * (self.base(x) + update)
-        return self.base(x) + self.v.to(x.dtype) * update
+            return (1 + self.v.to(x.dtype)) * (self.base(x) + (mix * h) @ self.U.T)  # (..., out)
+        return self.base(x) + (mix * h) @ (self.v.to(x.dtype)[:, None] * self.U).T  # (..., out)
 
     def factors(self):
         """What forward multiplies by, beside `weight`."""

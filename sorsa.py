@@ -47,8 +47,7 @@ class SORSALinear(adapter.AdaptedLinear):
         adapter.subtract(self.weight, self.delta())
 
     def forward(self, x):
-        low = (x @ self.Vt.T.to(x.dtype)) * self.S.to(x.dtype)  # (..., r)
-        return self.base(x) + low @ self.U.T.to(x.dtype)  # (..., out)
+        return self.plus(x, self.Vt, self.U * self.S)  # W_r x + U diag(S) Vt x, (..., out)
 
     def factors(self):
         """What forward multiplies by, beside `weight`."""

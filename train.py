@@ -42,7 +42,7 @@ SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-ou
 
 def load_examples(data):
     """(examples, source): the training problems that --data names, a file or one of gsm8k.load's kinds."""
-    return metamath.load(data) if data.endswith(metamath.SUFFIXES) else gsm8k.load(data, "train")
+    return metamath.load(data) if metamath.is_problem_file(data) else gsm8k.load(data, "train")
 
 
 def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None)):

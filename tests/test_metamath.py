@@ -1,4 +1,5 @@
 """Files of problems to train on: MetaMathQA and the like."""
+import itertools
 import json
 
 import pytest
@@ -20,15 +21,15 @@ def write(path, *records):
 
 
 def fault(path):
-    """What is wrong with the file at this path, in one line that begins with its name."""
+    """What is wrong with the file at this path, in one line that begins with its name; the name is left out."""
     with pytest.raises(ValueError) as error:
         metamath.load(path)
     message = str(error.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message
-    return message.removeprefix(f"{path}: ")
+    assert message.startswith(f"{path}:") and "\n" not in message
+    return message.removeprefix(str(path))
 
 
-@pytest.mark.parametrize("suffix", metamath.SUFFIXES)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_both_kinds_of_file_are_read(tmp_path, suffix):
     """A list and one record per line: the same examples under our names, in order; the source says how many and from where."""
     path = write(tmp_path / f"data{suffix}", QUERY, GSM8K, MATH)
@@ -36,10 +37,22 @@ def test_both_kinds_of_file_are_read(tmp_path, suffix):
     assert metamath.load(path) == metamath.load(str(path)) == expected
 
 
+def test_records_come_with_their_places(tmp_path):
+    """Any JSON value is a record; its place is a line of the file, blank ones counted, or its number in the list."""
+    for name in ("data.jsonl", "data.JSONL"):
+        (tmp_path / name).write_text('\n{"a": 1}\n \n\nnull\n[2]')
+        assert metamath.read_records(tmp_path / name) == [
+            (f"{tmp_path / name}:2", {"a": 1}), (f"{tmp_path / name}:5", None), (f"{tmp_path / name}:6", [2])]
+    for name in ("data.json", "data.txt"):
+        (tmp_path / name).write_text('[{"a": 1},\n\nnull, [2]]')
+        assert metamath.read_records(str(tmp_path / name)) == [
+            (f"{tmp_path / name}: record 1", {"a": 1}), (f"{tmp_path / name}: record 2", None), (f"{tmp_path / name}: record 3", [2])]
+
+
 def test_names_of_files():
     """The names by which `--data` tells a file of problems from a folder or a word."""
-    assert all(name.endswith(metamath.SUFFIXES) for name in ("MetaMathQA-395K.json", "runs/a.jsonl"))
-    assert not any(name.endswith(metamath.SUFFIXES) for name in ("gsm8k", "data/json", "a.json.gz", "practice"))
+    assert all(metamath.is_problem_file(name) for name in ("MetaMathQA-395K.json", "runs/a.jsonl", "A.JSONL"))
+    assert not any(metamath.is_problem_file(name) for name in ("gsm8k", "data/json", "a.json.gz", "practice"))
 
 
 @pytest.mark.parametrize("record, expected", [
@@ -75,7 +88,7 @@ def test_a_list_may_be_indented_and_marked(tmp_path, name):
         assert metamath.load(tmp_path / name)[0] == [READ, GSM8K]
 
 
-@pytest.mark.parametrize("suffix", metamath.SUFFIXES)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_text_is_unicode(tmp_path, suffix):
     """Characters beyond ASCII are read whether written out or escaped; a line separator in a text ends no record."""
     text = "\u00bd of 6\u00d7\u03c0 \u2028 \u5341 \U0001f408"
@@ -87,38 +100,44 @@ def test_text_is_unicode(tmp_path, suffix):
 
 def test_missing_file_is_named(tmp_path):
     """A path that is no file, and a folder, are named in one line that says what is taken."""
-    for path in (tmp_path / "none.json", tmp_path):
+    for path, read in itertools.product((tmp_path / "none.json", tmp_path), (metamath.load, metamath.read_records)):
         with pytest.raises(FileNotFoundError) as error:
-            metamath.load(path)
-        assert str(error.value).startswith(f"{path}: ") and "--data" in str(error.value) and ".jsonl" in str(error.value)
-        assert "\n" not in str(error.value)
+            read(path)
+        assert str(error.value) == f"{path}: no such file; expected a .json list or a .jsonl file of problems"
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.json", b""), ("a.json", b"not JSON"), ("a.json", b"<html>\nplease log in\n</html>"), ("a.json", json.dumps([QUERY]).encode()[:-9]),
-    ("a.json", json.dumps(QUERY).encode() + b"\n" + json.dumps(QUERY).encode()), ("a.json", b'[{"query": "\xff", "response": "r"}]'),
-    ("a.json", b"[" * 200_000), ("a.json", b'{"a":' * 200_000),
-    ("a.jsonl", b"not JSON"), ("a.jsonl", json.dumps(QUERY).encode() + b"\n" + json.dumps(QUERY).encode()[:-9]),
-    ("a.jsonl", b"[" * 200_000),
-    ("a.jsonl", b'{"query": "\xff", "response": "r"}'), ("a.jsonl", json.dumps([QUERY], indent=4).encode()),
+LINE = json.dumps(QUERY).encode()
+
+
+@pytest.mark.parametrize("name, content, place", [
+    ("a.json", b"", ""), ("a.json", b"not JSON", ""), ("a.json", b"<html>\nplease log in\n</html>", ""), ("a.json", b"[" + LINE, ""),
+    ("a.json", LINE + b"\n" + LINE, ""), ("a.json", b'[{"query": "\xff", "response": "r"}]', ""),
+    ("a.json", b"[" * 200_000, ""), ("a.json", b'{"a":' * 200_000, ""),
+    ("a.jsonl", b"not JSON", ":1"), ("a.jsonl", LINE + b"\n" + LINE[:-9], ":2"), ("a.jsonl", b"\n\r\n" + LINE + b"\n \nnot JSON", ":5"),
+    ("a.jsonl", b"[" * 200_000, ":1"), ("a.jsonl", LINE + b'\n{"query": "\xff", "response": "r"}\n' + LINE, ":2"),
+    ("a.jsonl", json.dumps([QUERY], indent=4).encode(), ":1"),
 ], ids=lambda value: repr(value[:30]))
-def test_a_file_that_is_not_json_is_an_error(tmp_path, name, content):
-    """Other text, half a file, bytes that are no text and endless nesting raise one line that names the file."""
+def test_a_file_that_is_not_json_is_an_error(tmp_path, name, content, place):
+    """Other text, half a file, bytes that are no text and endless nesting raise one line with the file, and the line in it."""
     (tmp_path / name).write_bytes(content)
-    assert fault(tmp_path / name).startswith("not valid JSON: ")
+    assert fault(tmp_path / name).startswith(f"{place}: not valid JSON: ")
 
 
-@pytest.mark.parametrize("name, text", [("a.json", "[]"), ("a.json", "{}"), ("a.json", json.dumps(QUERY)), ("a.json", '"text"'),
-                                        ("a.json", "null"), ("a.json", "7"),
-                                        ("a.json", json.dumps({"data": [QUERY]})), ("a.jsonl", ""), ("a.jsonl", "\n \n")])
+@pytest.mark.parametrize("text", ["{}", json.dumps(QUERY), '"text"', "null", "7", json.dumps({"data": [QUERY]})])
+def test_a_file_without_a_list_is_an_error(tmp_path, text):
+    """JSON that is no list: the error says what was expected, and where lines of records belong."""
+    (tmp_path / "a.json").write_text(text)
+    message = fault(tmp_path / "a.json")
+    assert message.startswith(": expected a JSON list of records ") and ".jsonl" in message
+
+
+@pytest.mark.parametrize("name, text", [("a.json", "[]"), ("a.json", " [\n] "), ("a.jsonl", ""), ("a.jsonl", "\n \n")])
 def test_a_file_without_records_is_an_error(tmp_path, name, text):
-    """No list, an empty one, and a .jsonl file of blank lines: the error says what was expected."""
+    """An empty list, and a .jsonl file of blank lines."""
     (tmp_path / name).write_text(text)
-    message = fault(tmp_path / name)
-    assert "no records" in message and "list" in message and ".jsonl" in message
+    assert fault(tmp_path / name) == ": holds no records"
 
 
-@pytest.mark.parametrize("suffix", metamath.SUFFIXES)
 @pytest.mark.parametrize("record", [
     None, 7, True, "text", [], [QUERY], {}, {"query": "q"}, {"response": "r"}, {"query": "q", "answer": "a"},
     {"Query": "q", "Response": "r"},
@@ -126,9 +145,15 @@ def test_a_file_without_records_is_an_error(tmp_path, name, text):
     {"query": 1, "response": "r"}, {"query": "q", "response": 12}, {"query": None, "response": "r"}, {"query": "q", "response": ["r"]},
     {"question": "q", "answer": 5},
 ])
-def test_a_bad_record_is_named(tmp_path, suffix, record):
-    """A record without two texts raises one line with file, number of the record and the names that were looked for."""
-    message = fault(write(tmp_path / f"data{suffix}", QUERY, GSM8K, record, QUERY))
-    assert message.startswith("record 3: ")
-    assert all(f"{question} and {answer}" in message for question, answer in [("query", "response"), ("question", "answer"),
-    ("problem", "solution")])
+def test_a_bad_record_is_named(tmp_path, record):
+    """A record without two texts raises one line with file, place and the names that were looked for."""
+    for suffix, place in ((".json", ": record 3"), (".jsonl", ":3")):
+        message = fault(write(tmp_path / f"data{suffix}", QUERY, GSM8K, record, QUERY))
+        assert message.startswith(f"{place}: expected a JSON object with two texts")
+        assert all(names in message for names in ("query and response", "question and answer", "problem and solution"))
+
+
+def test_blank_lines_count_in_the_place_of_a_record(tmp_path):
+    """The line named is the one an editor shows."""
+    (tmp_path / "data.jsonl").write_text(f"\n{json.dumps(QUERY)}\n \n\n{{}}\n")
+    assert fault(tmp_path / "data.jsonl").startswith(":5: ")
