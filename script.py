@@ -1,5 +1,6 @@
 """What the scripts share: flags, the choice of a device, JSON files, and how an error reaches the user."""
 import argparse
+import ctypes
 import json
 import math
 import sys
@@ -18,6 +19,20 @@ def choose_device(device, dtype=None):
         raise ValueError(f"--device {device}: torch finds no such device here; choose auto, {', '.join(here)}")
     default = "bfloat16" if device.startswith("cuda") else "float32"
     return torch.device(device), getattr(torch, dtype or default)
+
+
+def keep_freed_memory():
+    """Tell glibc's malloc to keep what is freed, for the next tensor, instead of giving it back to the system.
+
+    By default every large tensor is a mapping of its own, and the kernel clears and maps its pages one by one as they
+    are written for the first time: a sixth of a training step on a CPU. The peak stays as it is. Elsewhere than on
+    Linux with glibc nothing happens.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.mallopt(-2, 1 << 28)  # M_TOP_PAD: and grows by 256 MB at a time
 
 
 class Help(argparse.HelpFormatter):
@@ -92,6 +107,7 @@ def write_json(path, record):
 
 def run_script(main):
     """Run `main`; what a user can mend ends as one line on stderr and exit status 2, everything else as a traceback."""
+    keep_freed_memory()
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
