@@ -28,7 +28,8 @@ from tensorfile import atomic_write
 
 BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # each with gold and score
 RESULT_FILES = {"gsm8k": ("predictions.jsonl", "eval.json"), "math": ("predictions-math.jsonl", "eval-math.json")}
-CHECK_EVERY = 8  # decode steps between two looks at which rows have finished: each look waits for the GPU
+CHECK_EVERY = 8  # decode steps between two looks, on a GPU, at which rows have finished: each look waits for it
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 65536}  # of prompts read at once: few, of similar length, need little padding
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------
@@ -37,24 +38,15 @@ CHECK_EVERY = 8  # decode steps between two looks at which rows have finished: e
 def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None):
     """Greedy continuation of every prompt (lists of token ids) up to and including eos_id, or max_new tokens.
 
-    One prefill of the right-padded prompts, then one token per row and step from a static KV cache; rows do not see
-    each other, so a row's text does not depend on its neighbours. Rows that have finished leave the batch, every
-    CHECK_EVERY steps if a quarter of the rows has.
+    The right-padded prompts are read first, some rows at a time, then comes one token per row and step from a static KV
+    cache; rows do not see each other, so a row's text does not depend on its neighbours. Rows that have finished leave
+    the batch.
     `is_done(ids)` may end a row early, `force(ids)` may return tokens to be taken instead of the next choices; both are
     given the row's new tokens so far. Returns a list of token lists in the order of `prompts`.
     """
     device = model.lm_head.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-    longest = max(map(len, prompts))
-    tokens = torch.full((len(prompts), longest), eos_id)  # (B, T)
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)] = torch.tensor(prompt)
-    cache = KVCache(model.config, len(prompts), longest + max_new, model.lm_head.weight.dtype, device)
-    hidden = model.model(tokens.to(device), cache)  # (B, T, d)
-    cache.advance(lengths, longest)
-    chosen = model.lm_head(hidden[torch.arange(len(prompts), device=device), lengths - 1]).argmax(-1)  # (B,)
-    del hidden
-
+    cache = KVCache(model.config, len(prompts), max(map(len, prompts)) + max_new, model.lm_head.weight.dtype, device)
+    chosen = _prefill(model, prompts, cache)  # (B,)
     new = torch.full((len(prompts), max_new), eos_id, device=device)  # (B, max_new)
     alive = torch.arange(len(prompts), device=device)  # the prompt that each row of the cache belongs to
     forced = [[] for _ in prompts]
@@ -64,21 +56,45 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
         new[alive, step] = chosen
         if step + 1 == max_new:
             break
-        if step % CHECK_EVERY == CHECK_EVERY - 1:
+        if device.type == "cpu" or step % CHECK_EVERY == CHECK_EVERY - 1:
             unfinished = ~(new[alive, :step + 1] == eos_id).any(dim=1)  # (rows alive,)
-            if is_done is not None:
+            if is_done is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
                 texts_done = [is_done(ids) for ids in new[alive, :step + 1].tolist()]
                 unfinished &= ~torch.tensor(texts_done, device=device)
-            rows = unfinished.nonzero()[:, 0]
-            if len(rows) == 0:
+            if not unfinished.any():
                 break
-            if len(rows) < 0.75 * len(alive):  # copying the cache costs something: only when it pays
-                cache.keep(rows)
-                alive, chosen = alive[rows], chosen[rows]
+            if not unfinished.all():
+                order = cache.keep(unfinished)
+                alive, chosen = alive[order], chosen[order]
         hidden = model.model(chosen[:, None], cache)  # (rows alive, 1, d)
         cache.advance(1, 1)
         chosen = model.lm_head(hidden[:, 0]).argmax(-1)  # (rows alive,)
     return [_through_first(ids, eos_id) for ids in new[:, :step + 1].tolist()]
+
+
+def _prefill(model, prompts, cache):
+    """Read the prompts into the cache, as many rows at a time as PREFILL_TOKENS allow; returns every row's choice for
+    its first token, (B,)."""
+    device, first, chosen = model.lm_head.weight.device, 0, []
+    cache.slots(max(map(len, prompts)))  # clears them, before the windows write
+    while first < len(prompts):
+        last, longest = first + 1, len(prompts[first])
+        while last < len(prompts):
+            longer = max(longest, len(prompts[last]))
+            if longer * (last + 1 - first) > PREFILL_TOKENS[device.type]:
+                break
+            last, longest = last + 1, longer
+        lengths = torch.tensor([len(prompt) for prompt in prompts[first:last]])  # (rows,)
+        tokens = torch.zeros(last - first, longest, dtype=torch.long)  # (rows, T)
+        for row, prompt in enumerate(prompts[first:last]):
+            tokens[row, :len(prompt)] = torch.tensor(prompt)
+        rows = cache.window(first, last)
+        hidden = model.model(tokens.to(device), rows)[range(last - first), lengths - 1]  # (rows, d)
+        rows.advance(lengths.to(device), longest)
+        chosen.append(model.lm_head(hidden).argmax(-1))
+        first = last
+    cache.longest = max(map(len, prompts))
+    return torch.cat(chosen)
 
 
 def _through_first(ids, eos_id):
@@ -191,7 +207,7 @@ def parse_arguments(argv):
     parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to think "
                                                                            "step by step (default: the run's, plain)")
     parser.add_argument("--limit", type=int, help="first N test problems, 0 for all (default: 128 on a CPU, else all)")
-    parser.add_argument("--batch", type=positive, help="rows generated together (default: 64 on a CPU, else 512)")
+    parser.add_argument("--batch", type=positive, help="rows generated together (default: 128 on a CPU, else 512)")
     parser.add_argument("--max-new", type=positive, help="most new tokens per answer (default: 256, math: 1024)")
     parser.add_argument("--shots", type=int, default=0, help="worked training problems in front of every question")
     parser.add_argument("--calculator", action="store_true", help="compute what follows '=' inside << >>")
@@ -288,7 +304,7 @@ def main(argv=None):
     total = len(examples)
     limit = args.limit if args.limit is not None else 128 if device.type == "cpu" else 0
     examples = examples[:limit or None]
-    batch = args.batch or (64 if device.type == "cpu" else 512)
+    batch = args.batch or (128 if device.type == "cpu" else 512)
     print(f"model     {shown}")
     rest = " (--limit 0 for all)" if len(examples) < total else ""
     print(f"data      {source}; {len(examples)} of {total} problems{rest}")

@@ -16,6 +16,7 @@ are what the methods adapt; this file knows nothing of adapters, files or tokeni
 
 Shapes: B rows, T tokens, S cached slots, d hidden_size, H query heads, K key/value heads, D head_dim, V vocab_size.
 """
+import copy
 import math
 from dataclasses import dataclass
 
@@ -86,8 +87,9 @@ class KVCache:
 
     def __init__(self, config, rows, capacity, dtype, device):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (layers, B, K, capacity, D)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = torch.empty(shape, dtype=dtype, device=device)  # (layers, B, K, capacity, D)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.cleared = 0  # slots below are written or zero: attention reads them, with weight 0 where they hold no token
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
         self.longest = 0  # an upper bound of lengths, kept on the host: no synchronisation to find the slots in use
 
@@ -97,7 +99,12 @@ class KVCache:
 
     def slots(self, T):
         """How many slots attention must look at once T more tokens are in: rounded up to 64, so that shapes repeat."""
-        return min(self.k.shape[3], -(-(self.longest + T) // 64) * 64)
+        slots = min(self.k.shape[3], -(-(self.longest + T) // 64) * 64)
+        if slots > self.cleared:
+            for cached in (self.k, self.v):
+                cached[:, :, :, self.cleared:slots] = 0
+            self.cleared = slots
+        return slots
 
     def update(self, layer, positions, k, v, slots):
         """Write k, v (B, K, T, D) at `positions` (B, T); return all keys and values so far, each (B, K, slots, D)."""
@@ -111,9 +118,25 @@ class KVCache:
         self.lengths += tokens
         self.longest += longest
 
-    def keep(self, rows):
-        """Forget all rows but `rows` (an index tensor)."""
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+    def keep(self, kept):
+        """Forget the rows for which `kept` (B,) is False: the last ones that stay move into the places that get free, and
+        nothing else is copied. Returns the new order, an index tensor: row i is what row order[i] was."""
+        n = int(kept.sum())
+        order = torch.arange(n, device=kept.device)  # (n,)
+        holes, movers = (~kept[:n]).nonzero()[:, 0], n + kept[n:].nonzero()[:, 0]  # as many as each other
+        order[holes] = movers
+        self.lengths = self.lengths[order]
+        self.longest = int(self.lengths.max())
+        for cached in (self.k, self.v):
+            cached[:, holes, :, :self.longest] = cached[:, movers, :, :self.longest]
+        self.k, self.v = self.k[:, :n], self.v[:, :n]
+        return order
+
+    def window(self, first, last):
+        """The same cache, seen through a window on rows first .. last - 1: what is written there is in this one too."""
+        part = copy.copy(self)
+        part.k, part.v, part.lengths = self.k[:, first:last], self.v[:, first:last], self.lengths[first:last]
+        return part
 
 
 class Attention(nn.Module):
@@ -145,9 +168,7 @@ class Attention(nn.Module):
         else:
             k, v = cache.update(self.layer, positions, k, v, mask.shape[-1])  # (B, K, S, D)
             # The query heads of one key head become further queries of it: no copy of k and v, and fast kernels apply.
-            group = self.heads // self.kv_heads
-            q = q.reshape(B, self.kv_heads, group * T, self.head_dim)
-            mask = mask[:, None].expand(-1, group, -1, -1).reshape(B, 1, group * T, -1)
+            q = q.reshape(B, self.kv_heads, -1, self.head_dim)  # (B, K, H/K * T, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, self.heads, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -238,7 +259,10 @@ class Decoder(nn.Module):
             positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         else:
             positions = cache.positions(T)  # (B, T)
-            mask = torch.arange(cache.slots(T), device=tokens.device) <= positions[:, :, None]  # (B, T, S)
+            seen = torch.arange(cache.slots(T), device=tokens.device) <= positions[:, :, None]  # (B, T, S)
+            mask = torch.zeros(seen.shape, dtype=cache.k.dtype, device=tokens.device).masked_fill_(~seen, -math.inf)
+            group = self.config.num_attention_heads // self.config.num_key_value_heads
+            mask = mask.repeat(1, group, 1)[:, None]  # (B, 1, H/K * T, S), as attention folds its queries
         x = self.embed_tokens(tokens)  # (B, T, d)
         if self.config.gpt2:
             x, cos, sin = x + self.embed_positions(positions), None, None
