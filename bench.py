@@ -1,15 +1,23 @@
-"""How fast is it? `python bench.py train --peer` trains LoRA here and in transformers + peft, in alternation.
+"""How fast is it? Each command measures in processes of its own, prints a table, and appends JSON lines to --results.
 
-Both sides get the same weights, the same examples and the same LoRA (r=16, seven projections) on the same machine in
-the same run, each round in a process of its own, so that its peak memory is its own. The peer is set up as its users
-would: random batches padded to their longest row, its own head and loss, fused AdamW. Counted are real tokens: padding
-is not work.
+    python bench.py train --methods lora sorsa --peer    real tokens per second, share of the machine's speed, memory
+    python bench.py generate --peer                      GSM-8K problems answered per second, and whether texts agree
+    python bench.py init --methods pissa sorsa sara      seconds until a method is attached; also --width 2048 --layers 16
+    python bench.py load                                 seconds until the model is loaded, memory beside its weights
+    python bench.py merged                               a merged model beside its base
+    python bench.py cost                                 how the cost grows with batch, length, rank, width, problems
+
+With --peer (pip install transformers peft) the same weights and examples go through transformers + peft, in alternation
+with ours. "peer" is set up as its users would: random batches padded to their longest row, its own head and loss, fused
+AdamW; "strict" is the same on our batches of similar length. Counted are real tokens: padding is not work.
 """
 import argparse
 import contextlib
 import inspect
+import itertools
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -20,45 +28,62 @@ import torch
 
 import adapter
 import checkpoint
+import eval as evaluation
 import gsm8k
+import prompting
 import train
-from script import Parser, choose_device, positive, run_script
+from model import Config
+from script import Parser, amount, choose_device, keep_freed_memory, positive, run_script
+
+PEERS = ("peer", "strict")
+DEVICE, DTYPE = choose_device("auto")
 
 
 def matmul_rate(device, dtype, size=2048):
     """The machine's own speed on square matrix products, in GFLOP/s: the limit that training cannot pass."""
     a, best = torch.randn(size, size, device=device, dtype=dtype), 0.0
     for _ in range(5):
-        started = time.time()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2e-9 * size ** 3 / (time.time() - started))
+        best = max(best, 2e-9 * size ** 3 / seconds(lambda: a @ a))
     return best
 
 
-def our_steps(args, base, encoded):
-    """The calls of train.py's loop; yields the real tokens of each step after it."""
-    model = base.model
-    attach = adapter.method_function(args.method, "attach")
-    attach(model, **({"rank": args.rank} if "rank" in inspect.signature(attach).parameters else {}))
-    parameters = list(adapter.trainable(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    device, lengths = model.lm_head.weight.device, [len(ids) for ids, _ in encoded]
-    regularize = getattr(adapter.method_module(args.method), "add_regularizer_grad", None)
-    for indices in train.endless_batches(lengths, args.batch, seed=0):
-        train.accumulate_gradients(model, [encoded[i] for i in indices], args.batch, device, contextlib.nullcontext())
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if regularize:
-            regularize(model, 4.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield sum(lengths[i] for i in indices)
+def seconds(work):
+    """How long `work()` takes, a GPU's queue included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
 
 
-def peer_steps(args, base, encoded):
-    """The same in transformers + peft: the peer's model around the same weight tensors, its loss over labels."""
-    import peft
+def attach(model, args):
+    """Attach args.side to all seven projections, at --params or at --rank where the method has one."""
+    function = adapter.method_function(args.side, "attach")
+    options = {} if args.side == "full" else {"targets": adapter.TARGETS}
+    fit = adapter.method_function(args.side, "fit")
+    if args.params and fit:
+        options.update(fit(model, args.params, targets=adapter.TARGETS))
+    elif "rank" in inspect.signature(function).parameters:
+        options["rank"] = args.rank
+    function(model, **options)
+
+
+def random_llama(args):
+    """A random Llama of --width and --layers, with Llama 3.2's proportions."""
+    heads = args.width // 64
+    config = Config(vocab_size=1024, hidden_size=args.width, intermediate_size=4 * args.width, head_dim=64,
+                    num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4))
+    model = checkpoint.empty_model(config).to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    return model.to(DEVICE, DTYPE)
+
+
+def peer_model(base):
+    """transformers' model around the same weight tensors."""
     import transformers
     config = transformers.LlamaConfig(**vars(base.model.config))
     with torch.device("meta"):
@@ -66,91 +91,282 @@ def peer_steps(args, base, encoded):
     model.load_state_dict(base.model.state_dict(), assign=True)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    model.train()
+    return model
+
+
+# ---- train ----------------------------------------------------------------------------------------------------------
+
+def batches(args, encoded):
+    """args.steps + 1 batches of examples, the largest first: for the peer random ones, else ours of similar length."""
+    rng, lengths = random.Random(0), [len(ids) for ids, _ in encoded]
+    ours = train.endless_batches(lengths, args.batch, seed=0)
+    drawn = [rng.sample(range(len(encoded)), args.batch) if args.side == "peer" else next(ours)
+             for _ in range(args.steps + 1)]
+    return [[encoded[i] for i in batch] for batch in sorted(drawn, key=lambda batch: -max(lengths[i] for i in batch))]
+
+
+def our_steps(args, base, encoded):
+    """The calls of train.py's loop; yields the real tokens of each step after it."""
+    model = base.model
+    attach(model, args)
+    parameters = list(adapter.trainable(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
+    regularize = getattr(adapter.method_module(args.side), "add_regularizer_grad", None)
+    for chosen in batches(args, encoded):
+        train.accumulate_gradients(model, chosen, args.batch, DEVICE, contextlib.nullcontext())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if regularize:
+            regularize(model, 4.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield train.token_count(chosen)
+
+
+def peer_steps(args, base, encoded):
+    """The same in transformers + peft."""
+    import peft
+    model = peer_model(base).train()
     lora = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS))
     model = peft.get_peft_model(model, lora)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-    rng, device = random.Random(0), base.model.lm_head.weight.device
-    while True:
-        chosen = rng.sample(encoded, args.batch)
+    for chosen in batches(args, encoded):
         longest = max(len(ids) for ids, _ in chosen)
         ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in chosen])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in chosen])
         labels = torch.tensor([[-100] * start + row[start:] + [-100] * (longest - len(row)) for row, start in chosen])
-        model(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)).loss.backward()
+        model(input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield sum(len(row) for row, _ in chosen)
+        yield train.token_count(chosen)
 
 
-def work(args):
-    """One round of one side, first step not timed: tokens per second, peak memory, GFLOP/s and the machine's own."""
-    device, dtype = choose_device("auto")
-    base = checkpoint.load(args.model, dtype, device)
+def train_side(args):
+    """Tokens per second, peak memory, GFLOP/s and the machine's own; the first step, on the largest
+    batch, is not timed."""
+    base = checkpoint.load(args.model, torch.float32 if args.side == "full" else DTYPE, DEVICE)
     examples = gsm8k.load(args.data, "train")[0][:2048]
     encoded = train.encode_examples(base.tokenizer, examples, 512)
     answer_share = train.answer_tokens(encoded) / train.token_count(encoded)
-    limit = matmul_rate(device, dtype)
-    steps = (peer_steps if args.side == "peer" else our_steps)(args, base, encoded)
+    limit = matmul_rate(DEVICE, DTYPE)
+    steps = (peer_steps if args.side in PEERS else our_steps)(args, base, encoded)
     next(steps)
-    started = time.time()
-    tokens = sum(next(steps) for _ in range(args.steps))
-    rate = tokens / (time.time() - started)
-    record = {"side": args.side, "tokens_per_second": rate, "matmul_gflops": limit,
-              "memory_gb": train.peak_memory(device)}
-    if args.side == "ours":
-        record.update(method=args.method, gflops=rate * train.gflop_per_token(base.model, answer_share)[1])
+    tokens = []
+    elapsed = seconds(lambda: tokens.extend(steps))
+    record = {"tokens_per_second": sum(tokens) / elapsed, "matmul_gflops": limit,
+              "memory_gb": train.peak_memory(DEVICE)}
+    if args.side not in PEERS:
+        gflops = sum(tokens) / elapsed * train.gflop_per_token(base.model, answer_share)[1]
+        record.update(gflops=gflops, share=gflops / limit,
+                      parameters=sum(p.numel() for p in adapter.trainable(base.model).values()))
     return record
 
 
-def bench_train(args):
-    """Alternate the sides, print the table, append the rounds to the results file."""
-    sides = ["ours", "peer"] if args.peer else ["ours"]
+# ---- generate -------------------------------------------------------------------------------------------------------
+
+def generate_side(args):
+    """Problems per second over the first test problems, zero-shot, greedy, and the texts; a warm-up comes first."""
+    base = checkpoint.load(args.model, DTYPE, DEVICE)
+    model, tokenizer = base.model.eval().requires_grad_(False), base.tokenizer
+    examples = gsm8k.load(args.data, "test")[0][:args.problems]
+    asked = [prompting.prompt(example["question"]) for example in examples]
+    peer = peer_model(base).eval() if args.side == "peer" else None
+
+    def answer(texts, cap):
+        if peer is None:
+            return [c["text"] for c in evaluation.complete(model, tokenizer, texts, cap, args.batch)]
+        answers = []
+        for start in range(0, len(texts), args.batch):
+            rows = [tokenizer.encode(text) for text in texts[start:start + args.batch]]
+            longest = max(map(len, rows))
+            ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=DEVICE)
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=DEVICE)
+            with torch.inference_mode():
+                new = peer.generate(ids, attention_mask=mask, max_new_tokens=cap, do_sample=False, pad_token_id=0,
+                                    eos_token_id=tokenizer.eos_id)[:, longest:].tolist()
+            kept = [row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row for row in new]
+            answers += [prompting.truncate(tokenizer.decode(row)) for row in kept]
+        return answers
+
+    answer(asked[:2], 2)
+    texts = []
+    elapsed = seconds(lambda: texts.extend(answer(asked, args.max_new)))
+    tokens = sum(len(tokenizer.encode(text, start=False)) for text in texts)
+    return {"problems_per_second": len(texts) / elapsed, "seconds": elapsed, "new_tokens": tokens,
+            "memory_gb": train.peak_memory(DEVICE), "texts": texts}
+
+
+# ---- init, load, merged ---------------------------------------------------------------------------------------------
+
+def init_side(args):
+    """Seconds to attach a method (for the peer: peft's PiSSA start) to a loaded, or a random model."""
+    if args.width:
+        model = random_llama(args)
+    else:
+        base = checkpoint.load(args.model, DTYPE, DEVICE)
+        model = base.model
+    if args.side == "peer":
+        import peft
+        plain = peer_model(base)
+        pissa = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS),
+                                init_lora_weights="pissa")
+        return {"seconds": seconds(lambda: peft.get_peft_model(plain, pissa)), "memory_gb": train.peak_memory(DEVICE)}
+    return {"seconds": seconds(lambda: attach(model, args)), "memory_gb": train.peak_memory(DEVICE)}
+
+
+def resident():
+    """Memory that this process holds now, in GB, mapped files included."""
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) * 1024e-9 if status.is_file() else float("nan")
+
+
+def load_side(args):
+    """Seconds to load the model, and how far memory rose above what it held before, in sizes of the loaded weights."""
+    torch.ones(2, 2, device=DEVICE) @ torch.ones(2, 2, device=DEVICE)
+    before, loaded = resident(), []
+    elapsed = seconds(lambda: loaded.append(checkpoint.load(args.model, DTYPE, DEVICE).model))
+    size = 1e-9 * sum(p.numel() * p.element_size() for p in loaded[0].parameters())
+    record = {"seconds": elapsed, "weights_gb": size}
+    if DEVICE.type == "cpu":
+        record["peak_in_sizes"] = (train.peak_memory(DEVICE) - before) / size
+    return record
+
+
+def merged_side(args):
+    """Time of a forward pass of the merged model over the base's, in alternation: the median of 15 ratios."""
+    base, merged = (checkpoint.load(args.model, DTYPE, DEVICE).model for _ in range(2))
+    args.side = "lora"
+    attach(merged, args)
+    adapter.merge(merged)
+    tokens = torch.randint(0, base.config.vocab_size, (args.batch, 128), device=DEVICE)
+    with torch.inference_mode():
+        times = [[seconds(lambda: model.model(tokens)) for model in (base, merged)] for _ in range(16)][1:]
+    return {"ratio": statistics.median(after / before for before, after in times)}
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+def cost_side(args):
+    """One training step of LoRA on random tokens, or one generation, at args.batch, length, rank, width, problems:
+    microseconds and GFLOP/s per token."""
+    model = random_llama(args)
+    args.side = "lora"
+    if args.problems:
+        model.requires_grad_(False)
+        rows = torch.randint(0, 1024, (args.problems, args.length)).tolist()
+        elapsed = seconds(lambda: evaluation.generate(model, rows, -1, args.max_new, args.batch))
+        return {"us_per_token": 1e6 * elapsed / (args.problems * args.max_new)}
+    attach(model, args)
+    encoded = [(torch.randint(0, 1024, (args.length,)).tolist(), args.length // 3) for _ in range(args.batch)]
+    times = [seconds(lambda: train.accumulate_gradients(model, encoded, args.batch, DEVICE, contextlib.nullcontext()))
+             for _ in range(3)]
+    tokens = args.batch * args.length
+    return {"us_per_token": 1e6 * min(times) / tokens,
+            "gflops": tokens * train.gflop_per_token(model, 2 / 3)[1] / min(times)}
+
+
+COST = [{"batch": batch} for batch in (1, 4, 16)] + [{"length": length} for length in (64, 256, 1024)] + \
+       [{"rank": rank} for rank in (4, 16, 64, 256)] + [{"width": width} for width in (256, 512, 1024, 2048)] + \
+       [{"problems": problems, "batch": 128, "max_new": 32} for problems in (8, 32, 128, 512)]
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+SIDES = {"train": train_side, "generate": generate_side, "init": init_side, "load": load_side, "merged": merged_side,
+         "cost": cost_side}
+
+
+def run_side(what, side, options):
+    """One measurement in a process of its own: its record."""
+    command = [sys.executable, __file__, what, "--side", side]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{side}: {done.stderr.strip() or done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(record):
+    """A line of the table."""
+    parts = [f"{record[key]:{form}} {unit}" for key, form, unit in (
+        ("tokens_per_second", "7.1f", "real tokens/s"), ("problems_per_second", "6.2f", "problems/s"),
+        ("seconds", "6.1f", "s"), ("us_per_token", "8.0f", "us/token"), ("ratio", ".3f", "of the base's time"),
+        ("new_tokens", ",", "new tokens"), ("memory_gb", "5.2f", "GB peak"), ("parameters", ",", "parameters"),
+        ("peak_in_sizes", ".2f", "times the weights at the peak")) if key in record]
+    if "gflops" in record:
+        share = f" of {record['matmul_gflops']:.0f} ({100 * record['share']:.0f} %)" if "share" in record else ""
+        parts.append(f"{record['gflops']:.0f}{share} GFLOP/s")
+    return "  ".join(parts)
+
+
+def compare(rounds, key, first, other):
+    """"first is 2.1 times other (2.0 to 2.2)": the median and spread over rounds of the ratio of a field."""
+    ratios = sorted(a[key] / b[key] for a, b in zip(rounds[first], rounds[other]))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def bench(args):
+    """Measure all sides in alternation, print the table and the ratios, append the records to the results file."""
+    sides = args.methods if args.what in ("train", "init") else ["ours"]
+    sides = [*sides, *(PEERS if args.what == "train" else ["peer"])] if args.peer else sides
+    options = {name: getattr(args, name) for name in ("model", "data", "rank", "params", "batch", "steps", "problems",
+                                                      "max_new", "width", "layers", "length")}
+    cases = COST if args.what == "cost" else [{}]
+    if args.what == "cost":
+        options = {**options, "batch": 8, "length": 256, "rank": 16, "width": 576, "layers": 4, "problems": None}
     rounds = {side: [] for side in sides}
-    for number in range(args.rounds):
-        for side in sides:
-            command = [sys.executable, __file__, "train", "--side", side] + [
-                f"--{name}={getattr(args, name)}" for name in ("method", "model", "data", "rank", "batch", "steps")]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            record = {**json.loads(done.stdout.splitlines()[-1]), "round": number, "batch": args.batch,
-                      "rank": args.rank, "steps": args.steps, "torch": torch.__version__,
-                      "command": " ".join(["python bench.py", *sys.argv[1:]])}
-            rounds[side].append(record)
-            share = f"{record['gflops']:.0f} of {record['matmul_gflops']:.0f} GFLOP/s" if side == "ours" else ""
-            print(f"round {number + 1}  {side:<5} {record['tokens_per_second']:7.1f} real tokens/s  "
-                  f"{record['memory_gb']:.2f} GB peak  {share}", flush=True)
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            with open(args.results, "a") as file:
-                file.write(json.dumps(record) + "\n")
-    if args.peer:
-        ratios = sorted(a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(rounds["ours"], rounds["peer"]))
-        memory = statistics.median(a["memory_gb"] / b["memory_gb"] for a, b in zip(rounds["ours"], rounds["peer"]))
-        print(f"ours / peer: {statistics.median(ratios):.2f} times the tokens per second "
-              f"({ratios[0]:.2f} to {ratios[-1]:.2f}), {100 * memory:.0f} % of the peak memory")
+    for number, case, side in itertools.product(range(args.rounds), cases, sides):
+        record = {"what": args.what, "side": side, **run_side(args.what, side, {**options, **case}), "round": number}
+        rounds[side].append(record)
+        named = ", ".join(f"{key} {value}" for key, value in case.items())
+        print(f"round {number + 1}  {named or side:<12} {row(record)}", flush=True)
+        kept = {key: value for key, value in record.items() if key != "texts"}
+        kept.update(case, batch=case.get("batch", options["batch"]), rank=options["rank"], torch=torch.__version__,
+                    command=" ".join(["python bench.py", *sys.argv[1:]]))
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.results, "a") as file:
+            file.write(json.dumps(kept) + "\n")
+    key = {"train": "tokens_per_second", "generate": "problems_per_second", "init": "seconds"}.get(args.what)
+    for other in sides[1:] if key else ():
+        memory = f", peak memory {compare(rounds, 'memory_gb', sides[0], other)}" if args.what == "train" else ""
+        print(f"{sides[0]} / {other}: {key.replace('_', ' ')} {compare(rounds, key, sides[0], other)}{memory}")
+    if args.what == "generate" and args.peer:
+        same = [a == b for a, b in zip(rounds["ours"][0]["texts"], rounds["peer"][0]["texts"])]
+        print(f"the same text: {sum(same)} of {len(same)} problems")
 
 
 def main():
-    parser = Parser(prog="bench.py", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["train"])
+    parser = Parser(prog="bench.py", usage="bench.py WHAT [flags]", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=list(SIDES))
     parser.add_argument("--peer", action="store_true", help="also transformers + peft (pip install transformers peft)")
-    parser.add_argument("--method", choices=list(adapter.METHODS), default="lora", help="ours; the peer is always LoRA")
+    parser.add_argument("--methods", nargs="+", choices=list(adapter.METHODS), default=["lora"],
+                        help="ours, for train and init; the peer is always LoRA (init: PiSSA)")
     parser.add_argument("--model", default=checkpoint.DEFAULT_MODEL)
     parser.add_argument("--data", default="auto")
     parser.add_argument("--rank", type=positive, default=16)
-    parser.add_argument("--batch", type=positive, default=16, help="examples per step")
+    parser.add_argument("--params", type=amount, help="a budget instead, as in train.py")
+    parser.add_argument("--batch", type=positive, help="examples per step (default: 16; generate: 128 problems)")
     parser.add_argument("--steps", type=positive, default=4, help="timed steps per round")
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--problems", type=positive, help="how many are answered (default: 128)")
+    parser.add_argument("--max-new", type=positive, default=256, help="most new tokens per answer")
+    parser.add_argument("--width", type=positive, help="init: a random Llama of this width")
+    parser.add_argument("--layers", type=positive, default=16, help="of that Llama")
+    parser.add_argument("--length", type=positive, default=256, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=positive, help="(default: 3; 1 for init, load, merged and cost)")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=Path("results/bench.jsonl"))
     args = parser.parse_args()
-    if args.side:
-        print(json.dumps(work(args)))
-    else:
-        bench_train(args)
+    args.batch = args.batch or (128 if args.what == "generate" else 16)
+    args.problems = args.problems or (128 if args.what == "generate" else None)
+    args.rounds = args.rounds or (3 if args.what in ("train", "generate") else 1)
+    if args.peer and args.what not in ("train", "generate", "init") or args.peer and args.width:
+        parser.error("--peer is for train, generate, and init on the default model")
+    if args.side is None:
+        return bench(args)
+    if args.side not in PEERS:
+        keep_freed_memory()
+    print(json.dumps(SIDES[args.what](args)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import metamath
 import prompting
 from calculator import insertion
 from model import KVCache
-from script import Parser, choose_device, positive, run_script, write_json
+from script import Parser, choose_device, keep_freed_memory, positive, run_script, write_json
 from tensorfile import atomic_write
 
 BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # each with gold and score
@@ -284,6 +284,7 @@ def report(summary, path):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    keep_freed_memory()
     device, dtype = choose_device(args.device, args.dtype)
     model, tokenizer, name, method = load_for_eval(args, device, dtype)
     model.eval().requires_grad_(False)

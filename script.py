@@ -107,7 +107,6 @@ def write_json(path, record):
 
 def run_script(main):
     """Run `main`; what a user can mend ends as one line on stderr and exit status 2, everything else as a traceback."""
-    keep_freed_memory()
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:

@@ -22,8 +22,8 @@ import metamath
 import prompting
 from eval import RESULT_FILES, complete
 from loss import IGNORE, answer_loss
-from script import (Parser, above_zero, amount, at_least_zero, choose_device, positive, run_script, two_lengths,
-                    write_json)
+from script import (Parser, above_zero, amount, at_least_zero, choose_device, keep_freed_memory, positive, run_script,
+                    two_lengths, write_json)
 
 # The best of a small grid on the default model, GSM-8K, 24 steps of 6 (README, results/sweep.jsonl), the smaller of two
 # that differ by less than 0.003: start there.
@@ -496,6 +496,7 @@ def train(args, model, regularize, encoded, measure, device, autocast, log):
 def main(argv=None):
     began = time.time()
     args = parse_arguments(argv)
+    keep_freed_memory()
     module = adapter.method_module(args.method)
     options, regularizer = method_options(args)
     device, dtype = choose_device(args.device, args.dtype)

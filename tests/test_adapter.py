@@ -339,6 +339,32 @@ def test_principal_triplets_against_float64(svd, shape):
     assert all(torch.equal(a, b) for a, b in zip((U, S, Vt), adapter.principal_triplets(W, 6, svd)))
 
 
+@pytest.mark.parametrize("rank", [1, 16, 128])
+def test_triplets_of_real_weights_are_as_good_as_an_svd(rank, real_base):
+    """On weights of the default model: singular values to 1e-6, the part of W they make and both sides to fp32's accuracy."""
+    layer = real_base.model.model.layers[7]
+    for W in (layer.self_attn.q_proj.weight, layer.mlp.gate_proj.weight, layer.mlp.down_proj.weight):
+        U, S, Vt = adapter.principal_triplets(W.detach(), rank)
+        Uf, Sf, Vf = torch.linalg.svd(W.detach().double(), full_matrices=False)
+        assert ((S - Sf[:rank]).abs() < 1e-6 * Sf[:rank]).all()
+        best = (Sf[rank:] ** 2).sum().sqrt()  # what any rank-r part leaves at least (Eckart-Young)
+        assert abs((W.detach().double() - (U.double() * S) @ Vt.double()).norm() - best) < 1e-6 * best
+        assert (U.T @ U - torch.eye(rank)).norm() < 2e-5 and (Vt @ Vt.T - torch.eye(rank)).norm() < 2e-5
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (96, 240), (240, 96)])
+def test_triplets_of_a_nearly_flat_spectrum(shape):
+    """Singular values 1e-4 apart at the cut: still the best rank-r part of W, to 1e-6 of what is left."""
+    torch.manual_seed(0)
+    Q1, Q2 = (torch.linalg.qr(torch.randn(size, 96, dtype=torch.float64)).Q for size in shape)
+    S = 1 - 1e-4 * torch.arange(96, dtype=torch.float64)
+    W = ((Q1 * S) @ Q2.T).float()
+    U, found, Vt = adapter.principal_triplets(W, 10)
+    best = torch.linalg.svdvals(W.double())[10:].norm()
+    assert ((found - S[:10]).abs() < 1e-6).all()
+    assert abs((W.double() - (U.double() * found) @ Vt.double()).norm() - best) < 1e-6 * best
+
+
 def test_rank_deficient_weight_falls_back_to_the_exact_svd():
     """Where sigma_r is zero the Gram route would divide by it: the result is then the exact route's, finite and orthonormal."""
     torch.manual_seed(0)
@@ -501,3 +527,44 @@ def test_the_readme_states_the_counts_of_the_default_sizes(method, default_shape
         default_shapes.load_state_dict(real_base.model.state_dict(), assign=True)
     adapter.method_function(method, "attach")(default_shapes)
     assert readme_counts()[method] == sum(p.numel() for p in adapter.trainable(default_shapes).values())
+
+
+# ---- the sum of a frozen and a thin product -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("trained", [(True,) * 5, (True, False, False, True, True), (False, False, False, True, True),
+                                     (True, False, False, True, False), (True, False, False, False, True)])
+def test_low_rank_sum_equals_autograd_in_float64(trained):
+    """x W^T + b + (x down^T) up^T and all its gradients, whichever of the five are asked for."""
+    torch.manual_seed(0)
+    shapes = (7, 5), (6, 5), (6,), (3, 5), (6, 3)  # x, W, b, down, up
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=wanted) for shape, wanted in zip(shapes, trained)]
+    x, W, b, down, up = tensors
+    found, expected = adapter.LowRankSum.apply(*tensors), x @ W.T + b + (x @ down.T) @ up.T
+    assert torch.allclose(found, expected, rtol=1e-12)
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    g = torch.randn(7, 6, dtype=torch.float64)
+    for ours, theirs in zip(torch.autograd.grad(found, wanted, g), torch.autograd.grad(expected, wanted, g)):
+        assert torch.allclose(ours, theirs, rtol=1e-12)
+    assert torch.autograd.gradcheck(adapter.LowRankSum.apply, tensors)
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5), (0, 5)])
+def test_plus_takes_any_leading_shape_and_every_dtype(shape):
+    """(..., in) -> (..., out), no rows included, in x's dtype; under a caller's autocast the same numbers to bf16's rounding."""
+    torch.manual_seed(0)
+    layer = adapter.AdaptedLinear(nn.Linear(5, 6))
+    x, down, up = torch.randn(shape), torch.randn(3, 5), torch.randn(6, 3)
+    expected = x @ layer.weight.T + layer.bias + (x @ down.T) @ up.T
+    assert layer.plus(x, down, up).shape == (*shape[:-1], 6) and torch.allclose(layer.plus(x, down, up), expected, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(layer.plus(x, down, up).float(), expected, atol=0.2)
+    half = layer.bfloat16().plus(x.bfloat16(), down, up)
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), expected, atol=0.2)
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    """The gradient of a gradient would need what the backward pass does not keep: it raises."""
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((7, 5), (6, 5), (6,), (3, 5), (6, 3))]
+    first = torch.autograd.grad(adapter.LowRankSum.apply(*tensors).square().sum(), tensors[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -30,9 +30,11 @@ def toy_prompts(count=13):
     return [tokens(1, 1 + (7 * i) % 40, seed=i)[0].tolist() for i in range(count)]
 
 
-@pytest.mark.parametrize("batch", [1, 5, 64])
-def test_batched_cached_generation_equals_the_naive_loop(batch):
-    """Token for token the text of an uncached one-row loop, for rows of different lengths that end at different times."""
+@pytest.mark.parametrize("batch, at_once", [(1, 2048), (5, 2048), (64, 2048), (64, 50), (64, 1)])
+def test_batched_cached_generation_equals_the_naive_loop(batch, at_once, monkeypatch):
+    """Token for token the text of an uncached one-row loop, for rows of different lengths that end at different times,
+    however many prompts are read at once."""
+    monkeypatch.setitem(evaluation.PREFILL_TOKENS, "cpu", at_once)
     model, prompts = toy_model(seed=3), toy_prompts()
     expected = [naive_greedy(model, prompt, 60, EOS) for prompt in prompts]
     ends = [len(ids) for ids in expected]
@@ -40,6 +42,19 @@ def test_batched_cached_generation_equals_the_naive_loop(batch):
     expected = [naive_greedy(model, prompt, 60, eos) for prompt in prompts]
     assert len({len(ids) for ids in expected}) > 3 and max(ends) == 60  # rows do leave the batch at different steps
     assert evaluation.generate(model, prompts, eos, max_new=60, batch=batch) == expected
+
+
+def test_rows_that_ended_leave_at_once(monkeypatch):
+    """On a CPU no decode step carries a row whose text has ended."""
+    model, prompts, rows = toy_model(seed=3), toy_prompts(), []
+    free = [naive_greedy(model, prompt, 30, -1) for prompt in prompts]
+    eos = max(set(sum(free, [])), key=lambda token: sum(token in ids for ids in free))
+    lengths = [len(naive_greedy(model, prompt, 30, eos)) for prompt in prompts]
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda tokens, cache=None: (rows.append(tuple(tokens.shape)), forward(tokens, cache))[1])
+    evaluation.generate_batch(model, prompts, eos, max_new=30)
+    steps = [size for size, T in rows if T == 1 and size <= len(prompts)][-max(lengths) + 1:]
+    assert len(set(lengths)) > 2 and steps == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
 
 
 def test_finished_rows_leave_the_batch(monkeypatch):

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, rope_tables, rotate
+from model import KVCache, SwiGLU, rope_tables, rotate
 from toy import tokens, toy_model
 
 
@@ -84,3 +84,49 @@ def test_grouped_queries_equal_repeated_keys():
     scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf).softmax(-1)
     expected = attention.o_proj((scores @ v).transpose(1, 2).reshape(2, 6, 32))
     assert (attention(x, cos[:, None], sin[:, None]) - expected).abs().max() < 1e-5
+
+
+def test_swiglu_equals_autograd_in_float64():
+    """silu(gate) * up and both gradients, though silu(gate) is not kept."""
+    torch.manual_seed(0)
+    gate, up = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.equal(SwiGLU.apply(gate, up), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(SwiGLU.apply, (gate, up))
+
+
+@pytest.mark.parametrize("kept", [[1, 1, 0, 1, 0, 1], [0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+def test_rows_that_stay_go_on_undisturbed(kept):
+    """Whatever rows leave, the others' next logits are those of rows that had always been alone, in the order given."""
+    model, text, kept = toy_model(), tokens(6, 9), torch.tensor(kept, dtype=torch.bool)
+    cache = KVCache(model.config, 6, 80, torch.float32, "cpu")
+    lengths = torch.tensor([3, 8, 5, 7, 2, 6])
+    with torch.no_grad():
+        model(text[:, :8], cache)
+        cache.advance(lengths, 8)
+        order = cache.keep(kept)
+        assert sorted(order.tolist()) == kept.nonzero()[:, 0].tolist() and cache.longest == lengths[kept].max()
+        logits = model(text[order, 8:], cache)[:, 0]
+        for row, b in enumerate(order.tolist()):
+            alone = torch.cat((text[b, :lengths[b]], text[b, 8:]))[None]
+            assert (logits[row] - model(alone)[0, -1]).abs().max() < 1e-5
+
+
+def test_slots_without_tokens_may_hold_anything_before_they_are_cleared(monkeypatch):
+    """Fresh memory may be NaN: no output sees it, also where the cache grows and where windows were written apart."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
+    model, text = toy_model(), tokens(2, 140)
+    cache = KVCache(model.config, 2, 150, torch.float32, "cpu")
+    with torch.no_grad():
+        cache.slots(70)
+        for row, length in ((0, 70), (1, 3)):
+            window = cache.window(row, row + 1)
+            model(text[row:row + 1, :length], window)
+            window.advance(length, length)
+        cache.longest = 70
+        for step in range(60):  # past the next multiple of 64
+            rows = torch.stack((text[0, 70 + step], text[1, 3 + step]))[:, None]
+            logits = model(rows, cache)[:, 0]
+            cache.advance(1, 1)
+        assert (logits[0] - model(text[:1, :130])[0, -1]).abs().max() < 1e-5
+        assert (logits[1] - model(text[1:, :63])[0, -1]).abs().max() < 1e-5

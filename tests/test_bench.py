@@ -1,0 +1,98 @@
+"""The benchmark script on a tiny model: every command runs, prints its table and leaves records that say what was measured."""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench
+import script
+from toy import write_sums
+
+
+@pytest.fixture
+def measure(tiny_gguf, tmp_path):
+    """Run bench.py on the tiny model; gives what it printed and its records."""
+    data = write_sums(tmp_path / "data")
+
+    def run(*arguments):
+        results = tmp_path / "results.jsonl"
+        command = [sys.executable, bench.__file__, *arguments, "--model", str(tiny_gguf), "--data", str(data), "--results", str(results)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, [json.loads(line) for line in results.read_text().splitlines()]
+    return run
+
+
+def test_training_beside_both_peers(measure):
+    """Ours, the usual peer and the strict one: tokens per second, memory, our share of the machine's speed, ratios."""
+    pytest.importorskip("peft")
+    out, records = measure("train", "--peer", "--steps", "1", "--rounds", "1", "--batch", "4", "--rank", "4")
+    assert [record["side"] for record in records] == ["lora", "peer", "strict"]
+    assert all(record["tokens_per_second"] > 0 and record["memory_gb"] > 0 and record["command"].startswith("python bench.py train") for record in records)
+    assert 0 < records[0]["share"] < 1 and records[0]["parameters"] > 0 and "share" not in records[1]
+    assert "lora / peer: tokens per second" in out and "lora / strict: tokens per second" in out and "peak memory" in out
+
+
+def test_generation_beside_the_peer(measure):
+    """The same problems on both sides, and the same text."""
+    pytest.importorskip("transformers")
+    out, records = measure("generate", "--peer", "--rounds", "1", "--problems", "5", "--max-new", "20", "--batch", "3")
+    assert [record["side"] for record in records] == ["ours", "peer"] and "the same text: 5 of 5 problems" in out
+    assert records[0]["new_tokens"] == records[1]["new_tokens"] > 0 and "texts" not in records[0]
+
+
+def test_the_start_the_loading_and_the_merged_model(measure):
+    """Seconds per method; memory while loading in sizes of the weights; the merged model's time beside its base's."""
+    out, records = measure("init", "--methods", "sorsa", "sara", "--params", "3000")
+    assert [record["side"] for record in records] == ["sorsa", "sara"] and all(record["seconds"] > 0 for record in records)
+    assert "sorsa / sara: seconds" in out
+    assert measure("load")[1][-1]["seconds"] > 0
+    assert 0.2 < measure("merged", "--batch", "1")[1][-1]["ratio"] < 5
+
+
+def test_cost_of_a_small_case():
+    """A training step and a generation of a random Llama, per token."""
+    case = argparse.Namespace(width=64, layers=1, batch=2, length=9, rank=2, params=None, problems=None, max_new=3)
+    assert bench.cost_side(case)["us_per_token"] > 0
+    case.problems = 3
+    assert bench.cost_side(case)["us_per_token"] > 0
+    assert {key for case in bench.COST for key in case} == {"batch", "length", "rank", "width", "problems", "max_new"}
+
+
+def test_methods_differ_in_what_is_counted():
+    """The batches of the strict peer are ours, those of the usual one are random; the largest comes first, untimed."""
+    encoded = [([1] * n, 1) for n in range(2, 200)]
+    args = argparse.Namespace(side="lora", batch=8, steps=5)
+    ours = bench.batches(args, encoded)
+    args.side = "strict"
+    assert bench.batches(args, encoded) == ours and len(ours) == 6
+    args.side = "peer"
+    usual = bench.batches(args, encoded)
+    spread = lambda batches: sum(max(len(ids) for ids, _ in b) - min(len(ids) for ids, _ in b) for b in batches)  # noqa: E731
+    assert spread(usual) > 3 * spread(ours)
+    assert all(max(len(ids) for ids, _ in usual[0]) >= max(len(ids) for ids, _ in batch) for batch in usual)
+
+
+FAULTS = """
+import resource, sys
+import torch
+import script
+if sys.argv[1] == "keep":
+    script.keep_freed_memory()
+torch.ones(2_000_000).add(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc is tuned on Linux only")
+def test_freed_memory_is_kept():
+    """Twenty tensors of 8 MB, one after the other, are mapped in once instead of every time."""
+    faults = [int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True,
+                                 cwd=Path(script.__file__).parent).stdout) for how in ("leave", "keep")]
+    assert faults[0] > 20_000 and faults[1] < faults[0] / 10
