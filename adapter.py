@@ -34,7 +34,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LowRankSum(torch.autograd.Function):
-    """x W^T + b + (x down^T) up^T for x (n, in), down (k, in), up (out, k), with each sum made in place of its first term.
+    """x W^T + b + (x down^T) up^T for x (n, in), down (k, in), up (out, k), each sum made in place of its first term.
 
     These sums are the width of the model and the products behind them thin, so that writing and reading them is what a
     thin adapter costs: left to itself, autograd would keep memory for each product and for each sum. With g = dL/dy
@@ -74,7 +74,7 @@ class AdaptedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def plus(self, x, down, up):
-        """x W^T + b + (x down^T) up^T, (..., out), for x (..., in), down (k, in), up (out, k), both cast to x's dtype."""
+        """x W^T + b + (x down^T) up^T, (..., out), for x (..., in), down (k, in), up (out, k), cast to x's dtype."""
         down, up = down.to(x), up.to(x)
         if torch.is_autocast_enabled(x.device.type):  # which chooses dtypes product by product
             return self.base(x) + (x @ down.T) @ up.T

@@ -2,7 +2,7 @@
 
     python bench.py train --methods lora sorsa --peer    real tokens per second, share of the machine's speed, memory
     python bench.py generate --peer                      GSM-8K problems answered per second, and whether texts agree
-    python bench.py init --methods pissa sorsa sara      seconds until a method is attached; also --width 2048 --layers 16
+    python bench.py init --methods pissa sorsa sara      seconds to attach a method; also --width 2048 --layers 16
     python bench.py load                                 seconds until the model is loaded, memory beside its weights
     python bench.py merged                               a merged model beside its base
     python bench.py cost                                 how the cost grows with batch, length, rank, width, problems

@@ -1,4 +1,4 @@
-r"""MATH (Hendrycks et al., arXiv 2103.03874): competition problems in seven subjects and five levels, and their scoring.
+r"""MATH (Hendrycks et al., arXiv 2103.03874): competition problems in seven subjects and five levels, their scoring.
 
 A solution is LaTeX, and its answer stands in a box: "... so the probability is $\boxed{\frac{1}{2}}$." A prediction is
 right if it means the same, which nobody can decide in full: 1/2, .5 and \dfrac12 are one number, x = 5 says 5. Four
