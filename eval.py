@@ -138,8 +138,8 @@ def generate(model, prompts, eos_id, max_new=256, batch=64, is_done=None, force=
 def complete(model, tokenizer, texts, max_new=256, batch=64, calculator=False, progress=None, template="plain"):
     """Completions of prompts (`texts`): dicts of text (cut where another question begins), new_tokens, and finish.
 
-    finish is "eos", "stop" (a next problem began, as in the template) or "cap". With `calculator`, what follows the "=" of an open
-    annotation `<<48/2=` is computed instead of generated.
+    finish is "eos", "stop" (a next problem began, as in the template) or "cap". With `calculator`, what follows the "="
+    of an open annotation `<<48/2=` is computed instead of generated.
     """
     def is_done(ids):
         text = tokenizer.decode(ids)
@@ -171,8 +171,9 @@ def score_all(benchmark, examples, completions):
     """One record per problem: question, gold, completion, and what each rule extracted and whether it was right; for
     MATH also subject and level."""
     return [{**{key: value for key, value in example.items() if key != "answer"},
-             "gold": benchmark.gold(example["answer"]), "completion": completion["text"], "finish": completion["finish"],
-             "new_tokens": completion["new_tokens"], "scores": benchmark.score(completion["text"], example["answer"])}
+             "gold": benchmark.gold(example["answer"]), "completion": completion["text"],
+             "finish": completion["finish"], "new_tokens": completion["new_tokens"],
+             "scores": benchmark.score(completion["text"], example["answer"])}
             for example, completion in zip(examples, completions)]
 
 
@@ -202,10 +203,10 @@ def parse_arguments(argv):
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
     parser.add_argument("--benchmark", choices=list(BENCHMARKS), default="gsm8k", help="which test")
-    parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data); for "
-                                       "math a .jsonl file of problems")
-    parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to think "
-                                                                           "step by step (default: the run's, plain)")
+    parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data); "
+                                       "for math a .jsonl file of problems")
+    parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to "
+                                                                              "think step by step (default: the run's)")
     parser.add_argument("--limit", type=int, help="first N test problems, 0 for all (default: 128 on a CPU, else all)")
     parser.add_argument("--batch", type=positive, help="rows generated together (default: 128 on a CPU, else 512)")
     parser.add_argument("--max-new", type=positive, help="most new tokens per answer (default: 256, math: 1024)")

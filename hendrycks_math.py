@@ -57,8 +57,8 @@ def gold(answer):
 # ---- what a completion answers --------------------------------------------------------------------------------------
 
 def last_box(text):
-    r"""What stands in the last \boxed{...} of a text (without one, the last \fbox{...}), braces matched; \boxed 5 ends at
-    the next dollar sign. None if there is none, or one that is not closed."""
+    r"""What stands in the last \boxed{...} of a text (without one, the last \fbox{...}), braces matched; \boxed 5 ends
+    at the next dollar sign. None if there is none, or one that is not closed."""
     start = text.rfind(r"\boxed")
     start = start if start >= 0 else text.rfind(r"\fbox")
     if start < 0:
@@ -136,8 +136,8 @@ def normalise(text):
 
 
 def brace_fractions(text):
-    r"""\frac12 and \frac1{72} with braces around both arguments. As the original has it: all of the text stays unchanged if
-    a \frac has a single character behind it, and it is a ValueError if one has none."""
+    r"""\frac12 and \frac1{72} with braces around both arguments. As the original has it: all the text stays unchanged
+    if a \frac has a single character behind it, and it is a ValueError if one has none."""
     done, *parts = text.split(r"\frac")
     for part in parts:
         if not part:
@@ -186,7 +186,7 @@ def mend(text):
 
 
 def number(text):
-    r"""The value of a plain number (1,000 or -0.25) or of a simple fraction (-\frac{3}{4}) in normal form, else None."""
+    r"""The value of a plain number (1,000 or -0.25) or a simple fraction (-\frac{3}{4}) in normal form, else None."""
     if len(text) > LONGEST:  # int() would refuse it
         return None
     match = re.fullmatch(r"([-+]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)", text, re.ASCII)

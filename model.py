@@ -89,7 +89,7 @@ class KVCache:
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)  # (layers, B, K, capacity, D)
         self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.cleared = 0  # slots below are written or zero: attention reads them, with weight 0 where they hold no token
+        self.cleared = 0  # slots below are written or zero: attention reads them, weight 0 where they hold no token
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
         self.longest = 0  # an upper bound of lengths, kept on the host: no synchronisation to find the slots in use
 
@@ -119,8 +119,8 @@ class KVCache:
         self.longest += longest
 
     def keep(self, kept):
-        """Forget the rows for which `kept` (B,) is False: the last ones that stay move into the places that get free, and
-        nothing else is copied. Returns the new order, an index tensor: row i is what row order[i] was."""
+        """Forget the rows for which `kept` (B,) is False: the last ones that stay move into the places that get free,
+        and nothing else is copied. Returns the new order, an index tensor: row i is what row order[i] was."""
         n = int(kept.sum())
         order = torch.arange(n, device=kept.device)  # (n,)
         holes, movers = (~kept[:n]).nonzero()[:, 0], n + kept[n:].nonzero()[:, 0]  # as many as each other

@@ -261,8 +261,8 @@ def parse_arguments(argv):
     add("--weight-decay", type=at_least_zero, default=0.0, help="AdamW's")
     add("--clip", type=above_zero, default=1.0, help="largest gradient norm")
     add("--max-tokens", type=positive, help="longer examples are left out (default: 512)")
-    add("--cut", type=two_lengths, metavar="P+A", help="cut prompts at P tokens and answers at A instead of leaving long "
-                                                       "examples out, as in 512+512")
+    add("--cut", type=two_lengths, metavar="P+A", help="cut prompts at P tokens and answers at A instead of leaving "
+                                                       "long examples out, as in 512+512")
     add("--strip-annotations", action="store_true", help="remove the <<48/2=24>> calculator annotations")
     add("--limit", type=positive, help="train on the first N examples of the data only")
     add("--seed", type=int, default=0, help="of the order of the data and of random factors")
@@ -290,11 +290,11 @@ def parse_arguments(argv):
 
 
 def recipe_settings(args):
-    """What --recipe paper sets for the method, less what --params and --steps replace; ValueError where it is unknown."""
+    """What --recipe paper sets for the method, less what --params and --steps replace; ValueError where it has none."""
     adapter.method_module(args.method)  # ValueError for no method at all
     if args.method not in RECIPE_OF:
-        raise ValueError(f"--recipe paper is known for {', '.join(RECIPE_OF)}: the paper behind {args.method} trained on "
-                         "other tasks")
+        raise ValueError(f"--recipe paper is known for {', '.join(RECIPE_OF)}: the paper behind {args.method} trained "
+                         "on other tasks")
     replaced = ["rank"] * (args.params is not None or args.method == "full") + ["epochs"] * (args.steps is not None)
     settings = {**RECIPE, **RECIPE_OF[args.method]}
     return {key: value for key, value in settings.items() if key not in replaced}
@@ -406,8 +406,8 @@ def describe(args, base, regularizer, device, source, data):
     print(f"data      {source}")
     print(f"          {len(encoded)} to train on, {len(held_out)} held out, {left_out} left out "
           f"(longer than {args.max_tokens} tokens)")
-    print(f"          prompt {args.template}; {tokens:.0f} tokens per example, {answers:.0f} of them answer, calculator "
-          f"annotations {'removed' if args.strip_annotations else 'kept'}")
+    print(f"          prompt {args.template}; {tokens:.0f} tokens per example, {answers:.0f} of them answer, "
+          f"calculator annotations {'removed' if args.strip_annotations else 'kept'}")
     if args.cut:
         cut = sum(ids[-1] != base.tokenizer.eos_id for ids, _ in encoded)
         print(f"          prompts cut at {args.cut[0]} tokens, answers at {args.cut[1]} ({cut} of them were longer)")
@@ -422,7 +422,8 @@ def describe(args, base, regularizer, device, source, data):
     print("\n".join(f"          {line}" for line in adapter.parameter_table(model)))
     epochs = args.steps * args.batch / len(encoded)
     print(f"plan      {args.steps} steps of {args.batch} examples ({epochs:.2f} epochs), "
-          f"{args.micro_batch} per forward pass{', checkpointing' * args.checkpointing}; {gflop_per_token(model, answers / tokens)[1]:.2f} GFLOP per token")
+          f"{args.micro_batch} per forward pass{', checkpointing' * args.checkpointing}; "
+          f"{gflop_per_token(model, answers / tokens)[1]:.2f} GFLOP per token")
     print(f"          AdamW, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
           f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
     if regularizer.get("gamma"):
