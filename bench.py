@@ -143,8 +143,8 @@ def peer_steps(args, base, encoded):
 
 
 def train_side(args):
-    """Tokens per second, peak memory, GFLOP/s and the machine's own; the first step, on the largest
-    batch, is not timed."""
+    """Tokens per second, peak memory, GFLOP/s and the machine's own; the first step, on the largest batch, is
+    not timed."""
     base = checkpoint.load(args.model, torch.float32 if args.side == "full" else DTYPE, DEVICE)
     examples = gsm8k.load(args.data, "train")[0][:2048]
     encoded = train.encode_examples(base.tokenizer, examples, 512)
