@@ -5,7 +5,9 @@
     python bench.py init --methods pissa sorsa sara      seconds to attach a method; also --width 2048 --layers 16
     python bench.py load                                 seconds until the model is loaded, memory beside its weights
     python bench.py merged                               a merged model beside its base
+    python bench.py memory --methods lora full --peer    peak memory of a training step, and what it consists of
     python bench.py cost                                 how the cost grows with batch, length, rank, width, problems
+    python bench.py gpu --peer                           what to measure on a large GPU: epochs, evaluations, a 7B model
 
 With --peer (pip install transformers peft) the same weights and examples go through transformers + peft, in alternation
 with ours. "peer" is set up as its users would: random batches padded to their longest row, its own head and loss, fused
@@ -70,27 +72,37 @@ def attach(model, args):
 
 
 def random_llama(args):
-    """A random Llama of --width and --layers, with Llama 3.2's proportions."""
-    heads = args.width // 64
-    config = Config(vocab_size=1024, hidden_size=args.width, intermediate_size=4 * args.width, head_dim=64,
-                    num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 4))
-    model = checkpoint.empty_model(config).to_empty(device="cpu")
+    """A random Llama of --width and --layers: with Llama 3.2's proportions, from width 4096 on with Llama 2 7B's."""
+    heads, large = args.width // 64, args.width >= 4096
+    config = Config(vocab_size=32_000 if large else 1024, hidden_size=args.width, head_dim=128 if large else 64,
+                    intermediate_size=args.width * 43 // 16 if large else 4 * args.width,
+                    num_hidden_layers=args.layers, num_attention_heads=heads // 2 if large else heads,
+                    num_key_value_heads=heads // 2 if large else max(1, heads // 4))
+    model = checkpoint.empty_model(config).to(DTYPE).to_empty(device=DEVICE)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    return model.to(DEVICE, DTYPE)
+    return model
 
 
-def peer_model(base):
+def base_model(args, weights=DTYPE):
+    """(model, tokenizer or None): --model, or a random one where --width is given."""
+    if args.width:
+        return random_llama(args), None
+    base = checkpoint.load(args.model, weights, DEVICE)
+    return base.model, base.tokenizer
+
+
+def peer_model(ours):
     """transformers' model around the same weight tensors."""
     import transformers
-    config = transformers.LlamaConfig(**vars(base.model.config))
+    config = transformers.LlamaConfig(**vars(ours.config))
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    model.load_state_dict(base.model.state_dict(), assign=True)
+    model.load_state_dict(ours.state_dict(), assign=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(DEVICE)
     return model
 
 
@@ -105,15 +117,19 @@ def batches(args, encoded):
     return [[encoded[i] for i in batch] for batch in sorted(drawn, key=lambda batch: -max(lengths[i] for i in batch))]
 
 
-def our_steps(args, base, encoded):
+def our_steps(args, model, encoded):
     """The calls of train.py's loop; yields the real tokens of each step after it."""
-    model = base.model
     attach(model, args)
+    model.model.checkpointing = args.checkpointing
+    if args.compile:
+        train.compile_blocks(model, args.compile)
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.side == "full" and DTYPE == torch.bfloat16)
+    multiple = train.GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1
     parameters = list(adapter.trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     regularize = getattr(adapter.method_module(args.side), "add_regularizer_grad", None)
     for chosen in batches(args, encoded):
-        train.accumulate_gradients(model, chosen, args.batch, DEVICE, contextlib.nullcontext())
+        train.accumulate_gradients(model, chosen, args.batch, DEVICE, autocast, multiple)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if regularize:
             regularize(model, 4.0)
@@ -122,12 +138,15 @@ def our_steps(args, base, encoded):
         yield train.token_count(chosen)
 
 
-def peer_steps(args, base, encoded):
+def peer_steps(args, model, encoded):
     """The same in transformers + peft."""
     import peft
-    model = peer_model(base).train()
+    model = peer_model(model).train()
     lora = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS))
     model = peft.get_peft_model(model, lora)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     for chosen in batches(args, encoded):
@@ -142,24 +161,46 @@ def peer_steps(args, base, encoded):
         yield train.token_count(chosen)
 
 
+def training_examples(args, model, tokenizer):
+    """Encoded GSM-8K problems; for a random model random rows of --length tokens, two thirds of them answer."""
+    if tokenizer is not None:
+        return train.encode_examples(tokenizer, gsm8k.load(args.data, "train")[0], 512)
+    rows = torch.randint(0, model.config.vocab_size, (4 * args.batch, args.length)).tolist()
+    return [(ids, args.length // 3) for ids in rows]
+
+
 def train_side(args):
     """Tokens per second, peak memory, GFLOP/s and the machine's own; the first step, on the largest batch, is
     not timed."""
-    base = checkpoint.load(args.model, torch.float32 if args.side == "full" else DTYPE, DEVICE)
-    examples = gsm8k.load(args.data, "train")[0][:2048]
-    encoded = train.encode_examples(base.tokenizer, examples, 512)
+    model, tokenizer = base_model(args, torch.float32 if args.side == "full" else DTYPE)
+    encoded = training_examples(args, model, tokenizer)
     answer_share = train.answer_tokens(encoded) / train.token_count(encoded)
-    limit = matmul_rate(DEVICE, DTYPE)
-    steps = (peer_steps if args.side in PEERS else our_steps)(args, base, encoded)
-    next(steps)
+    limit = matmul_rate(DEVICE, DTYPE, 8192 if DEVICE.type == "cuda" else 2048)
+    steps = (peer_steps if args.side in PEERS else our_steps)(args, model, encoded)
+    warm_up = seconds(lambda: next(steps))
     tokens = []
     elapsed = seconds(lambda: tokens.extend(steps))
-    record = {"tokens_per_second": sum(tokens) / elapsed, "matmul_gflops": limit,
-              "memory_gb": train.peak_memory(DEVICE)}
+    record = {"tokens_per_second": sum(tokens) / elapsed, "seconds": elapsed, "tokens": sum(tokens),
+              "matmul_gflops": limit, "memory_gb": train.peak_memory(DEVICE), "warm_up_seconds": warm_up}
     if args.side not in PEERS:
-        gflops = sum(tokens) / elapsed * train.gflop_per_token(base.model, answer_share)[1]
+        gflops = sum(tokens) / elapsed * train.gflop_per_token(model, answer_share)[1]
         record.update(gflops=gflops, share=gflops / limit,
-                      parameters=sum(p.numel() for p in adapter.trainable(base.model).values()))
+                      parameters=sum(p.numel() for p in adapter.trainable(model).values()))
+    return record
+
+
+def memory_side(args):
+    """Peak memory of one training step on --batch rows of --length tokens, and how much of it is weights, and what
+    AdamW keeps of the trained ones: itself, a gradient and two moments. The rest is activations and the program."""
+    model, tokenizer = base_model(args, torch.float32 if args.side == "full" else DTYPE)
+    ids = torch.randint(0, model.config.vocab_size, (args.length,)).tolist()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    args.steps = 0  # the one step that is not timed
+    list((peer_steps if args.side in PEERS else our_steps)(args, model, [(ids, args.length // 3)] * args.batch))
+    record = {"memory_gb": train.peak_memory(DEVICE), "weights_gb": 1e-9 * weights}
+    if args.side not in PEERS:
+        trained = sum(p.numel() * p.element_size() for p in adapter.trainable(model).values())
+        record["trained_gb"] = 1e-9 * trained * (3 if args.side == "full" else 4)  # full: weights counted above
     return record
 
 
@@ -167,11 +208,11 @@ def train_side(args):
 
 def generate_side(args):
     """Problems per second over the first test problems, zero-shot, greedy, and the texts; a warm-up comes first."""
-    base = checkpoint.load(args.model, DTYPE, DEVICE)
-    model, tokenizer = base.model.eval().requires_grad_(False), base.tokenizer
+    model, tokenizer = base_model(args)
+    model.eval().requires_grad_(False)
     examples = gsm8k.load(args.data, "test")[0][:args.problems]
     asked = [prompting.prompt(example["question"]) for example in examples]
-    peer = peer_model(base).eval() if args.side == "peer" else None
+    peer = peer_model(model).eval() if args.side == "peer" else None
 
     def answer(texts, cap):
         if peer is None:
@@ -201,14 +242,10 @@ def generate_side(args):
 
 def init_side(args):
     """Seconds to attach a method (for the peer: peft's PiSSA start) to a loaded, or a random model."""
-    if args.width:
-        model = random_llama(args)
-    else:
-        base = checkpoint.load(args.model, DTYPE, DEVICE)
-        model = base.model
+    model, _ = base_model(args)
     if args.side == "peer":
         import peft
-        plain = peer_model(base)
+        plain = peer_model(model)
         pissa = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS),
                                 init_lora_weights="pissa")
         return {"seconds": seconds(lambda: peft.get_peft_model(plain, pissa)), "memory_gb": train.peak_memory(DEVICE)}
@@ -271,19 +308,67 @@ COST = [{"batch": batch} for batch in (1, 4, 16)] + [{"length": length} for leng
        [{"problems": problems, "batch": 128, "max_new": 32} for problems in (8, 32, 128, 512)]
 
 
+# ---- what to measure on a large GPU ---------------------------------------------------------------------------------
+
+def epochs(args):
+    """One epoch of every method and of the peers, about 16k tokens per step as written, compiled and as CUDA graphs,
+    and 64k as written."""
+    for batch, modes in ((args.batch, (None, "default", "reduce-overhead")), (4 * args.batch, (None,))):
+        size = {"batch": batch, "steps": args.steps or 7400 // batch, "params": args.params or 4_884_480}
+        for method, mode in itertools.product(args.methods, modes):
+            yield "train", method, {**size, "compile": mode}
+        for peer in PEERS if args.peer else ():
+            yield "train", peer, size
+
+
+def evaluations(args):
+    """All test problems in one batch, and in batches of 512 beside the peer's."""
+    yield "generate", "ours", {"batch": args.problems, "problems": args.problems}
+    for side in ("ours", "peer") if args.peer else ("ours",):
+        yield "generate", side, {"batch": 512, "problems": args.problems}
+
+
+def seven_billion(args):
+    """A random model of Llama 2 7B's shape: the starts, then steps of 8k tokens, with and without checkpointing."""
+    size = {"width": args.width or 4096, "layers": args.layers, "rank": args.rank, "batch": min(args.batch, 16),
+            "length": args.length, "steps": args.steps or 8}
+    for method in ("sorsa", "pissa"):
+        yield "init", method, size
+    for checkpointing, side in itertools.product((False, True), ("sorsa", "lora", *(PEERS[:1] if args.peer else ()))):
+        yield "train", side, {**size, "checkpointing": checkpointing}
+
+
+PARTS = {"epochs": epochs, "evaluations": evaluations, "7b": seven_billion}
+
+
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 SIDES = {"train": train_side, "generate": generate_side, "init": init_side, "load": load_side, "merged": merged_side,
-         "cost": cost_side}
+         "memory": memory_side, "cost": cost_side}
+DEFAULTS = {  # of the flags that mean something else in some commands
+    "train": {"batch": 16, "steps": 4, "rounds": 3, "methods": ["lora"]},
+    "generate": {"batch": 128, "problems": 128, "rounds": 3},
+    "init": {"methods": ["lora"], "layers": 16},
+    "memory": {"batch": 16, "methods": ["lora"]},
+    "merged": {"batch": 16},
+    "cost": {"batch": 8, "width": 576, "layers": 4},
+    "gpu": {"batch": 86, "problems": 1319, "methods": list(adapter.METHODS), "layers": 32, "rank": 128, "length": 512}}
+COMMON = ("model", "data", "max_new")
+OPTIONS = (*COMMON, "rank", "params", "batch", "steps", "problems", "width", "layers", "length", "compile",
+           "checkpointing")
 
 
-def run_side(what, side, options):
-    """One measurement in a process of its own: its record."""
-    command = [sys.executable, __file__, what, "--side", side]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-    done = subprocess.run(command, capture_output=True, text=True)
+def side_arguments(what, side, options):
+    """The command line of one measurement."""
+    given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value not in (None, False)}
+    return [what, "--side", side, *(flag if value is True else f"{flag}={value}" for flag, value in given.items())]
+
+
+def run_side(arguments):
+    """One measurement in a process of its own: its record. ValueError with its last words if it fails."""
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{side}: {done.stderr.strip() or done.returncode}")
+        raise ValueError(f"{' '.join(arguments[:3])}: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -293,7 +378,8 @@ def row(record):
         ("tokens_per_second", "7.1f", "real tokens/s"), ("problems_per_second", "6.2f", "problems/s"),
         ("seconds", "6.1f", "s"), ("us_per_token", "8.0f", "us/token"), ("ratio", ".3f", "of the base's time"),
         ("new_tokens", ",", "new tokens"), ("memory_gb", "5.2f", "GB peak"), ("parameters", ",", "parameters"),
-        ("peak_in_sizes", ".2f", "times the weights at the peak")) if key in record]
+        ("weights_gb", ".2f", "GB weights"), ("trained_gb", ".2f", "GB of and for what trains"),
+        ("peak_in_sizes", ".2f", "times the weights at the peak"), ("failed", "", "")) if key in record]
     if "gflops" in record:
         share = f" of {record['matmul_gflops']:.0f} ({100 * record['share']:.0f} %)" if "share" in record else ""
         parts.append(f"{record['gflops']:.0f}{share} GFLOP/s")
@@ -306,62 +392,96 @@ def compare(rounds, key, first, other):
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
+def plan(args):
+    """[(command, side, options that differ from those given)] of one round."""
+    if args.what == "gpu":
+        return [case for part in args.parts for case in PARTS[part](args)]
+    if args.what == "cost":
+        return [("cost", "ours", case) for case in COST]
+    peers = {"train": PEERS, "memory": PEERS[:1], "generate": PEERS[:1], "init": PEERS[:1]}.get(args.what, ())
+    return [(args.what, side, {}) for side in [*(args.methods or ["ours"]), *(peers if args.peer else ())]]
+
+
 def bench(args):
     """Measure all sides in alternation, print the table and the ratios, append the records to the results file."""
-    sides = args.methods if args.what in ("train", "init") else ["ours"]
-    sides = [*sides, *(PEERS if args.what == "train" else ["peer"])] if args.peer else sides
-    options = {name: getattr(args, name) for name in ("model", "data", "rank", "params", "batch", "steps", "problems",
-                                                      "max_new", "width", "layers", "length")}
-    cases = COST if args.what == "cost" else [{}]
-    if args.what == "cost":
-        options = {**options, "batch": 8, "length": 256, "rank": 16, "width": 576, "layers": 4, "problems": None}
-    rounds = {side: [] for side in sides}
-    for number, case, side in itertools.product(range(args.rounds), cases, sides):
-        record = {"what": args.what, "side": side, **run_side(args.what, side, {**options, **case}), "round": number}
-        rounds[side].append(record)
-        named = ", ".join(f"{key} {value}" for key, value in case.items())
-        print(f"round {number + 1}  {named or side:<12} {row(record)}", flush=True)
+    options = {name: getattr(args, name) for name in (COMMON if args.what == "gpu" else OPTIONS)}
+    rounds = {}
+    for number, (what, side, case) in itertools.product(range(args.rounds), plan(args)):
+        chosen = {**options, **case}
+        record = {"what": what, "side": side, "round": number, **case}
+        try:
+            record.update(run_side(side_arguments(what, side, chosen)))
+        except ValueError as error:
+            if args.what != "gpu":  # there, one that runs out of memory is a result too
+                raise
+            record["failed"] = str(error)
+        rounds.setdefault(side, []).append(record)
+        named = ", ".join(f"{key} {value}" for key, value in case.items() if value not in (None, False))
+        print(f"round {number + 1}  {side:<9}  {named}{'  ' * bool(named)}{row(record)}", flush=True)
         kept = {key: value for key, value in record.items() if key != "texts"}
-        kept.update(case, batch=case.get("batch", options["batch"]), rank=options["rank"], torch=torch.__version__,
+        kept.update(batch=chosen.get("batch"), rank=chosen.get("rank"), torch=torch.__version__, device=device_name(),
                     command=" ".join(["python bench.py", *sys.argv[1:]]))
         args.results.parent.mkdir(parents=True, exist_ok=True)
         with open(args.results, "a") as file:
             file.write(json.dumps(kept) + "\n")
-    key = {"train": "tokens_per_second", "generate": "problems_per_second", "init": "seconds"}.get(args.what)
-    for other in sides[1:] if key else ():
-        memory = f", peak memory {compare(rounds, 'memory_gb', sides[0], other)}" if args.what == "train" else ""
-        print(f"{sides[0]} / {other}: {key.replace('_', ' ')} {compare(rounds, key, sides[0], other)}{memory}")
-    if args.what == "generate" and args.peer:
+    report(args.what, rounds)
+
+
+def report(what, rounds):
+    """Print how the first side compares with each of the others."""
+    first, *others = rounds
+    keys = {"train": ("tokens_per_second", "memory_gb"), "generate": ("problems_per_second",), "init": ("seconds",),
+            "memory": ("memory_gb",)}.get(what, ())
+    for other in others if keys else ():
+        ratios = [f"{key.replace('_', ' ')} {compare(rounds, key, first, other)}" for key in keys]
+        print(f"{first} / {other}: {', '.join(ratios)}")
+    if what == "generate" and others:
         same = [a == b for a, b in zip(rounds["ours"][0]["texts"], rounds["peer"][0]["texts"])]
         print(f"the same text: {sum(same)} of {len(same)} problems")
 
 
-def main():
+def device_name():
+    """What ran it."""
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def parse_arguments(argv=None):
     parser = Parser(prog="bench.py", usage="bench.py WHAT [flags]", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=list(SIDES))
+    parser.add_argument("what", choices=[*SIDES, "gpu"])
     parser.add_argument("--peer", action="store_true", help="also transformers + peft (pip install transformers peft)")
-    parser.add_argument("--methods", nargs="+", choices=list(adapter.METHODS), default=["lora"],
-                        help="ours, for train and init; the peer is always LoRA (init: PiSSA)")
+    parser.add_argument("--methods", nargs="+", choices=list(adapter.METHODS),
+                        help="ours, for train, memory, init (lora), gpu (all); the peer is LoRA (init: PiSSA)")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="of gpu")
     parser.add_argument("--model", default=checkpoint.DEFAULT_MODEL)
     parser.add_argument("--data", default="auto")
-    parser.add_argument("--rank", type=positive, default=16)
+    parser.add_argument("--rank", type=positive, help="(default: 16; gpu: 128 for the 7B model)")
     parser.add_argument("--params", type=amount, help="a budget instead, as in train.py")
-    parser.add_argument("--batch", type=positive, help="examples per step (default: 16; generate: 128 problems)")
-    parser.add_argument("--steps", type=positive, default=4, help="timed steps per round")
-    parser.add_argument("--problems", type=positive, help="how many are answered (default: 128)")
+    parser.add_argument("--batch", type=positive, help="examples per step (default: 16; generate: 128 problems; gpu: "
+                                                       "86, and four times as many)")
+    parser.add_argument("--steps", type=positive, help="timed steps per round (default: 4; gpu: an epoch)")
+    parser.add_argument("--problems", type=positive, help="how many are answered (default: 128; gpu: 1319)")
     parser.add_argument("--max-new", type=positive, default=256, help="most new tokens per answer")
-    parser.add_argument("--width", type=positive, help="init: a random Llama of this width")
-    parser.add_argument("--layers", type=positive, default=16, help="of that Llama")
-    parser.add_argument("--length", type=positive, default=256, help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=positive, help="(default: 3; 1 for init, load, merged and cost)")
+    parser.add_argument("--width", type=positive, help="init, train, memory: a random Llama of this width instead")
+    parser.add_argument("--layers", type=positive, help="of that Llama (default: 16; gpu: 32)")
+    parser.add_argument("--length", type=positive, help="tokens of a row of memory, and of a random Llama "
+                                                        "(default: 256; gpu: 512)")
+    parser.add_argument("--compile", choices=("default", "reduce-overhead"), help="train, memory: as in train.py")
+    parser.add_argument("--checkpointing", action="store_true", help="train, memory: as in train.py, the peers too")
+    parser.add_argument("--rounds", type=positive, help="(default: train, generate 3; else 1)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=Path("results/bench.jsonl"))
-    args = parser.parse_args()
-    args.batch = args.batch or (128 if args.what == "generate" else 16)
-    args.problems = args.problems or (128 if args.what == "generate" else None)
-    args.rounds = args.rounds or (3 if args.what in ("train", "generate") else 1)
-    if args.peer and args.what not in ("train", "generate", "init") or args.peer and args.width:
-        parser.error("--peer is for train, generate, and init on the default model")
+    args = parser.parse_args(argv)
+    if args.side is None:
+        for name, value in {"rounds": 1, "rank": 16, "length": 256, **DEFAULTS.get(args.what, {})}.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        if args.peer and args.what not in ("train", "generate", "init", "memory", "gpu"):
+            parser.error("--peer is for train, generate, init, memory and gpu")
+    return args
+
+
+def main():
+    args = parse_arguments()
     if args.side is None:
         return bench(args)
     if args.side not in PEERS:

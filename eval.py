@@ -141,8 +141,10 @@ def complete(model, tokenizer, texts, max_new=256, batch=64, calculator=False, p
     finish is "eos", "stop" (a next problem began, as in the template) or "cap". With `calculator`, what follows the "="
     of an open annotation `<<48/2=` is computed instead of generated.
     """
+    tail = CHECK_EVERY + len(prompting.TEMPLATES[template].next)  # tokens: what was there before has been looked at
+
     def is_done(ids):
-        text = tokenizer.decode(ids)
+        text = tokenizer.decode(ids[-tail:])
         return prompting.truncate(text, template) != text
 
     def force(ids):

@@ -42,10 +42,13 @@ class FrozenHeadLoss(torch.autograd.Function):
 
 
 def answer_loss(model, tokens, targets):
-    """Summed cross entropy over the positions of `targets` (B, T) that are not IGNORE, for tokens (B, T)."""
-    hidden = model.model(tokens)  # (B, T, d)
-    answers = targets != IGNORE  # (B, T)
-    hidden, targets = hidden[answers], targets[answers]  # (n, d), (n,)
+    """Summed cross entropy over the positions of `targets` (B, T) that are not IGNORE, for tokens (B, T).
+
+    How many there are decides shapes, so a GPU would have to be waited for: targets may stay on the CPU.
+    """
+    answers = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,)
+    targets = targets.flatten()[answers].to(tokens.device)  # (n,)
+    hidden = model.model(tokens).flatten(0, 1).index_select(0, answers.to(tokens.device))  # (n, d)
     if not any(parameter.requires_grad for parameter in model.lm_head.parameters()):
         return FrozenHeadLoss.apply(hidden, model.lm_head.weight, targets)
     return sum(F.cross_entropy(model.lm_head(h).float(), t, reduction="sum")

@@ -3,12 +3,15 @@
 The loop is plain: batches of examples of similar length, the loss on answer tokens only, one optimizer step per batch
 however it is cut into micro-batches. Everything that was chosen is printed; every choice is a flag.
 """
+import contextlib
 import inspect
 import itertools
 import json
 import math
+import os
 import random
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -35,6 +38,7 @@ RECIPE = {"template": "alpaca", "limit": 100_000, "cut": (512, 512), "rank": 128
           "schedule": "cosine", "warmup": 0.03, "weight_decay": 0.0, "clip": 1.0, "seed": 42}
 RECIPE_OF = {"sorsa": {"lr": 3e-5, "gamma": 4e-4, "reduction": "mean"}, "pissa": {"lr": 2e-5},
              "lora": {"lr": 2e-5}, "full": {"lr": 2e-5}}
+GRAPH_MULTIPLE = 64  # CUDA graphs are recorded anew for every shape: rows are padded to a multiple of so many tokens
 SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
 
 
@@ -87,15 +91,21 @@ def endless_batches(lengths, batch, seed):
         yield from epoch_batches(lengths, batch, seed, epoch)
 
 
-def collate(encoded, device):
-    """Tokens (B, T) and targets (B, T), padded on the right: targets are the next tokens, IGNORE outside answers."""
-    T = max(len(ids) for ids, _ in encoded) - 1
+def collate(encoded, device, multiple=1):
+    """Tokens (B, T) on `device` and targets (B, T) on the CPU, where the loss counts them: the next tokens, IGNORE
+    outside answers. Padded on the right, to a T that is a multiple of `multiple`."""
+    T = padded_length(encoded, multiple)
     tokens = torch.zeros(len(encoded), T, dtype=torch.long)  # (B, T)
     targets = torch.full((len(encoded), T), IGNORE)  # (B, T)
     for row, (ids, prompt_length) in enumerate(encoded):
         tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
         targets[row, prompt_length - 1:len(ids) - 1] = torch.tensor(ids[prompt_length:])
-    return tokens.to(device), targets.to(device)
+    return tokens.to(device, non_blocking=True), targets
+
+
+def padded_length(encoded, multiple=1):
+    """T of a batch: its longest row without the last token, which is a target only, rounded up to a multiple."""
+    return -(-(max(len(ids) for ids, _ in encoded) - 1) // multiple) * multiple
 
 
 def token_count(encoded):
@@ -146,19 +156,43 @@ def learning_rate(step, steps, peak, schedule, warmup):
     return peak * {"cosine": cosine, "linear": 1 - progress, "constant": 1.0}[schedule]
 
 
-def accumulate_gradients(model, encoded, micro_batch, device, autocast):
+def accumulate_gradients(model, encoded, micro_batch, device, autocast, multiple=1):
     """Forward and backward of one batch in pieces; returns the loss per answer token of the whole batch, a tensor.
 
     Every piece is divided by the answer tokens of the whole batch, so the gradient does not depend on where it is cut.
     """
     total, loss = answer_tokens(encoded), 0.0
     for start in range(0, len(encoded), micro_batch):
-        tokens, targets = collate(encoded[start:start + micro_batch], device)
+        tokens, targets = collate(encoded[start:start + micro_batch], device, multiple)
         with autocast:
             part = answer_loss(model, tokens, targets) / total
         part.backward()
         loss = loss + part.detach()
     return loss
+
+
+def compile_blocks(model, mode):
+    """torch.compile every block of the decoder, in place: one compilation serves all, whatever the ranks of layers.
+
+    A first one is for the shapes of the first batch, a second one for any; mode "reduce-overhead" records CUDA graphs.
+    The rest of a step stays as it is: the head's loss depends on how many answer tokens there are. Raises ValueError
+    where a CPU has no C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if model.lm_head.weight.device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(f"--compile on a CPU needs a C++ compiler, and there is no {compiler} here: install one, name "
+                         "it in $CXX, or leave --compile out")
+    torch._dynamo.config.force_parameter_static_shapes = False  # else SARA's layers would each be compiled
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    for block in model.model.layers:
+        block.compile(mode=mode)
+    if mode == "reduce-overhead":  # graphs write their results to the same memory again: say where a pass begins
+        model.model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+
+
+def eagerly(compiled):
+    """A context in which compiled blocks run as they are written: what has shapes of its own is not worth compiling."""
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 def gflop_per_token(model, answer_share):
@@ -268,6 +302,9 @@ def parse_arguments(argv):
     add("--seed", type=int, default=0, help="of the order of the data and of random factors")
     add("--checkpointing", action="store_true", help="keep only the input of each block and compute the rest again in "
                                                      "the backward pass: less memory, about 1.3 times the work")
+
+    add("--compile", choices=("default", "reduce-overhead"), metavar="MODE", help="torch.compile every block, MODE "
+        "default or reduce-overhead (CUDA graphs: for a small model on a GPU); a minute or two at the start")
 
     add = parser.add_argument_group("reporting").add_argument
     add("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
@@ -422,7 +459,8 @@ def describe(args, base, regularizer, device, source, data):
     print("\n".join(f"          {line}" for line in adapter.parameter_table(model)))
     epochs = args.steps * args.batch / len(encoded)
     print(f"plan      {args.steps} steps of {args.batch} examples ({epochs:.2f} epochs), "
-          f"{args.micro_batch} per forward pass{', checkpointing' * args.checkpointing}; "
+          f"{args.micro_batch} per forward pass{', checkpointing' * args.checkpointing}"
+          f"{f', compiled ({args.compile})' if args.compile else ''}; "
           f"{gflop_per_token(model, answers / tokens)[1]:.2f} GFLOP per token")
     print(f"          AdamW, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
           f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
@@ -456,6 +494,7 @@ def train(args, model, regularize, encoded, measure, device, autocast, log):
     """
     lengths = [len(ids) for ids, _ in encoded]
     train_gflop = gflop_per_token(model, answer_tokens(encoded) / sum(lengths))[1]
+    multiple = GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1
     parameters = list(adapter.trainable(model).values())
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
     losses, tokens_seen, seconds = {}, 0, 0.0
@@ -464,7 +503,8 @@ def train(args, model, regularize, encoded, measure, device, autocast, log):
         rate = learning_rate(step - 1, args.steps, args.lr, args.schedule, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = accumulate_gradients(model, [encoded[i] for i in indices], args.micro_batch, device, autocast)
+        batch = [encoded[i] for i in indices]
+        loss = accumulate_gradients(model, batch, args.micro_batch, device, autocast, multiple)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         to_measure = step % args.eval_every == 0 or step == args.steps
         to_log = step % args.log_every == 0 or to_measure
@@ -474,9 +514,9 @@ def train(args, model, regularize, encoded, measure, device, autocast, log):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        parts = [indices[i:i + args.micro_batch] for i in range(0, len(indices), args.micro_batch)]
-        tokens += sum(lengths[i] for i in indices)
-        padded += sum(len(part) * max(lengths[i] for i in part) for part in parts)
+        parts = [batch[i:i + args.micro_batch] for i in range(0, len(batch), args.micro_batch)]
+        tokens += token_count(batch)
+        padded += sum(len(part) * (1 + padded_length(part, multiple)) for part in parts)
         if not to_log:
             continue
         line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}  # waits for a GPU to finish
@@ -522,6 +562,8 @@ def main(argv=None):
 
     attach = adapter.method_function(args.method, "attach")
     attach(model, **complete_options(args, options, model, weights, device))  # not kept: --extra can be large
+    if args.compile:
+        compile_blocks(model, args.compile)
     choose_budget(args, device, len(encoded))
     choose_out(args)
     describe(args, base, regularizer, device, source, (encoded, held_out, left_out))
@@ -530,7 +572,8 @@ def main(argv=None):
     one = collate(held_out[:1], device)[0]  # (1, T), without padding, to look at routers with
 
     def measure(step):
-        loss = held_out_loss(model, held_out, args.micro_batch, device, autocast)
+        with eagerly(args.compile):
+            loss = held_out_loss(model, held_out, args.micro_batch, device, autocast)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step}: held-out loss {loss:g}; lower --lr, now {args.lr:g}")
         line = {"step": step, "held_out_loss": loss, **change_statistics(args.method, model, one)}
@@ -544,7 +587,8 @@ def main(argv=None):
         right = example["answer"].rstrip().splitlines()[-1].removeprefix("#### ").removeprefix("The answer is: ")
         room = model.config.max_position_embeddings - len(tokenizer.encode(text))
         if room > 0 and not args.no_sample:
-            answer = complete(model, tokenizer, [text], min(128, room), template=args.template)[0]["text"]
+            with eagerly(args.compile):
+                answer = complete(model, tokenizer, [text], min(128, room), template=args.template)[0]["text"]
             print(f"\n--- a held-out question, {when} training (right: {right})\n{text}{answer}\n---\n", flush=True)
 
     def regularize():

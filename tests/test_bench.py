@@ -13,16 +13,24 @@ from toy import write_sums
 
 
 @pytest.fixture
-def measure(tiny_gguf, tmp_path):
-    """Run bench.py on the tiny model; gives what it printed and its records."""
+def measure(tiny_gguf, tmp_path, monkeypatch, capsys):
+    """Run bench.py on the tiny model; gives what it printed and its records. The sides run in this process, which
+    spares importing torch anew for each."""
     data = write_sums(tmp_path / "data")
 
-    def run(*arguments):
+    def run(*arguments, processes=False):
         results = tmp_path / "results.jsonl"
-        command = [sys.executable, bench.__file__, *arguments, "--model", str(tiny_gguf), "--data", str(data), "--results", str(results)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, [json.loads(line) for line in results.read_text().splitlines()]
+        results.unlink(missing_ok=True)
+        if not processes:
+            def here(arguments):
+                args = bench.parse_arguments(arguments)
+                return bench.SIDES[args.what](args)
+
+            monkeypatch.setattr(bench, "run_side", here)
+        monkeypatch.setattr(sys, "argv", ["bench.py", *arguments, "--model", str(tiny_gguf), "--data", str(data),
+                                          "--results", str(results)])
+        bench.main()
+        return capsys.readouterr().out, [json.loads(line) for line in results.read_text().splitlines()]
     return run
 
 
@@ -33,7 +41,7 @@ def test_training_beside_both_peers(measure):
     assert [record["side"] for record in records] == ["lora", "peer", "strict"]
     assert all(record["tokens_per_second"] > 0 and record["memory_gb"] > 0 and record["command"].startswith("python bench.py train") for record in records)
     assert 0 < records[0]["share"] < 1 and records[0]["parameters"] > 0 and "share" not in records[1]
-    assert "lora / peer: tokens per second" in out and "lora / strict: tokens per second" in out and "peak memory" in out
+    assert "lora / peer: tokens per second" in out and "lora / strict: tokens per second" in out and "memory gb" in out
 
 
 def test_generation_beside_the_peer(measure):
@@ -49,8 +57,33 @@ def test_the_start_the_loading_and_the_merged_model(measure):
     out, records = measure("init", "--methods", "sorsa", "sara", "--params", "3000")
     assert [record["side"] for record in records] == ["sorsa", "sara"] and all(record["seconds"] > 0 for record in records)
     assert "sorsa / sara: seconds" in out
-    assert measure("load")[1][-1]["seconds"] > 0
+    assert measure("load", processes=True)[1][-1]["seconds"] > 0
     assert 0.2 < measure("merged", "--batch", "1")[1][-1]["ratio"] < 5
+
+
+def test_the_memory_of_a_step(measure):
+    """What is held for the trained parameters is counted: 4 numbers each, for full fine-tuning 3 beside the weights."""
+    out, (lora, full, peer) = measure("memory", "--methods", "lora", "full", "--batch", "2", "--length", "9", "--peer")
+    assert "lora / full: memory gb" in out and "lora / peer: memory gb" in out and peer["side"] == "peer"
+    assert full["trained_gb"] == pytest.approx(3 * full["weights_gb"]) and lora["trained_gb"] < full["trained_gb"]
+    assert lora["memory_gb"] > lora["weights_gb"]
+
+
+def test_what_is_measured_on_a_gpu(measure, monkeypatch):
+    """Every method as written, compiled and with graphs, evaluations, the large model with and without checkpointing;
+    what fails is a line of its own and stops nothing."""
+    modes = []
+    monkeypatch.setattr(bench.train, "compile_blocks", lambda model, mode: modes.append(mode))
+    monkeypatch.setattr(bench, "matmul_rate", lambda *_: 100.0)
+    out, records = measure("gpu", "--methods", "lora", "full", "--steps", "1", "--batch", "2", "--params", "4000", "--problems", "3",
+                           "--max-new", "3", "--width", "64", "--layers", "1", "--length", "9", "--rank", "128")
+    assert modes == ["default", "reduce-overhead"] * 2
+    assert [(r["what"], r["side"]) for r in records[:8]] == [("train", "lora")] * 3 + [("train", "full")] * 3 + [("train", "lora"), ("train", "full")]
+    assert [r["what"] for r in records[8:]] == ["generate"] * 2 + ["init"] * 2 + ["train"] * 4
+    failed = [r for r in records if "failed" in r]  # rank 128 in a width of 64
+    assert [r["side"] for r in failed] == ["sorsa", "pissa", "sorsa", "lora", "sorsa", "lora"] and "rank 128 is out of range" in out
+    assert all("failed" in r or r.get("tokens_per_second") or r["problems_per_second"] for r in records)
+    assert [r.get("checkpointing") for r in records[-4:]] == [False, False, True, True]
 
 
 def test_cost_of_a_small_case():

@@ -54,7 +54,15 @@ def paper(method, model, folder, *flags, count=276):
 RATES = {"sorsa": 3e-5, "pissa": 2e-5, "lora": 2e-5, "full": 2e-5}
 
 
-@pytest.mark.parametrize("method", RATES)
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_the_recipe_of_the_baselines(method):
+    """The same, at the baselines' rate and without a regularizer; not run again for each."""
+    args = train.parse_arguments(["--recipe", "paper", "--method", method])
+    assert (args.lr, args.rank, args.batch, args.cut, args.limit) == (RATES[method], 128, 128, (512, 512), 100_000)
+    assert args.gamma is None and args.reduction is None
+
+
+@pytest.mark.parametrize("method", ["sorsa", "full"])
 def test_the_recipe_sets_what_the_authors_used(method, llama2, tmp_path, capsys):
     """Rank 128, the method's rate, batch 128 by accumulation, one epoch, cosine with 3 % warm-up, Alpaca's prompt, 512+512
     tokens, seed 42: set, printed, and recorded."""

@@ -1,5 +1,7 @@
 """The training script: batches, loss, accumulation, the order of a step, and whole runs on a tiny model."""
+import copy
 import json
+import shutil
 import types
 
 import pytest
@@ -109,7 +111,7 @@ def test_regularizer_comes_after_clipping_and_outside_the_logged_norm(tmp_path):
             p.grad += 5.0
         return torch.tensor(7.0)
 
-    args = types.SimpleNamespace(lr=1e-2, weight_decay=0.0, clip=1e-6, steps=1, seed=0, batch=4, micro_batch=4, schedule="constant",
+    args = types.SimpleNamespace(compile=None, lr=1e-2, weight_decay=0.0, clip=1e-6, steps=1, seed=0, batch=4, micro_batch=4, schedule="constant",
                                  warmup=0.0, eval_every=1, log_every=1)
     with open(tmp_path / "log", "w") as log:
         train.train(args, model, regularize, toy_examples(8), lambda step: 0.0, torch.device("cpu"), NO_AUTOCAST, log)
@@ -302,7 +304,7 @@ def test_the_loop_is_the_written_out_loop(tmp_path):
     """Three steps of `train.train` are, bit for bit, the loop by hand: schedule, micro-batches, clipping, then SORSA's
     regularizer once per step, AdamW, cleared gradients."""
     data, sorsa = toy_examples(16), adapter.method_module("sorsa")
-    args = types.SimpleNamespace(lr=1e-2, weight_decay=0.01, clip=0.5, steps=3, seed=0, batch=4, micro_batch=2,
+    args = types.SimpleNamespace(compile=None, lr=1e-2, weight_decay=0.01, clip=0.5, steps=3, seed=0, batch=4, micro_batch=2,
                                  schedule="linear", warmup=0.4, eval_every=2, log_every=1)
     model, calls = perturb(attach(toy_model(), "sorsa"), 0.02), []
 
@@ -475,3 +477,48 @@ def test_bad_data_is_named_by_file_and_line(text, message, tiny_gguf, tmp_path, 
                                        "--device", "cpu"]))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[
+    pytest.mark.long, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")])])
+def test_compiled_blocks_give_the_same_gradients(backend, monkeypatch):
+    """SARA, whose ranks differ by layer, at several batch shapes: compiled, the loss and every gradient are the same, and
+    there is no compilation per layer; what runs eagerly inside does not compile either. (Backend eager traces and makes
+    no machine code.)"""
+    graphs, compile_block = torch._dynamo.utils.counters["stats"], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, mode: compile_block(block, backend=backend))
+    plain = perturb(attach(toy_model(num_hidden_layers=8), "sara", threshold=0.5))
+    compiled = copy.deepcopy(plain)
+    train.compile_blocks(compiled, "default")
+    before = graphs["unique_graphs"]
+    for rows in (3, 5):
+        encoded, losses = toy_examples(rows, seed=rows), []
+        for model in (plain, compiled):
+            model.zero_grad()
+            losses.append(train.accumulate_gradients(model, encoded, rows, torch.device("cpu"), NO_AUTOCAST, 8))
+        assert torch.allclose(*losses, rtol=1e-5)
+        for one, other in zip(adapter.trainable(plain).values(), adapter.trainable(compiled).values()):
+            assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+    after = graphs["unique_graphs"]
+    assert 1 <= after - before < 8
+    with train.eagerly(True):
+        train.held_out_loss(compiled, toy_examples(7), 7, torch.device("cpu"), NO_AUTOCAST)
+    assert graphs["unique_graphs"] == after
+
+
+def test_rows_are_padded_to_a_multiple():
+    """With a multiple, every width is one; without, the longest row's; the targets say the same."""
+    encoded = toy_examples(5)
+    tokens, targets = train.collate(encoded, torch.device("cpu"))
+    padded, padded_targets = train.collate(encoded, torch.device("cpu"), 64)
+    T = tokens.shape[1]
+    assert T == max(len(ids) for ids, _ in encoded) - 1 and padded.shape[1] == 64
+    assert torch.equal(padded[:, :T], tokens) and torch.equal(padded_targets[:, :T], targets)
+    assert (padded_targets[:, T:] == train.IGNORE).all()
+
+
+def test_compiling_without_a_compiler_says_so(monkeypatch):
+    """Before anything is trained: which compiler is missing, and the ways out."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"C\+\+ compiler.*no-such-compiler.*leave --compile out"):
+        train.compile_blocks(toy_model(), "default")
