@@ -17,7 +17,7 @@ import checkpoint
 from eval import load_run
 from ggufile import read_gguf
 from huggingface import gpt2_factors, hugging_face_names, llama_fields, read_json
-from script import Parser, run_script, write_json
+from script import Parser, check_folder, run_script, write_json
 from tensorfile import write_safetensors
 from tokenizer import gguf_tokenizer_json
 
@@ -99,6 +99,7 @@ def main(argv=None):
         parser.error("name a run and a folder, or for a base model alone --model MODEL --to hf")
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise ValueError(f"{args.folder} is not an empty folder: name another")
+    check_folder(args.folder, "DIR")
     dtype = getattr(torch, args.dtype if args.to == "hf" else "float32")
     if args.run is None:
         base, method = checkpoint.load(args.model, dtype), "no method"

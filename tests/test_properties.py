@@ -147,8 +147,8 @@ def test_the_calculator_takes_any_text(cases):
 # ---- texts with a number in them ------------------------------------------------------------------------------------
 
 WORDS = ("so", "He", "pays", "\u00e9t\u00e9", "the", "cost", "is", "total", "\u4e00\u5171", "apples", "=", "(that",
-         "left)", "and", "dollars", "a", "b", "\u20ac", "\U0001f34e", "%", "**sum**", "#", "##", "answer", "\n", "answer:",
-         "-", "x", "per")
+         "left)", "and", "dollars", "a", "b", "\u20ac", "\U0001f34e", "%", "**sum**", "#", "##", "answer", "\n",
+         "answer:", "-", "x", "per")
 
 
 def random_words(rng, most=8):
@@ -284,7 +284,8 @@ def latex(rng, value):
     n = rng.randrange(1, 5)
     top, bottom = n * size.numerator, n * size.denominator
     ways += [f"{sign}\\frac{{{top}}}{{{bottom}}}", f"\\dfrac{{{sign}{top}}}{{{bottom}}}",
-             f"{sign}\\tfrac{{{top}}}{{{bottom}}}", f"{sign}{top}/{bottom}", f"{sign}{top} / {bottom}", f"\\left{sign}\\frac{{{top}}}{{{bottom}}}\\right"]
+             f"{sign}\\tfrac{{{top}}}{{{bottom}}}", f"{sign}{top}/{bottom}", f"{sign}{top} / {bottom}",
+             f"\\left{sign}\\frac{{{top}}}{{{bottom}}}\\right"]
     return rng.choice(ways)
 
 
@@ -338,9 +339,9 @@ def test_garbage_is_scored_without_an_error(cases):
             assert type(result["correct"]) is bool and type(result["extracted"]) in (str, type(None))
 
 
-PATTERNS = ("1", "#", "#### ", "#### 1", "1,111", ",111", "1.", "-", "$", "$a", "$$a$$", "\\[", "\\]", "\\boxed{", "\\frac",
-            "\\frac1", "\\sqrt", "{", "{a}", "}", " ", "1/", "1 / ", "The answer is: ", "<<", ">>", "\\text{ ", "=", "\u0663",
-            "\n", "a")
+PATTERNS = ("1", "#", "#### ", "#### 1", "1,111", ",111", "1.", "-", "$", "$a", "$$a$$", "\\[", "\\]", "\\boxed{",
+            "\\frac", "\\frac1", "\\sqrt", "{", "{a}", "}", " ", "1/", "1 / ", "The answer is: ", "<<", ">>",
+            "\\text{ ", "=", "\u0663", "\n", "a")
 
 
 @pytest.mark.parametrize("size, seconds", [(30_000, 0.2), pytest.param(10**6, 1, marks=LONG)])
@@ -348,8 +349,9 @@ PATTERNS = ("1", "#", "#### ", "#### 1", "1,111", ",111", "1.", "-", "$", "$a", 
 def test_long_texts_are_scored_in_linear_time(start, size, seconds):
     """A text of a million characters that repeats anything that a rule looks for is scored by all rules in a second."""
     rules = [gsm8k.extract_answer, gsm8k.extract_strict, gsm8k.extract_flexible, gsm8k.extract_metamath,
-             gsm8k.GOLD.search, hendrycks_math.extract_answer, hendrycks_math.extract_harness, hendrycks_math.extract_metamath,
-             lambda text: hendrycks_math.is_equiv(text, "5"), lambda text: hendrycks_math.equal("5", text), insertion]
+             gsm8k.GOLD.search, hendrycks_math.extract_answer, hendrycks_math.extract_harness,
+             hendrycks_math.extract_metamath, lambda text: hendrycks_math.is_equiv(text, "5"),
+             lambda text: hendrycks_math.equal("5", text), insertion]
     for pattern in PATTERNS:
         text = start + pattern * (size // len(pattern))
         for number, rule in enumerate(rules):
