@@ -81,8 +81,10 @@ def parse(line, where):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: expected a JSON object with a non-empty text under {key!r}")
     closing = GOLD.search(record["answer"])
-    if not closing or len(closing[1]) > LONGEST:
+    if not closing:
         raise ValueError(f"{where}: the answer does not end in '#### number', as in '#### 72'")
+    if len(closing[1]) > LONGEST:
+        raise ValueError(f"{where}: the number behind '####' has more than {LONGEST} characters: shorten it")
     return {"question": record["question"], "answer": record["answer"]}
 
 

@@ -282,12 +282,12 @@ def parse_arguments(argv):
         parser.set_defaults(**settings)
         args = parser.parse_args(argv)
         args.recipe_set = {key: value for key, value in settings.items() if getattr(args, key) == value}
+    if args.epochs and args.epochs > 1e6:
+        parser.error(f"--epochs {args.epochs:g} is more than a million: give fewer")
     if args.steps and args.epochs:
         parser.error("give --steps or --epochs, not both")
     if args.warmup > 1:
         parser.error(f"--warmup {args.warmup:g} is a share of the steps: at most 1")
-    if args.epochs and args.epochs > 1e6:
-        parser.error(f"--epochs {args.epochs:g} is more than a million: give fewer")
     if args.overwrite and args.out is None:
         parser.error("--overwrite replaces the run in a folder: name it with --out")
     return args
