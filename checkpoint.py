@@ -120,12 +120,12 @@ def model_path(name):
     if name == DEFAULT_MODEL:
         return default_model()
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if is_hub_id(str(name)):
         return fetch(name, cache_dir() / "hub" / name.replace("/", "--"))
     if path.suffix != ".gguf":
-        raise ValueError(f"model {name} is not known: {takes}")
+        raise ValueError(f"model {name or repr('')} is not known: {takes}")
     if not path.is_file():
         raise FileNotFoundError(f"model {name}: no such file; {takes}")
     return path

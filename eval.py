@@ -23,7 +23,7 @@ import metamath
 import prompting
 from calculator import insertion
 from model import KVCache
-from script import Parser, choose_device, keep_freed_memory, positive, run_script, write_json
+from script import Parser, check_folder, choose_device, keep_freed_memory, positive, run_script, whole, write_json
 from tensorfile import atomic_write
 
 BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # each with gold and score
@@ -209,10 +209,10 @@ def parse_arguments(argv):
                                        "for math a .jsonl file of problems")
     parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to "
                                                                               "think step by step (default: the run's)")
-    parser.add_argument("--limit", type=int, help="first N test problems, 0 for all (default: 128 on a CPU, else all)")
+    parser.add_argument("--limit", type=whole, help="first N test problems, 0 for all (default: 128 on a CPU, else 0)")
     parser.add_argument("--batch", type=positive, help="rows generated together (default: 128 on a CPU, else 512)")
     parser.add_argument("--max-new", type=positive, help="most new tokens per answer (default: 256, math: 1024)")
-    parser.add_argument("--shots", type=int, default=0, help="worked training problems in front of every question")
+    parser.add_argument("--shots", type=whole, default=0, help="worked training problems in front of every question")
     parser.add_argument("--calculator", action="store_true", help="compute what follows '=' inside << >>")
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and eval.json (default: the run)")
@@ -221,8 +221,8 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     if args.run is None and args.model is None:
         parser.error("name a run (a folder that train.py made), or a base model with --model")
-    if args.shots < 0 or (args.limit is not None and args.limit < 0):
-        parser.error("--shots and --limit cannot be negative")
+    if args.ask is not None and not args.ask.strip():
+        parser.error("--ask is empty: write a question behind it")
     if args.benchmark == "math":
         if args.data is None and args.ask is None:
             parser.error("--benchmark math needs --data FILE: a .jsonl file of problems with answers")
@@ -238,6 +238,10 @@ def load_run(run, model, device, dtype):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: give a folder that a finished train.py run has left")
     _, config, base_name, _ = adapter.read_config(path)
+    if not model and not base_name:
+        raise ValueError(f"{path}: names no base model: give it with --model")
+    if not model and Path(base_name).is_absolute() and not Path(base_name).exists():
+        raise FileNotFoundError(f"{path}: its base model {base_name} is not there any more: give it with --model")
     base = checkpoint.load(model or base_name, dtype, device)
     adapter.load(base.model, path, base.sha256)
     return base, config["method"]
@@ -267,8 +271,9 @@ def recorded(run):
     try:
         result = json.loads(path.read_text())
         data, template = result["data"], result.get("template", "plain")
+        prompting.TEMPLATES[template]
         return "auto" if metamath.is_problem_file(data) else data, template
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: not the result of a run: name --data and --template") from None
 
 
@@ -289,11 +294,13 @@ def main(argv=None):
     args = parse_arguments(argv)
     keep_freed_memory()
     device, dtype = choose_device(args.device, args.dtype)
+    if args.ask is None:
+        check_folder(args.out or (run_folder(args.run) if args.run else Path("runs")), "--out")
+    data, template = (args.data, args.template) if args.data and args.template else recorded(args.run)
+    data, template = args.data or data, args.template or template
     model, tokenizer, name, method = load_for_eval(args, device, dtype)
     model.eval().requires_grad_(False)
     shown = f"{name}, method {method}, {str(dtype).removeprefix('torch.')} on {device}"
-    recorded_data, recorded_template = recorded(args.run)
-    data, template = args.data or recorded_data, args.template or recorded_template
     shots = gsm8k.load(data, "train")[0][:args.shots] if args.shots else ()
 
     if args.ask is not None:

@@ -17,7 +17,7 @@ import checkpoint
 from eval import load_run
 from ggufile import read_gguf
 from huggingface import gpt2_factors, hugging_face_names, llama_fields, read_json
-from script import Parser, run_script, write_json
+from script import Parser, check_folder, run_script, write_json
 from tensorfile import write_safetensors
 from tokenizer import gguf_tokenizer_json
 
@@ -32,15 +32,12 @@ BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "
 def write_peft(model, base_name, folder):
     """adapter_config.json and adapter_model.safetensors of an adapted model, in peft's layout.
 
-    peft computes (alpha / r) up @ down; the factors carry their scale, so alpha = r, layer by layer. ValueError for a
-    layer without factors of its own, and where no linear is adapted.
+    peft computes (alpha / r) up @ down; the factors carry their scale, so alpha = r, layer by layer. ValueError where
+    no linear is adapted.
     """
     layers = adapter.adapted_layers(model)
     if not layers:
         raise ValueError("full fine-tuning changes whole matrices, which is no LoRA: export it with --to hf")
-    for name, layer in layers:
-        if layer.unmergeable:
-            raise ValueError(f"{name} is no LoRA: {layer.unmergeable}")
     gpt2, factors = model.config.gpt2, {name: layer.lora_factors() for name, layer in layers}
     if gpt2:
         factors = gpt2_factors(factors, model.config.hidden_size)
@@ -99,11 +96,15 @@ def main(argv=None):
         parser.error("name a run and a folder, or for a base model alone --model MODEL --to hf")
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise ValueError(f"{args.folder} is not an empty folder: name another")
+    check_folder(args.folder, "DIR")
     dtype = getattr(torch, args.dtype if args.to == "hf" else "float32")
     if args.run is None:
         base, method = checkpoint.load(args.model, dtype), "no method"
     else:
         base, method = load_run(args.run, args.model, torch.device("cpu"), dtype)
+    for name, layer in adapter.adapted_layers(base.model):
+        if layer.unmergeable:
+            raise ValueError(f"{name} cannot be exported: {layer.unmergeable}; eval.py takes the run as it is")
     if args.to == "hf":
         adapter.merge(base.model)
         args.folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ Top to bottom: data, scoring. `python gsm8k.py` shows what each scoring rule rea
 """
 import hashlib
 import http.client
-import json
 import math
 import re
 import sys
@@ -21,6 +20,7 @@ import urllib.request
 from fractions import Fraction
 from pathlib import Path
 
+import metamath
 from calculator import LONGEST, decimal
 from checkpoint import cache_dir, sha256
 from practice import practice
@@ -75,16 +75,16 @@ def read_jsonl(path):
 
 def parse(line, where):
     """One line of a data file as an example; `where` names the line in the ValueError raised when it is none."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    record = metamath.parse(line, where)
     for key in ("question", "answer"):
         text = record.get(key) if isinstance(record, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: expected a JSON object with a non-empty text under {key!r}")
-    if not GOLD.search(record["answer"]):
-        raise ValueError(f"{where}: the answer does not end in '#### number'")
+    closing = GOLD.search(record["answer"])
+    if not closing:
+        raise ValueError(f"{where}: the answer does not end in '#### number', as in '#### 72'")
+    if len(closing[1]) > LONGEST:
+        raise ValueError(f"{where}: the number behind '####' has more than {LONGEST} characters: shorten it")
     return {"question": record["question"], "answer": record["answer"]}
 
 
@@ -118,7 +118,7 @@ def strip_annotations(text):
 
 # ---- Scoring: one rule of our own, and three of other people, repeated with their flaws to compare with their numbers
 
-GOLD = re.compile(r"#### (-?[0-9,]*\.?[0-9]+)\s*\Z")
+GOLD = re.compile(r"#### (-?[0-9,]*(?:[0-9]|\.[0-9]+))\s*\Z")
 NUMBER = r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 
 
@@ -173,9 +173,7 @@ def extract_flexible(text):
 
 def normalise(text):
     """What that harness does to both sides before comparing them as text."""
-    for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
-        text = re.sub(pattern, "", text)
-    return text.lower()
+    return text.replace(",", "").replace("$", "").rpartition("#### ")[2].removesuffix(".").lower()
 
 
 def extract_metamath(text):

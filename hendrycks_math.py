@@ -93,9 +93,10 @@ def extract_harness(text):
     box = last_box(text)
     if box is not None:
         return box
-    display = re.search(r"\\\[(.+?)\\\]", text, re.DOTALL)
-    if display:
-        return display[1].strip()
+    start = text.find(r"\[")
+    end = text.find(r"\]", start + 3) if start >= 0 else -1
+    if end >= 0:
+        return text[start + 2:end].strip()
     first, last = text.find("$"), text.rfind("$")
     return text[first + 1:last] if first < last else text
 

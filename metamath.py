@@ -40,16 +40,19 @@ def read_records(path):
             raise ValueError(f"{path}: expected a JSON list of records (one record per line goes into a .jsonl file)")
         records = [(f"{path}: record {number}", value) for number, value in enumerate(values, 1)]
     if not records:
-        raise ValueError(f"{path}: holds no records")
+        raise ValueError(f"{path}: holds no records; expected one JSON object per line, or a list of them")
     return records
 
 
 def parse(text, where):
     """The JSON value of some bytes of UTF-8; ValueError naming the place if it is none."""
     try:
-        return json.loads(str(text, "utf-8-sig"))
+        value = json.loads(str(text, "utf-8-sig"))
+        if b"\\ud" in text.lower():  # half of a surrogate pair is JSON, but no text that could be written
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+        raise ValueError(f"{where}: not valid JSON: {error}; mend it or take it out") from None
 
 
 def example(record, where):

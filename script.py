@@ -3,6 +3,7 @@ import argparse
 import ctypes
 import json
 import math
+import os
 import sys
 
 import torch
@@ -50,14 +51,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=Help, **options)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists every option)\n")
+        self.exit(2, one_line(f"error: {message} (--help lists every option)") + "\n")
+
+
+def whole(text, least=0):
+    """An argparse type: a whole number, 0 or more, of at most 12 digits: more than anything here can be counted to."""
+    if not text.isdecimal() or len(text) > 12 or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}, below 10^12")
+    return int(text)
 
 
 def positive(text):
     """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    return whole(text, least=1)
 
 
 def at_least_zero(text):
@@ -105,10 +111,27 @@ def write_json(path, record):
         file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
+def check_folder(path, flag):
+    """ValueError unless `path` is a folder that can be written to, or can be made; makes nothing."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        where = "is a file" if there == path else f"cannot be made, {there} is a file"
+        raise ValueError(f"{flag} {path} {where}: name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {path}: no permission to write into {there}: name another folder")
+
+
+def one_line(message):
+    """A message without line breaks, which names of files may have."""
+    return " ".join(str(message).splitlines())
+
+
 def run_script(main):
     """Run `main`; what a user can mend ends as one line on stderr and exit status 2, everything else as a traceback."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename is not None:  # the system's own error, not one of our words
+            error = f"{error.filename}: {error.strerror}; check that path, its permissions and the space left there"
+        print(one_line(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from script import Parser, amount, run_script
+from adapter import METHODS
+from script import Parser, above_zero, amount, check_folder, run_script
 
 KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
         "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "model", "tokens", "seconds_in_steps",
@@ -28,10 +29,12 @@ def run(method, lr, out, extra):
     command = [sys.executable, str(Path(__file__).with_name("train.py")), *arguments]
     with open(out / "output.txt", "w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True)
+        file.write(done.stderr)
     if "lower --lr" in done.stderr:
         return {"method": method, "lr": lr, "held_out_after": None, "error": done.stderr.strip()}
     if done.returncode:
-        raise ValueError(f"{method}: {done.stderr.strip().removeprefix('error: ')}")
+        last = (done.stderr.strip().splitlines() or [f"train.py ended with status {done.returncode}"])[-1]
+        raise ValueError(f"{method}: {last.removeprefix('error: ')}")
     result = json.loads((out / "result.json").read_text())
     config = {key: value for key, value in result["adapter"].items() if key not in ("ks", "norms")}
     return {**{key: result[key] for key in KEPT if key in result}, "adapter": config}
@@ -51,13 +54,17 @@ def table_row(record):
 def main(argv):
     own, extra = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
     parser = Parser(prog="sweep.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", required=True)
-    parser.add_argument("--lrs", nargs="+", type=float, default=[None], help="peak rates (default: the method's own)")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), required=True)
+    parser.add_argument("--lrs", nargs="+", type=above_zero, default=[None],
+                        help="peak rates (default: the method's own)")
     parser.add_argument("--params", type=amount, help="a budget for all methods but " + " and ".join(OWN_SIZE))
     parser.add_argument("--targets", help="train.py's, for all methods but full, which trains every parameter")
     parser.add_argument("--data", default="gsm8k")
     parser.add_argument("--results", type=Path, default=Path("results/sweep.jsonl"))
     args = parser.parse_args(own)
+    check_folder(args.results.parent, "--results in")
+    if args.results.is_dir():
+        parser.error(f"--results {args.results} is a folder: name a file, as in results/sweep.jsonl")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     print("| method | size | peak lr | parameters | held-out before | after | s/step | peak GB |\n" + "|---" * 8 + "|")
     for method in args.methods:

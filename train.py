@@ -25,8 +25,8 @@ import metamath
 import prompting
 from eval import RESULT_FILES, complete
 from loss import IGNORE, answer_loss
-from script import (Parser, above_zero, amount, at_least_zero, choose_device, keep_freed_memory, positive, run_script,
-                    two_lengths, write_json)
+from script import (Parser, above_zero, amount, at_least_zero, check_folder, choose_device, keep_freed_memory, positive,
+                    run_script, two_lengths, whole, write_json)
 
 # The best of a small grid on the default model, GSM-8K, 24 steps of 6 (README, results/sweep.jsonl), the smaller of two
 # that differ by less than 0.003: start there.
@@ -256,7 +256,7 @@ def parse_arguments(argv):
     add("--params", type=amount, help="a budget, as in 1.2M: the rank, or for sara and mosara the threshold, whose "
                                       "count of trainable parameters comes nearest (not for full)")
     add = parser.add_argument_group("lora, pissa, sorsa, cora, cora-init, lotr").add_argument
-    add("--rank", type=int, help="r (default: 16, lotr: 64)")
+    add("--rank", type=positive, help="r (default: 16, lotr: 64)")
     add = parser.add_argument_group("lora, sara, cora, cora-init, lotr").add_argument
     add("--alpha", type=above_zero, help="the change is scaled by alpha / r (default: alpha = r; lotr: 3 / sqrt(in))")
     add = parser.add_argument_group("pissa, sorsa").add_argument
@@ -299,7 +299,7 @@ def parse_arguments(argv):
                                                        "long examples out, as in 512+512")
     add("--strip-annotations", action="store_true", help="remove the <<48/2=24>> calculator annotations")
     add("--limit", type=positive, help="train on the first N examples of the data only")
-    add("--seed", type=int, default=0, help="of the order of the data and of random factors")
+    add("--seed", type=whole, default=0, help="of the order of the data and of random factors")
     add("--checkpointing", action="store_true", help="keep only the input of each block and compute the rest again in "
                                                      "the backward pass: less memory, about 1.3 times the work")
 
@@ -319,10 +319,14 @@ def parse_arguments(argv):
         parser.set_defaults(**settings)
         args = parser.parse_args(argv)
         args.recipe_set = {key: value for key, value in settings.items() if getattr(args, key) == value}
+    if args.epochs and args.epochs > 1e6:
+        parser.error(f"--epochs {args.epochs:g} is more than a million: give fewer")
     if args.steps and args.epochs:
         parser.error("give --steps or --epochs, not both")
     if args.warmup > 1:
         parser.error(f"--warmup {args.warmup:g} is a share of the steps: at most 1")
+    if args.overwrite and args.out is None:
+        parser.error("--overwrite replaces the run in a folder: name it with --out")
     return args
 
 
@@ -397,9 +401,8 @@ def holds_a_run(folder):
 
 
 def check_out(args):
-    """ValueError, before anything is loaded, if --out is a file, or holds a run and --overwrite was not given."""
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: name a folder")
+    """ValueError, before anything is loaded, if --out is no folder, or holds a run and there is no --overwrite."""
+    check_folder(args.out or Path("runs"), "--out")
     if args.out and holds_a_run(args.out) and not args.overwrite:
         raise ValueError(f"--out {args.out} already holds a run: give another folder, or --overwrite to replace it")
 

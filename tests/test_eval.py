@@ -206,7 +206,7 @@ def test_perfect_answers_score_one_hundred(tmp_path):
     assert wrong["accuracy"]["answer"] == 0 and wrong["no_answer"] == wrong["capped"] == 1 and summary["new_tokens"] == 100
 
 
-BAD = [([], "name a run"), (["no/such/run"], "no/such/run: no such file"), (["--model", "x.gguf", "--shots", "-1"], "cannot be negative"),
+BAD = [([], "name a run"), (["no/such/run"], "no/such/run: no such file"), (["--model", "x.gguf", "--shots", "-1"], "'-1' is not a whole number"),
        (["--model", "gpt5"], "model gpt5 is not known")]
 
 

@@ -110,8 +110,8 @@ def test_a_base_alone_and_a_lora_on_it(tiny_gguf, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method, family, to, message", [
-    ("mosara", "llama3.1", "peft", "q_proj is no LoRA: each token has its own update through the router"),
-    ("mosara", "llama3.1", "hf", "q_proj cannot be merged: each token has its own update through the router"),
+    ("mosara", "llama3.1", "peft", "q_proj cannot be exported: each token has its own update through the router"),
+    ("mosara", "llama3.1", "hf", "q_proj cannot be exported: each token has its own update through the router"),
     ("full", "llama3.1", "peft", "full fine-tuning changes whole matrices, which is no LoRA: export it with --to hf")])
 def test_what_cannot_be_exported_says_why(method, family, to, message, models, tmp_path, capsys):
     """One line, status 2, and no folder left behind."""

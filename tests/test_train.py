@@ -407,7 +407,7 @@ def test_a_second_run_gets_its_own_folder(tiny_gguf, tmp_path, monkeypatch):
 
 BAD = [
     (["--method", "lorra"], "unknown method 'lorra': choose one of full, lora, pissa, sorsa, sara, mosara, cora, cora-init, lotr"),
-    (["--method", "lora", "--rank", "0"], "rank 0 is out of range: it must be 1 .. 32"),
+    (["--method", "lora", "--rank", "0"], "argument --rank: '0' is not a whole number of at least 1"),
     (["--method", "sorsa", "--rank", "33"], "rank 33 is out of range: it must be 1 .. 32, the smaller side of"),
     (["--method", "lora", "--targets", "q_proj,w_pack"], "target 'w_pack' matches no linear layer: this model has q_proj"),
     (["--method", "lora", "--targets", ","], "--targets is empty"),
