@@ -60,6 +60,7 @@ def read_gguf(path):
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0:
         raise fault(path, f"general.alignment is {alignment}")
+    cursor.in_header = False
     start = end = -(-cursor.position // alignment) * alignment  # tensor bytes begin at the next multiple
     tensors = {}
     for name, (shape, type_name, offset, size) in sorted(described.items(), key=lambda item: item[1][2]):

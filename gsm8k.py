@@ -13,7 +13,6 @@ Top to bottom: data, scoring. `python gsm8k.py` shows what each scoring rule rea
 """
 import hashlib
 import http.client
-import json
 import math
 import re
 import sys
@@ -21,6 +20,7 @@ import urllib.request
 from fractions import Fraction
 from pathlib import Path
 
+import metamath
 from calculator import LONGEST, decimal
 from checkpoint import cache_dir, sha256
 from practice import practice
@@ -75,16 +75,14 @@ def read_jsonl(path):
 
 def parse(line, where):
     """One line of a data file as an example; `where` names the line in the ValueError raised when it is none."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+    record = metamath.parse(line, where)
     for key in ("question", "answer"):
-        text = record.get(key) if isinstance(record, dict) else None
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(record, dict) or not metamath.is_text(record.get(key)):
             raise ValueError(f"{where}: expected a JSON object with a non-empty text under {key!r}")
-    if not GOLD.search(record["answer"]):
-        raise ValueError(f"{where}: the answer does not end in '#### number'")
+    try:
+        gold(record["answer"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return {"question": record["question"], "answer": record["answer"]}
 
 
@@ -113,21 +111,21 @@ def download(url, path, expected):
 
 def strip_annotations(text):
     """The text without its <<calculator annotations>>."""
-    return re.sub(r"<<.*?>>", "", text)
+    # Through the end of a line without ">>", too: many "<<" on it would otherwise take the square of their number.
+    return re.sub(r"<<.*?(>>|$)", lambda found: "" if found[1] else found[0], text, flags=re.MULTILINE)
 
 
 # ---- Scoring: one rule of our own, and three of other people, repeated with their flaws to compare with their numbers
 
-GOLD = re.compile(r"#### (-?[0-9,]*\.?[0-9]+)\s*\Z")
 NUMBER = r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 
 
 def gold(answer):
     """The number that closes a dataset answer, as text without commas. Raises ValueError where there is none."""
-    match = GOLD.search(answer)
-    if not match:
+    number = answer.rpartition("#### ")[2].rstrip() if "#### " in answer else ""
+    if len(number) > LONGEST or not re.fullmatch(r"-?[0-9,]*\.?[0-9]+", number):
         raise ValueError(f"the answer does not end in '#### number': ...{answer[-60:]!r}")
-    return match[1].replace(",", "")
+    return number.replace(",", "")
 
 
 def extract_answer(text):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from script import Parser, amount, run_script
+from tensorfile import fault, read_json
 
 KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
         "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "model", "tokens", "seconds_in_steps",
@@ -32,7 +33,17 @@ def run(method, lr, out, extra):
         return {"method": method, "lr": lr, "held_out_after": None, "error": done.stderr.strip()}
     if done.returncode:
         raise ValueError(f"{method}: {done.stderr.strip().removeprefix('error: ')}")
-    result = json.loads((out / "result.json").read_text())
+    return kept(out / "result.json")
+
+
+def kept(path):
+    """The kept fields of a run's result.json. ValueError if it is not the result of a run."""
+    result = read_json(path)
+    numbers = [result.get(key) for key in ("lr", "trainable_parameters", "held_out_before", "held_out_after",
+                                           "seconds_in_steps", "steps", "memory_gb")]
+    if not isinstance(result.get("adapter"), dict) or not isinstance(result.get("method"), str) \
+            or not all(type(value) in (int, float) and abs(value) < 1e30 for value in numbers) or not result["steps"]:
+        raise fault(path, "not the result of a run", "run train.py again")
     config = {key: value for key, value in result["adapter"].items() if key not in ("ks", "norms")}
     return {**{key: result[key] for key in KEPT if key in result}, "adapter": config}
 

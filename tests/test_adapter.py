@@ -316,7 +316,7 @@ def test_adapter_that_does_not_fit_is_refused(method, tmp_path):
         adapter.load(toy_model(num_hidden_layers=1), path)
     tensors, metadata = read_safetensors(path)
     write_safetensors(path, tensors, {**metadata, "adapter": metadata["adapter"].replace('"targets"', '"rang"')})
-    with pytest.raises(ValueError, match=f"{method} has no setting rang: was it written by another version"):
+    with pytest.raises(ValueError, match=f"{method} has no setting rang; was it written by another version"):
         adapter.load(toy_model(), path)
     write_safetensors(path, tensors, {})
     with pytest.raises(ValueError, match="not an adapter file"):

@@ -193,7 +193,7 @@ def test_a_damaged_result_is_named(small_run, capsys):
     (run / "result.json").write_text("{}")
     with pytest.raises(SystemExit):
         run_script(lambda: evaluation.main([str(run), "--device", "cpu"]))
-    assert f"{run / 'result.json'}: not the result of a run: name --data and --template" in capsys.readouterr().err
+    assert f"{run / 'result.json'}: not the result of a run; name --data and --template" in capsys.readouterr().err
 
 
 def test_perfect_answers_score_one_hundred(tmp_path):

@@ -347,7 +347,7 @@ DAMAGE = {
     "normalizer": (lambda f: edit_json(f / VOCABULARY, normalizer={"type": "Lowercase"}), "a normalizer of Lowercase is not supported"),
     "pattern": (lambda f: edit_json(f / VOCABULARY, pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}), "the splitting pattern is not valid"),
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}), "a splitting pattern that is not one of the 4 known ones"),
 }
 
 
