@@ -136,8 +136,9 @@ def mutate_json(text, rng):
         literals.append(literal(rng))
         return f"@literal {len(literals) - 1}@"
 
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        container, key = rng.choice(nodes(tree, rng))
+    for _ in range(rng.choice((1, 1, 1, 1, 2, 4))):
+        way = nodes(tree, rng)
+        container, key = rng.choice(way[1:] if len(way) > 1 and rng.random() < 0.97 else way)
         kind = rng.randrange(10)
         value = container[key]
         if kind < 4 or container is tree:

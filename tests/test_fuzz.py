@@ -314,7 +314,7 @@ def read_result(folder, name):
     data, template = evaluation.recorded(folder)
     prompting.prompt("How many?", template=template)
     if data not in ("auto", "gsm8k", "practice"):
-        with contextlib.suppress(FileNotFoundError):  # names the data
+        with contextlib.suppress(OSError):  # no such data: the message names it
             gsm8k.load(data, "test")
     record = sweep.kept(folder / name)
     sweep.table_row(record)
@@ -363,7 +363,7 @@ def read_hub(folder, name):
         return reply
 
     try:
-        with mock.patch.object(hub, "request", request):
+        with mock.patch.object(hub, "request", request), contextlib.redirect_stderr(io.StringIO()):
             hub.fetch("owner/model", folder / "hub")
         assert {path.name for path in (folder / "hub").iterdir()} <= {*hub.NAMED, "revision.txt", "model.safetensors"}
     except (ValueError, OSError) as error:  # these name the model or the file to fetch: put the fuzz's own in place
