@@ -80,6 +80,9 @@ def metadata_value(cursor, key):
     if is_array:
         kind, count = cursor.number("<I", key), cursor.number("<Q", key)
     if kind == STRING:
+        start = cursor.position
+        cursor.take(8 * count, key)  # each has a length of 8 bytes at the least: are there so many?
+        cursor.position = start
         return [cursor.string(key) for _ in range(count)] if is_array else cursor.string(key)
     if kind not in SCALARS:
         raise fault(cursor.path, f"metadata field {key} has the unknown type {'array of ' * is_array}{kind}")

@@ -9,11 +9,14 @@ exception, no more than SECONDS, no more than MEMORY bytes beyond what the proce
 """
 import contextlib
 import json
+import os
 import random
 import re
 import resource
 import signal
 import struct
+import threading
+import time
 import traceback
 import warnings
 
@@ -235,6 +238,15 @@ def outcome(read, folder, name):
         return f"{type(error).__name__}: {str(error)[:200]!r} at {last.filename.rpartition('/')[2]}:{last.lineno}"
 
 
+def watch(current, over):
+    """End the process, saying where it stands, if a case hangs in native code, where no alarm is heard."""
+    while not over.wait(1):
+        case, since = current
+        if time.time() - since > 20 * SECONDS:
+            os.write(2, f"\n{case}: hangs in native code\n".encode())
+            os._exit(1)
+
+
 def fuzz(label, reader, seeds, folder, most=5):
     """Read a mutated file per seed. Returns the counts of outcomes; AssertionError for unclean ones, with their seeds."""
     build, read = reader
@@ -244,9 +256,13 @@ def fuzz(label, reader, seeds, folder, most=5):
         (folder / name).write_bytes(content)
     for name, _, _ in targets:
         read(folder, name)  # the file as it is loads
-    counts, unclean = {"loaded": 0, "refused": 0}, []
-    with bounds():
+    counts, unclean, current, over = {"loaded": 0, "refused": 0}, [], [label, time.time()], threading.Event()
+    threading.Thread(target=watch, args=(current, over), daemon=True).start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(over.set)
+        stack.enter_context(bounds())
         for seed in seeds:
+            current[:] = f"{label}, seed {seed}", time.time()
             rng = random.Random(f"{label} {seed}")
             name, content, mutation = rng.choice(targets)
             (folder / name).unlink()  # a new file: the old one may still be mapped

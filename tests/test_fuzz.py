@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import functools
+import hashlib
 import io
 import json
 import os
@@ -13,7 +14,6 @@ import zipfile
 from pathlib import Path
 from unittest import mock
 
-import hashlib
 import pytest
 import torch
 
@@ -391,8 +391,8 @@ def peak():
 
 @pytest.mark.parametrize("label", READERS)
 def test_mutated_files_are_refused_or_load(label, tmp_path):
-    """A hundred or two mutations of each kind of file: one clean line or a load."""
-    fuzz(label, READERS[label], range(150), tmp_path)
+    """400 mutations of each kind of file: one clean line or a load."""
+    fuzz(label, READERS[label], range(400), tmp_path)
 
 
 @pytest.mark.long

@@ -156,3 +156,13 @@ def test_damaged_safetensors_files_are_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_safetensors(path)
     assert one_line(error).startswith(f"{path}: ")
+
+
+def test_an_endless_header_is_refused_unread(tmp_path):
+    """A file of a terabyte of nothing, whose header is half of it, costs no memory and no time."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 39))
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match="a header of more than 33554432 bytes") as error:
+        read_safetensors(path)
+    assert str(path) in one_line(error)
