@@ -429,8 +429,8 @@ def load(model, path, base_sha256="", force=False):
     wrong += [f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(target.shape)}"
               for key, target in targets.items() if key in tensors and tensors[key].shape != target.shape]
     if wrong:
-        raise ValueError(f"{path}: does not fit this model: {'; '.join(wrong[:4])}"
-                         + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise fault(path, f"does not fit this model: {'; '.join(wrong[:4])}{more}", "load it on the base it was made for")
     for key, target in targets.items():
         target.copy_(tensors[key])
     return config

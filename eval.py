@@ -268,7 +268,8 @@ def recorded(run):
         return "auto", "plain"
     result = read_json(path)
     data, template = result.get("data"), result.get("template", "plain")
-    if not isinstance(data, str) or not data.isprintable() or len(data) > 4096 or template not in tuple(prompting.TEMPLATES):
+    known = isinstance(data, str) and data.isprintable() and len(data) < 4096
+    if not known or template not in tuple(prompting.TEMPLATES):
         raise fault(path, "not the result of a run", "name --data and --template")
     return "auto" if metamath.is_problem_file(data) else data, template
 
