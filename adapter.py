@@ -430,7 +430,7 @@ def load(model, path, base_sha256="", force=False):
               for key, target in targets.items() if key in tensors and tensors[key].shape != target.shape]
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise fault(path, f"does not fit this model: {'; '.join(wrong[:4])}{more}", "load it on the base it was made for")
+        raise fault(path, f"does not fit this model: {'; '.join(wrong[:4])}{more}", "load it on its own base")
     for key, target in targets.items():
         target.copy_(tensors[key])
     return config
