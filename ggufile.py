@@ -60,6 +60,7 @@ def read_gguf(path):
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0:
         raise fault(path, f"general.alignment is {alignment}")
+    cursor.in_header = False
     start = end = -(-cursor.position // alignment) * alignment  # tensor bytes begin at the next multiple
     tensors = {}
     for name, (shape, type_name, offset, size) in sorted(described.items(), key=lambda item: item[1][2]):
@@ -79,6 +80,9 @@ def metadata_value(cursor, key):
     if is_array:
         kind, count = cursor.number("<I", key), cursor.number("<Q", key)
     if kind == STRING:
+        start = cursor.position
+        cursor.take(8 * count, key)  # each has a length of 8 bytes at the least: are there so many?
+        cursor.position = start
         return [cursor.string(key) for _ in range(count)] if is_array else cursor.string(key)
     if kind not in SCALARS:
         raise fault(cursor.path, f"metadata field {key} has the unknown type {'array of ' * is_array}{kind}")

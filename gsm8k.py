@@ -77,14 +77,12 @@ def parse(line, where):
     """One line of a data file as an example; `where` names the line in the ValueError raised when it is none."""
     record = metamath.parse(line, where)
     for key in ("question", "answer"):
-        text = record.get(key) if isinstance(record, dict) else None
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(record, dict) or not metamath.is_text(record.get(key)):
             raise ValueError(f"{where}: expected a JSON object with a non-empty text under {key!r}")
-    closing = GOLD.search(record["answer"])
-    if not closing:
-        raise ValueError(f"{where}: the answer does not end in '#### number', as in '#### 72'")
-    if len(closing[1]) > LONGEST:
-        raise ValueError(f"{where}: the number behind '####' has more than {LONGEST} characters: shorten it")
+    try:
+        gold(record["answer"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return {"question": record["question"], "answer": record["answer"]}
 
 
@@ -113,21 +111,23 @@ def download(url, path, expected):
 
 def strip_annotations(text):
     """The text without its <<calculator annotations>>."""
-    return re.sub(r"<<.*?>>", "", text)
+    # Through the end of a line without ">>", too: many "<<" on it would otherwise take the square of their number.
+    return re.sub(r"<<.*?(>>|$)", lambda found: "" if found[1] else found[0], text, flags=re.MULTILINE)
 
 
 # ---- Scoring: one rule of our own, and three of other people, repeated with their flaws to compare with their numbers
 
-GOLD = re.compile(r"#### (-?[0-9,]*(?:[0-9]|\.[0-9]+))\s*\Z")
 NUMBER = r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 
 
 def gold(answer):
     """The number that closes a dataset answer, as text without commas. Raises ValueError where there is none."""
-    match = GOLD.search(answer)
-    if not match:
-        raise ValueError(f"the answer does not end in '#### number': ...{answer[-60:]!r}")
-    return match[1].replace(",", "")
+    number = answer.rpartition("#### ")[2].rstrip() if "#### " in answer else ""
+    if len(number) > LONGEST:
+        raise ValueError(f"the number behind '####' has more than {LONGEST} characters: shorten it")
+    if not re.fullmatch(r"-?[0-9,]*\.?[0-9]+", number):
+        raise ValueError(f"the answer does not end in '#### number', as in '#### 72': ...{answer[-60:]!r}")
+    return number.replace(",", "")
 
 
 def extract_answer(text):

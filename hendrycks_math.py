@@ -17,7 +17,7 @@ import re
 from fractions import Fraction
 
 from calculator import LONGEST
-from metamath import read_records
+from metamath import is_text, read_records
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
@@ -37,16 +37,16 @@ def example(record, where):
     """One record as an example; `where` names it in the ValueError raised when it is none."""
     record = record if isinstance(record, dict) else {}
     problem, solution, answer, level = (record.get(key) for key in ("problem", "solution", "answer", "level"))
-    if not isinstance(problem, str) or not problem.strip():
+    if not is_text(problem):
         raise ValueError(f"{where}: expected a JSON object with a non-empty text under 'problem'")
     answer = str(answer) if type(answer) in (int, float) else answer
-    if not isinstance(answer, str) or not answer.strip():
+    if not is_text(answer):
         answer = last_box(solution) if isinstance(solution, str) else None
-    if not answer or not answer.strip():
+    if not is_text(answer):
         raise ValueError(f"{where}: no text under 'answer', and no 'solution' that ends in a \\boxed{{...}} one")
-    subject = record.get("subject") or record.get("type")
-    return {"question": problem, "answer": answer, "subject": subject if isinstance(subject, str) else None,
-            "level": None if level is None else str(level).removeprefix("Level ")}
+    subject, level = record.get("subject") or record.get("type"), str(level) if type(level) is int else level
+    return {"question": problem, "answer": answer, "subject": subject if is_text(subject) else None,
+            "level": level.removeprefix("Level ") if is_text(level) else None}
 
 
 def gold(answer):

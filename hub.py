@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tensorfile import sha256
+from tensorfile import LARGEST_HEADER, sha256
 
 NAMED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
          "model.safetensors.index.json")
@@ -38,10 +38,10 @@ def fetch(name, folder):
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     with request(f"{endpoint}/api/models/{name}?blobs=true", name) as reply:
         try:
-            listing = json.loads(reply.read())
+            listing = json.loads(reply.read(LARGEST_HEADER))
             revision, files = listing["sha"], listing["siblings"]
             wanted = [file for file in files if file["rfilename"] in NAMED or is_weights(file["rfilename"])]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConnectionError(f"{name}: the hub's answer is not a list of files; try again later") from None
     if not any(is_weights(file["rfilename"]) for file in wanted):
         raise ValueError(f"{name}: this model has no safetensors files, and nothing else is loaded: pickled weights "
@@ -107,6 +107,8 @@ def copy(reply, target, label, done, size):
     while block := reply.read(BLOCK):
         target.write(block)
         done += len(block)
+        if size is not None and done > size:  # `check` will refuse it: no need to fill the disk first
+            break
         if time.time() - shown > 1:
             shown = time.time()
             of = f" of {size / 1e6:,.0f}" if size else ""

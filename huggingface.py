@@ -3,34 +3,20 @@
 `folder_tensors` maps the weights: nothing is read before a tensor is cast to the dtype asked for. Everything in the
 folder is data: no code of it is run, and no path in it leads out of it.
 """
-import json
-import math
+import re
 from pathlib import Path
 
 import torch
 
 from model import Config
-from tensorfile import fault, read_safetensors, unique_keys
+from tensorfile import fault, read_json, read_safetensors
 
 # What each architecture adds to the Llama block (model.py).
 ARCHITECTURES = {"LlamaForCausalLM": {}, "MistralForCausalLM": {}, "Qwen2ForCausalLM": {"attention_bias": True},
                  "Qwen3ForCausalLM": {"qk_norm": True}, "GPT2LMHeadModel": {"gpt2": True}}
 # Tables that old checkpoints hold and that the model computes.
 COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-
-
-def read_json(path):
-    """The JSON object in a file. FileNotFoundError if there is none, ValueError if it is something else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a model folder holds config.json, tokenizer.json and "
-                                "safetensors files")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise fault(path, f"not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise fault(path, "not a JSON object")
-    return value
+LARGEST = {int: 1 << 30, float: 1e30}  # number: a tensor of two such sides can still be counted in bytes
 
 
 # ---- the numbers ----
@@ -38,10 +24,13 @@ def read_json(path):
 def folder_config(folder):
     """config.json -> Config. ValueError names the field that is missing or that this project has no code for."""
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a model folder holds config.json, tokenizer.json and "
+                                "safetensors files")
     fields = read_json(path)
     names = fields.get("architectures")
     architecture = names[0] if isinstance(names, list) and names else None
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise fault(path, f"architecture {architecture} is not supported", f"supported: {', '.join(ARCHITECTURES)}")
     kind = ARCHITECTURES[architecture]
     return gpt2_config(path, fields) if kind.get("gpt2") else llama_config(path, fields, kind)
@@ -53,8 +42,8 @@ def number(path, fields, key, kind=int, default=None):
     value = default if value is None else value
     if value is None:
         raise fault(path, f"the field {key} is missing")
-    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-        raise fault(path, f"the field {key} is {value!r}, expected a {kind.__name__} above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value <= LARGEST[kind]:
+        raise fault(path, f"the field {key} is {value!r}, expected a {kind.__name__} above 0, at most {LARGEST[kind]}")
     return kind(value)
 
 
@@ -75,7 +64,7 @@ def llama_config(path, fields, kind):
     hidden, heads = (number(path, fields, key) for key in ("hidden_size", "num_attention_heads"))
     kv_heads = number(path, fields, "num_key_value_heads", default=heads)
     head_dim = number(path, fields, "head_dim", default=hidden // heads)
-    if heads % kv_heads or head_dim % 2:
+    if heads % kv_heads or head_dim % 2 or heads * head_dim > LARGEST[int]:
         raise fault(path, f"{heads} query heads of {head_dim} features on {kv_heads} key heads cannot be grouped")
     longest = number(path, fields, "max_position_embeddings", default=2048)
     if fields.get("sliding_window") and "use_sliding_window" not in fields:
@@ -98,7 +87,7 @@ def rope(path, fields):
     kind = given.get("rope_type", given.get("type", "default"))
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                                "original_max_position_embeddings")}
-    if kind not in needed:
+    if not isinstance(kind, str) or kind not in needed:
         raise fault(path, f"RoPE scaling of type {kind!r} is not supported", f"supported: {', '.join(needed)}")
     scaling = {key: number(path, given, key, float) for key in needed[kind]}
     return theta, {"rope_type": kind, **scaling} if scaling else None
@@ -147,7 +136,7 @@ def weight_files(folder):
         raise fault(index, "has no weight_map from names to files")
     files = []
     for name in sorted(set(shards.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name, re.ASCII):  # no slash: nothing outside the folder
             raise fault(index, f"{name!r} is not the name of a safetensors file in this folder")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: the index names this file, and it is missing; download it again")
@@ -189,7 +178,7 @@ def gpt2_names(tensors):
         layer, _, rest = rest.partition(".")
         part, _, last = rest.rpartition(".")
         tensor = tensor if name == "lm_head.weight" else turned(tensor)
-        if h == "h" and part == "attn.c_attn" and len(tensor) % 3 == 0:
+        if h == "h" and part == "attn.c_attn" and tensor.dim() and len(tensor) % 3 == 0:
             for projection, third in zip("qkv", tensor.chunk(3)):
                 ours[f"model.layers.{layer}.self_attn.{projection}_proj.{last}"] = third
         elif h == "h" and part in GPT2_PARTS:

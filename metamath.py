@@ -6,6 +6,7 @@ problem is in it many times over, so a held-out loss on it says how well the tex
 are solved: that is what the test sets of GSM-8K and MATH are for.
 """
 import json
+import re
 from pathlib import Path
 
 KEYS = (("query", "response"), ("question", "answer"), ("problem", "solution"))  # MetaMathQA, GSM-8K, MATH
@@ -55,12 +56,17 @@ def parse(text, where):
         raise ValueError(f"{where}: not valid JSON: {error}; mend it or take it out") from None
 
 
+def is_text(value):
+    """Whether a JSON value is a text of more than white space that UTF-8 can spell (no half of a surrogate pair)."""
+    return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
+
+
 def example(record, where):
     """One record under our names. ValueError for one that has no pair of texts under any of KEYS."""
     record = record if isinstance(record, dict) else {}
     for keys in KEYS:
         texts = [record.get(key) for key in keys]
-        if all(isinstance(text, str) and text.strip() for text in texts):
+        if all(map(is_text, texts)):
             return dict(zip(("question", "answer"), texts))
     pairs = ", ".join(" and ".join(keys) for keys in KEYS)
     raise ValueError(f"{where}: expected a JSON object with two texts, under {pairs}")

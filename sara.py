@@ -111,7 +111,7 @@ def choose_ranks(linears, threshold, ks, norms):
     if ks is None:
         return {name: choose_rank(spectrum(linear.weight), threshold) for name, linear in linears}, found
     for name, linear in linears:
-        if not isinstance(ks[name], int) or not 1 <= ks[name] <= min(linear.weight.shape):
+        if type(ks[name]) is not int or not 1 <= ks[name] <= min(linear.weight.shape):
             raise ValueError(f"ks gives {name} the rank {ks[name]!r}: it must be 1 .. {min(linear.weight.shape)}")
     return ks, found
 
@@ -251,6 +251,10 @@ def attach_mosara(model, threshold=0.5, targets=TARGETS, sets=5, router_rank=1, 
     linears = adapter.find_linears(model, targets, rank=1)
     ks, norms = choose_ranks(linears, threshold, ks, norms)
     bases = [singular_bases(name, linear, ks[name], saved) for name, linear in linears]
+    for name, _ in linears if saved is not None else ():  # before sets and router_rank are believed
+        adapter.saved_tensor(saved, f"{name}.Lam", (sets, ks[name]))
+        if sets > 1:
+            adapter.saved_tensor(saved, f"{name}.W_g1", (ks[name], router_rank))
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for (name, linear), (U, Vt) in zip(linears, bases):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from adapter import METHODS
 from script import Parser, above_zero, amount, check_folder, run_script
+from tensorfile import fault, read_json
 
 KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
         "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "model", "tokens", "seconds_in_steps",
@@ -35,7 +36,17 @@ def run(method, lr, out, extra):
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"train.py ended with status {done.returncode}"])[-1]
         raise ValueError(f"{method}: {last.removeprefix('error: ')}")
-    result = json.loads((out / "result.json").read_text())
+    return kept(out / "result.json")
+
+
+def kept(path):
+    """The kept fields of a run's result.json. ValueError if it is not the result of a run."""
+    result = read_json(path)
+    numbers = [result.get(key) for key in ("lr", "trainable_parameters", "held_out_before", "held_out_after",
+                                            "seconds_in_steps", "steps", "memory_gb")]
+    if not isinstance(result.get("adapter"), dict) or not isinstance(result.get("method"), str) \
+            or not all(type(value) in (int, float) and abs(value) < 1e30 for value in numbers) or not result["steps"]:
+        raise fault(path, "not the result of a run", "run train.py again")
     config = {key: value for key, value in result["adapter"].items() if key not in ("ks", "norms")}
     return {**{key: result[key] for key in KEPT if key in result}, "adapter": config}
 

@@ -22,6 +22,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LARGEST_HEADER = 1 << 25  # bytes, twice what the largest vocabularies take; parsed, text grows up to twentyfold
 
 
 @contextlib.contextmanager
@@ -56,13 +57,48 @@ def fault(path, what, fix="write or download it again"):
     return ValueError(f"{path}: {what}; {fix}")
 
 
+def json_object(text, path, what=""):
+    """The object in some JSON text (str, or bytes of UTF-8) of the file `path`. ValueError if it holds anything else, a
+    key twice, or NaN; `what` is the message's subject."""
+    try:
+        value = json.loads(text if isinstance(text, str) else str(text, "utf-8"), object_pairs_hook=unique_keys,
+                           parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise fault(path, f"{what}not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise fault(path, f"{what}not a JSON object")
+    return value
+
+
+def unique_keys(pairs):
+    """A JSON object as a dict. ValueError if a key occurs twice."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+def no_constant(name):
+    """ValueError for NaN and Infinity, which JSON does not have and Python reads."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def read_json(path):
+    """The JSON object in a file. FileNotFoundError if there is none, ValueError for something else, or too much."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; write or download it")
+    if path.stat().st_size > LARGEST_HEADER:
+        raise fault(path, f"larger than {LARGEST_HEADER} bytes", "expected a small JSON file")
+    return json_object(path.read_bytes(), path)
+
+
 class Cursor:
-    """A place in a mapped file, which moves forward."""
+    """A place in a mapped file, which moves forward, first through the file's header (see LARGEST_HEADER)."""
 
     def __init__(self, path):
         if os.path.getsize(path) == 0:
             raise fault(path, "the file is empty")
-        self.path, self.position = path, 0
+        self.path, self.position, self.in_header = path, 0, True
         self.view = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
 
     def take(self, size, what):
@@ -70,6 +106,8 @@ class Cursor:
         start, end = self.position, self.position + size
         if end > len(self.view):
             raise fault(self.path, f"truncated: {what} needs bytes {start}..{end}, the file has {len(self.view)}")
+        if self.in_header and end > LARGEST_HEADER:
+            raise fault(self.path, f"{what} ends at byte {end}: a header of more than {LARGEST_HEADER} bytes")
         self.position = end
         return self.view[start:end]
 
@@ -99,13 +137,8 @@ def read_safetensors(path):
     malformed, truncated, overlapping or left over.
     """
     cursor = Cursor(path)
-    text = cursor.take(cursor.number("<Q", "the header"), "the header")
-    try:
-        header = json.loads(str(text, "utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise fault(path, f"the header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise fault(path, "the header is not a JSON object")
+    header = json_object(cursor.take(cursor.number("<Q", "the header"), "the header"), path, "the header is ")
+    cursor.in_header = False
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fault(path, "the metadata is not a map of strings")
@@ -125,13 +158,6 @@ def read_safetensors(path):
     if end != len(cursor.view):
         raise fault(path, f"{len(cursor.view) - end} bytes follow the last tensor")
     return tensors, metadata
-
-
-def unique_keys(pairs):
-    """A JSON object as a dict. ValueError if a key occurs twice."""
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
 
 
 def safetensors_entry(path, name, entry):

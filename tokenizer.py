@@ -16,6 +16,8 @@ import unicodedata
 import numpy as np
 import tiktoken
 
+from tensorfile import fault
+
 # The GPT-2 cut: contractions, then words, numbers and punctuation runs, each with at most one leading space, then
 # white space, which leaves its last character to the word that follows.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -23,6 +25,19 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 # SmolLM first sets every digit apart and applies the GPT-2 cut to what lies between. In one expression: a digit is a
 # piece and takes no leading space, and white space that ends at a digit ends its stretch of text, so it stays whole.
 SMOLLM = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+# Llama 3 takes up to three digits, a sign or space before a word along with it, and line breaks behind punctuation.
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+# Mistral's later models also cut before a capital inside a word.
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+# Expressions that a tokenizer.json may spell out: GPT-2's, Llama 3's, Qwen's (digit by digit), Mistral's. No others are
+# run: matching a hostile one would never end, or tiktoken abort.
+SPELLED_OUT = (GPT2.replace("'(?:[sdmt]|ll|ve|re)", "'s|'t|'re|'ve|'m|'ll|'d"), LLAMA3, LLAMA3.replace("{1,3}", ""),
+               TEKKEN)
 
 PATTERNS = {"gpt-2": GPT2, "smollm": SMOLLM}  # by the value of tokenizer.ggml.pre
 METASPACE = "\u2581"  # a space in SentencePiece vocabularies
@@ -93,13 +108,13 @@ def from_gguf(metadata, path="GGUF metadata"):
     merges = required(metadata, "tokenizer.ggml.merges", list, path)
     eos_id = required(metadata, "tokenizer.ggml.eos_token_id", int, path)
     if model != "gpt2" or pre not in PATTERNS:
-        raise ValueError(f"{path}: tokenizer {model!r} with splitting rule {pre!r} is not supported; "
-                         f"supported: 'gpt2' with {' or '.join(map(repr, PATTERNS))}")
+        raise fault(path, f"tokenizer {model!r} with splitting rule {pre!r} is not supported",
+                    f"supported: 'gpt2' with {' or '.join(map(repr, PATTERNS))}")
     normal = {token: i for i, (token, type) in enumerate(zip(tokens, types)) if type == NORMAL}
     special = {token: i for i, (token, type) in enumerate(zip(tokens, types)) if type != NORMAL}
     if not len(tokens) == len(types) == len(normal) + len(special) or not 0 <= eos_id < len(tokens):
-        raise ValueError(f"{path}: {len(tokens)} tokens, {len(normal) + len(special)} of them distinct, {len(types)} "
-                         f"token types, end token {eos_id}: these do not fit together; download it again")
+        raise fault(path, f"{len(tokens)} tokens, {len(normal) + len(special)} of them distinct, {len(types)} token "
+                          f"types, end token {eos_id}: these do not fit together")
     ranks, ids, pieces = byte_level(normal, merges, False, path)
     pieces |= {i: token.encode() for token, i in special.items()}
     encoding = tiktoken.Encoding(pre, pat_str=PATTERNS[pre], mergeable_ranks=ranks, special_tokens={})
@@ -131,17 +146,21 @@ def from_tokenizer_json(fields, eos_id, path="tokenizer.json"):
     """
     model, added_tokens = required(fields, "model", dict, path), required(fields, "added_tokens", list, path)
     if model.get("type") != "BPE":
-        raise ValueError(f"{path}: a tokenizer of type {model.get('type')!r} is not supported; supported: 'BPE'")
+        raise fault(path, f"a tokenizer of type {model.get('type')!r} is not supported", "supported: 'BPE'")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise ValueError(f"{path}: {key} = {model[key]!r} is not supported")
+            raise fault(path, f"{key} = {model[key]!r} is not supported", "use another model")
     vocabulary, merges = required(model, "vocab", dict, path), required(model, "merges", list, path)
-    if not all(isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+    if not all(isinstance(token, dict) and is_text(token.get("content")) and type(token.get("id")) is int
                for token in added_tokens) or not all(type(i) is int for i in vocabulary.values()):
-        raise ValueError(f"{path}: a token without text or number; download it again")
+        raise fault(path, "a token without text or number")
     special = {token["content"]: token["id"] for token in added_tokens if token.get("special")}
     added = {token["content"]: token["id"] for token in added_tokens if not token.get("special")}
     normal = {token: i for token, i in vocabulary.items() if token not in special and token not in added}
+    bos = first_ids(fields.get("post_processor"), path)
+    numbers = [*normal.values(), *special.values(), *added.values()]
+    if sorted(numbers) != list(range(len(numbers))) or not all(0 <= i < len(numbers) for i in (eos_id, *bos)):
+        raise fault(path, f"the {len(numbers)} tokens and the end token {eos_id} are not numbered 0, 1, 2, ...")
 
     nfc, prefix = normaliser(fields, path)
     if prefix is None:
@@ -152,49 +171,50 @@ def from_tokenizer_json(fields, eos_id, path="tokenizer.json"):
         ranks, ids, pieces = sentencepiece(normal, merges, model, path)
     pieces |= {i: token.encode() for token, i in (special | added).items()}
     ids = ids + [(i,) for i in added.values()]
-    if not all(0 <= i < len(pieces) for i in (*pieces, eos_id)):
-        raise ValueError(f"{path}: the {len(pieces)} tokens and the end token {eos_id} are not numbered 0, 1, 2, ...")
-    try:
-        encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                     special_tokens={token: len(ranks) + n for n, token in enumerate(added)})
-    except ValueError as error:
-        raise ValueError(f"{path}: the splitting pattern is not valid: {error}") from None
-    bos = first_ids(fields.get("post_processor"))
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens={token: len(ranks) + n for n, token in enumerate(added)})
     return Tokenizer(encoding, ids, pieces, special, eos_id, bos, added, nfc, prefix)
 
 
-def parts(step, list_key):
+def is_text(value):
+    """Whether a JSON value is a text that is not empty and that UTF-8 can spell (no half of a surrogate pair)."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def parts(step, list_key, path):
     """The steps of a normalizer, pre-tokenizer or post-processor: a Sequence's own, or the one there is, or none."""
-    if not isinstance(step, dict):
-        return []
-    if step.get("type") != "Sequence":
-        return [step]
-    return [one for one in step.get(list_key, []) if isinstance(one, dict)]
+    steps = [] if step is None else [step]
+    if isinstance(step, dict) and step.get("type") == "Sequence":
+        steps = step.get(list_key)
+    if not isinstance(steps, list) or not all(isinstance(one, dict) and is_text(one.get("type")) for one in steps):
+        raise fault(path, f"the steps among {list_key} are not objects with a type each")
+    return steps
 
 
 def normaliser(fields, path):
     """(nfc, prefix) as in Tokenizer; prefix is None for byte-level vocabularies."""
-    steps = parts(fields.get("normalizer"), "normalizers")
-    kinds = [step.get("type") for step in steps]
+    steps = parts(fields.get("normalizer"), "normalizers", path)
+    kinds = [step["type"] for step in steps]
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": METASPACE}
     if kinds in ([], ["NFC"]):
-        pre = parts(fields.get("pre_tokenizer"), "pretokenizers")
-        if [step.get("type") for step in pre] != ["Metaspace"]:
+        pre = parts(fields.get("pre_tokenizer"), "pretokenizers", path)
+        if [step["type"] for step in pre] != ["Metaspace"]:
             return kinds == ["NFC"], None
         scheme = pre[0].get("prepend_scheme", "always")
-        if pre[0].get("split", True) or pre[0].get("replacement") != METASPACE or kinds:
-            raise ValueError(f"{path}: a Metaspace pre-tokenizer that splits is not supported")
-        return False, {"always": "missing", "first": "missing", "never": ""}[scheme]
+        if pre[0].get("split", True) or pre[0].get("replacement") != METASPACE or kinds \
+                or scheme not in ("always", "first", "never"):
+            raise fault(path, "a Metaspace pre-tokenizer that splits is not supported", "use another model")
+        return False, "" if scheme == "never" else "missing"
     if steps[-1] == spaces and (kinds == ["Replace"] or kinds == ["Prepend", "Replace"] and
                                 steps[0].get("prepend") == METASPACE) and fields.get("pre_tokenizer") is None:
         return False, "always" if len(steps) == 2 else ""
-    raise ValueError(f"{path}: a normalizer of {', '.join(map(str, kinds))} is not supported")
+    raise fault(path, f"a normalizer of {', '.join(kinds)} is not supported", "use another model")
 
 
 def splitting_pattern(pre_tokenizer, path):
     """The regular expression that cuts a text into pieces, for a byte-level vocabulary."""
-    steps = parts(pre_tokenizer, "pretokenizers")
-    kinds = [step.get("type") for step in steps]
+    steps = parts(pre_tokenizer, "pretokenizers", path)
+    kinds = [step["type"] for step in steps]
     last = steps[-1] if steps else {}
     if kinds[-1:] == ["ByteLevel"] and not last.get("add_prefix_space"):
         own = last.get("use_regex", True)
@@ -205,18 +225,27 @@ def splitting_pattern(pre_tokenizer, path):
         pattern = steps[0].get("pattern")
         if kinds == ["Split", "ByteLevel"] and not own and isinstance(pattern, dict) and "Regex" in pattern \
                 and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+            if pattern["Regex"] not in SPELLED_OUT:
+                raise fault(path, f"a splitting pattern that is not one of the {len(SPELLED_OUT)} known ones",
+                            "add it to tokenizer.py if you trust it")
             return pattern["Regex"]
-    raise ValueError(f"{path}: a pre-tokenizer of {', '.join(map(str, kinds)) or 'nothing'} with these settings is not "
-                     "supported; supported: ByteLevel, alone or after Digits or an isolating Split")
+    raise fault(path, f"a pre-tokenizer of {', '.join(kinds) or 'nothing'} with these settings is not supported",
+                "supported: ByteLevel, alone or after Digits or an isolating Split")
 
 
-def first_ids(post_processor):
+def first_ids(post_processor, path):
     """The ids that the post-processor puts before a text."""
-    for step in parts(post_processor, "processors"):
-        if step.get("type") == "TemplateProcessing":
-            single = [next(iter(piece.items())) for piece in step["single"]]
-            before = single[:[kind for kind, _ in single].index("Sequence")]
-            return [i for _, piece in before for i in step["special_tokens"][piece["id"]]["ids"]]
+    for step in parts(post_processor, "processors", path):
+        if step["type"] == "TemplateProcessing":
+            try:
+                single = [pair for piece in step["single"] for pair in piece.items()]
+                before = single[:[kind for kind, _ in single].index("Sequence")]
+                ids = [i for _, piece in before for i in step["special_tokens"][piece["id"]]["ids"]]
+            except (KeyError, TypeError, AttributeError, ValueError):
+                ids = [None]
+            if not all(type(i) is int for i in ids):
+                raise fault(path, "a template of the post-processor that gives no ids")
+            return ids
     return []
 
 
@@ -233,7 +262,7 @@ def byte_level(vocabulary, merges, whole_words, path):
     """
     byte_of = byte_alphabet()
     if not set().union(*vocabulary) <= byte_of.keys():
-        raise ValueError(f"{path}: a token has a character that stands for no byte; download it again")
+        raise fault(path, "a token has a character that stands for no byte")
     pieces = {i: bytes(map(byte_of.get, token)) for token, i in vocabulary.items()}
     ranks = {bytes([byte]): byte for byte in range(256)}
     for left, right in merge_pairs(merges, vocabulary, path):
@@ -252,7 +281,9 @@ def sentencepiece(vocabulary, merges, model, path):
     """
     byte_ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
     if not model.get("byte_fallback") or None in byte_ids:
-        raise ValueError(f"{path}: a SentencePiece vocabulary without byte fallback is not supported")
+        raise fault(path, "a SentencePiece vocabulary without byte fallback is not supported", "use another model")
+    if not all(map(is_text, vocabulary)):
+        raise fault(path, "a token without text")
     pieces = {i: token.replace(METASPACE, " ").encode() for token, i in vocabulary.items()}
     ranks = {bytes([byte]): byte for byte in range(256)}
     for token, i in vocabulary.items():
@@ -274,15 +305,15 @@ def merge_pairs(merges, vocabulary, path):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair) \
                 or "".join(pair) not in vocabulary:
-            raise ValueError(f"{path}: the merge {merge!r} does not make a token of the vocabulary; download it again")
+            raise fault(path, f"the merge {merge!r} does not make a token of the vocabulary")
         yield pair
 
 
 def required(metadata, key, kind, path):
     """The metadata field `key` of the file `path`. ValueError if it is missing or not of type `kind`."""
     if key not in metadata:
-        raise ValueError(f"{path}: metadata field {key} is missing; the file is incomplete or of another kind")
+        raise fault(path, f"metadata field {key} is missing", "the file is incomplete or of another kind")
     value = metadata[key]
     if type(value) is not kind:  # a bool is not an int here
-        raise ValueError(f"{path}: metadata field {key} is a {type(value).__name__}, expected a {kind.__name__}")
+        raise fault(path, f"metadata field {key} is a {type(value).__name__}, expected a {kind.__name__}")
     return value

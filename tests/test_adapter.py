@@ -1,5 +1,6 @@
 """The contract that every method keeps."""
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -304,6 +305,55 @@ def test_adapter_of_another_base_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("method", ATTACHED)
+def test_an_adapter_of_another_base_can_be_forced(method, tmp_path):
+    """The refusal names the flag; with force it loads, also where the other base has other norms."""
+    adapter.save(perturb(attach(toy_model(), method)), tmp_path / "a.safetensors", "toy", "1" * 64)
+    with pytest.raises(ValueError, match="load that base, or force it on this one .--force."):
+        adapter.load(toy_model(seed=5), tmp_path / "a.safetensors", "2" * 64)
+    forced = toy_model(seed=5)
+    adapter.load(forced, tmp_path / "a.safetensors", "2" * 64, force=True)
+    saved = read_safetensors(tmp_path / "a.safetensors")[0]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in adapter.adapter_tensors(forced).items())
+
+
+@pytest.mark.parametrize("method, settings, message", [
+    ("lora", {"rank": "4"}, "the setting rank is '4', expected a whole number"),
+    ("lora", {"rank": True}, "the setting rank is True, expected a whole number"),
+    ("lora", {"rank": None}, "the setting rank is None, expected a whole number"),
+    ("lora", {"rank": 10**9}, "rank 1000000000 is out of range"),
+    ("lora", {"alpha": [1]}, r"the setting alpha is \[1\], expected a number"),
+    ("lora", {"alpha": 10**400}, "the setting alpha is 10000"),
+    ("lora", {"targets": 3}, "the setting targets is 3, expected a list of texts"),
+    ("lora", {"targets": [3]}, "expected a list of texts"),
+    ("lora", {"seed": 1 << 64}, "the setting seed is 18446744073709551616, expected a whole number"),
+    ("lora", {"saved": {}}, "lora has no setting saved"),
+    ("lora", {"method": ["lora"]}, r"unknown method \['lora'\]; known: full, lora"),
+    ("lotr", {"core_only": 1}, "the setting core_only is 1, expected true or false"),
+    ("sara", {"ks": {"a": "1"}}, "expected a map of numbers"),
+    ("sara", {"norms": 1.0}, "expected a map of numbers"),
+    ("mosara", {"sets": 10**9}, "Lam has shape .* in the adapter file, expected .1000000000, "),
+    ("mosara", {"router_rank": 10**9}, "W_g1 has shape .* in the adapter file, expected "),
+])
+def test_settings_that_cannot_be_are_refused(method, settings, message, tmp_path):
+    """A setting of another type, or a size that the file's tensors do not have: one line with the file's name, before
+    anything is allocated."""
+    path = tmp_path / "a.safetensors"
+    adapter.save(attach(toy_model(), method), path)
+    tensors, metadata = read_safetensors(path)
+    config = json.dumps({**json.loads(metadata["adapter"]), **settings})
+    write_safetensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, {**metadata, "adapter": config})
+    with pytest.raises(ValueError, match=message) as error:
+        adapter.load(toy_model(), path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_setting_has_a_kind():
+    """What any method records is a setting that `read_config` knows."""
+    for method in adapter.METHODS:
+        assert attach(toy_model(), method).adapter_config.keys() <= {"method", *adapter.SETTINGS}
+
+
+@pytest.mark.parametrize("method", ATTACHED)
 def test_adapter_that_does_not_fit_is_refused(method, tmp_path):
     """A file for a wider model, one with a missing tensor, and a file that is no adapter: each raises, naming the tensor."""
     path = tmp_path / "a.safetensors"
@@ -316,7 +366,7 @@ def test_adapter_that_does_not_fit_is_refused(method, tmp_path):
         adapter.load(toy_model(num_hidden_layers=1), path)
     tensors, metadata = read_safetensors(path)
     write_safetensors(path, tensors, {**metadata, "adapter": metadata["adapter"].replace('"targets"', '"rang"')})
-    with pytest.raises(ValueError, match=f"{method} has no setting rang: was it written by another version"):
+    with pytest.raises(ValueError, match=f"{method} has no setting rang; was it written by another version"):
         adapter.load(toy_model(), path)
     write_safetensors(path, tensors, {})
     with pytest.raises(ValueError, match="not an adapter file"):

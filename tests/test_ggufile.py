@@ -1,4 +1,5 @@
 """Reading GGUF: against the gguf library, by hand, and damaged."""
+import os
 import random
 import struct
 
@@ -178,3 +179,14 @@ def test_randomly_damaged_files_are_read_or_refused(small, tmp_path):
                 assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
                 refused += 1
         assert refused > 1000
+
+
+@pytest.mark.parametrize("kind", [struct.pack("<I", 8), struct.pack("<II", 9, 0), struct.pack("<II", 9, 8)], ids=["text", "bytes", "texts"])
+def test_endless_metadata_are_refused_unread(kind, tmp_path):
+    """In a file of a terabyte of nothing, a text, an array of bytes and one of texts, many gigabytes each."""
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + kind + struct.pack("<Q", 1 << 36))
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match="a header of more than 33554432 bytes") as error:
+        read_gguf(path)
+    assert str(path) in one_line(error)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 from fractions import Fraction
 from pathlib import Path
@@ -294,3 +295,22 @@ def test_script_reads_one_completion_by_every_rule():
     run = subprocess.run([sys.executable, gsm8k.__file__], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert [line.split(":")[0].strip() for line in run.stdout.splitlines()[-4:]] == list(gsm8k.RULES)
+
+
+def test_long_lines_take_no_quadratic_time(tmp_path):
+    """A number of 300,000 digits and as many open annotations are read, or refused, at once."""
+    started = time.time()
+    with pytest.raises(ValueError, match="train.jsonl:1: the answer does not end in '#### number'"):
+        write = json.dumps({"question": "?", "answer": "#### " + "1" * 300000 + "x"})
+        (tmp_path / "train.jsonl").write_text(write)
+        gsm8k.load(str(tmp_path), "train")
+    assert gsm8k.strip_annotations("<<" * 300000 + "\n<<1>>2") == "<<" * 300000 + "\n2"
+    assert time.time() - started < 2
+
+
+def test_deep_json_and_half_a_letter_are_refused(tmp_path):
+    """Both are named with their line; half of a surrogate pair could not be written to predictions.jsonl."""
+    for line in ("[" * 100000, json.dumps({"question": "\ud800", "answer": "#### 1"})):
+        (tmp_path / "train.jsonl").write_text(line)
+        with pytest.raises(ValueError, match="train.jsonl:1: "):
+            gsm8k.load(str(tmp_path), "train")

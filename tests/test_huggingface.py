@@ -1,6 +1,7 @@
 """Folders in Hugging Face layout: every family against transformers, every tokenizer against tokenizers, damaged files."""
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -328,11 +329,22 @@ DAMAGE = {
              "RoPE scaling of type 'yarn' is not supported; supported: default, linear, llama3"),
     "rope factor": (lambda f: edit_json(f / CONFIG, rope_parameters={"rope_type": "linear"}), "the field factor is missing"),
     "rope text": (lambda f: edit_json(f / CONFIG, rope_parameters="fast"), "the RoPE scaling 'fast' is not an object"),
+    "many layers": (lambda f: edit_json(f / CONFIG, num_hidden_layers=10**7), "10000000 layers in config.json for 30 tensors"),
+    "wide": (lambda f: edit_json(f / CONFIG, hidden_size=10**9), r"model.embed_tokens.weight is \[320, 48\], expected \[320, 1000000000\]"),
+    "wider": (lambda f: edit_json(f / CONFIG, vocab_size=10**12), "vocab_size is 1000000000000, expected a int above 0, at most"),
+    "wide heads": (lambda f: edit_json(f / CONFIG, head_dim=2**29), "4 query heads of 536870912 features"),
+    "steep": (lambda f: edit_json(f / CONFIG, rms_norm_eps=10**400), "rms_norm_eps is 10000"),
+    "not a number": (lambda f: edit_json(f / CONFIG, rms_norm_eps=float("nan")), "NaN is no JSON number"),
+    "deep": (lambda f: (f / CONFIG).write_text("[" * 100000), "config.json: not valid JSON"),
+    "large": (lambda f: os.truncate(f / CONFIG, 1 << 40), "config.json: larger than 33554432 bytes"),
+    "list for a name": (lambda f: edit_json(f / CONFIG, architectures=[[]]), r"architecture \[\] is not supported"),
     "no end token": (lambda f: edit_json(f / CONFIG, eos_token_id=None), "the field eos_token_id is None"),
     "no weights": (lambda f: [path.unlink() for path in (f / INDEX, *shards(f))], "holds no model.safetensors"),
     "missing shard": (lambda f: shards(f)[1].unlink(), "the index names this file, and it is missing"),
     "path in the index": (lambda f: edit_json(f / INDEX, weight_map={"a": "../x.safetensors"}),
                           "'../x.safetensors' is not the name of a safetensors file in this folder"),
+    "root in the index": (lambda f: edit_json(f / INDEX, weight_map={"a": "/etc/x.safetensors"}), "'/etc/x.safetensors' is not the name"),
+    "two lines in the index": (lambda f: edit_json(f / INDEX, weight_map={"a": "a\nb.safetensors"}), "is not the name of a safetensors"),
     "pickle in the index": (lambda f: edit_json(f / INDEX, weight_map={"a": "x.bin"}), "'x.bin' is not the name of a safetensors"),
     "no weight map": (lambda f: edit_json(f / INDEX, weight_map=None), "has no weight_map"),
     "truncated shard": (lambda f: shards(f)[0].write_bytes(shards(f)[0].read_bytes()[:-7]), "truncated: tensor "),
@@ -342,12 +354,17 @@ DAMAGE = {
     "whole numbers": (lambda f: rewrite(shards(f)[0], whole), "has dtype torch.int32"),
     "no tokenizer": (lambda f: (f / VOCABULARY).unlink(), "tokenizer.json: no such file"),
     "vocabulary": (lambda f: (f / VOCABULARY).write_text(json.dumps(byte_vocabulary(322))), "322 tokens for an embedding of 320 rows"),
+    "empty added token": (lambda f: edit_json(f / VOCABULARY, added_tokens=[{"id": 0, "content": ""}]), "a token without text or number"),
+    "half a letter": (lambda f: edit_json(f / VOCABULARY, added_tokens=[{"id": 0, "content": "\ud800"}]), "a token without text or number"),
+    "one number for two": (lambda f: edit_json(f / VOCABULARY, added_tokens=[{"id": 9, "content": "<x>"}]), "are not numbered 0, 1, 2"),
+    "template": (lambda f: edit_json(f / VOCABULARY, post_processor={"type": "TemplateProcessing", "single": [{}]}),
+                 "a template of the post-processor that gives no ids"),
     "unigram": (lambda f: edit_json(f / VOCABULARY, model={"type": "Unigram"}), "a tokenizer of type 'Unigram' is not supported"),
     "cut": (lambda f: edit_json(f / VOCABULARY, pre_tokenizer={"type": "Whitespace"}), "a pre-tokenizer of Whitespace"),
     "normalizer": (lambda f: edit_json(f / VOCABULARY, normalizer={"type": "Lowercase"}), "a normalizer of Lowercase is not supported"),
     "pattern": (lambda f: edit_json(f / VOCABULARY, pre_tokenizer={"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}), "the splitting pattern is not valid"),
+        {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}), "a splitting pattern that is not one of the 4 known ones"),
 }
 
 

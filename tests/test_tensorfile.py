@@ -126,9 +126,9 @@ def entry(dtype="F32", shape=[2], offsets=[0, 8]):
     (b"", "the file is empty"),
     (b"\1\2\3", "truncated: the header needs bytes 0..8, the file has 3"),
     (struct.pack("<Q", HUGE) + b"{}", "truncated: the header"),
-    (packed(b"{'a': 1}"), "the header is not JSON"),
-    (packed(b'{"\xff": 1}'), "the header is not JSON"),
-    (packed(b"[" * 200000), "the header is not JSON"),
+    (packed(b"{'a': 1}"), "the header is not valid JSON"),
+    (packed(b'{"\xff": 1}'), "the header is not valid JSON"),
+    (packed(b"[" * 200000), "the header is not valid JSON"),
     (packed(b'{"a": {}, "a": {}}'), "a key occurs twice"),
     (packed([1]), "the header is not a JSON object"),
     (packed({"__metadata__": {"k": 1}}), "the metadata is not a map of strings"),
@@ -156,3 +156,13 @@ def test_damaged_safetensors_files_are_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_safetensors(path)
     assert one_line(error).startswith(f"{path}: ")
+
+
+def test_an_endless_header_is_refused_unread(tmp_path):
+    """A file of a terabyte of nothing, whose header is half of it, costs no memory and no time."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 39))
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match="a header of more than 33554432 bytes") as error:
+        read_safetensors(path)
+    assert str(path) in one_line(error)

