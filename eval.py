@@ -270,11 +270,12 @@ def recorded(run):
     path = run_folder(run) / "result.json" if run else None
     if not path or not path.is_file():
         return "auto", "plain"
-    result = read_json(path)
+    fix = "name --data and --template"
+    result = read_json(path, fix)
     data, template = result.get("data"), result.get("template", "plain")
     known = isinstance(data, str) and data.isprintable() and len(data) < 4096
     if not known or template not in tuple(prompting.TEMPLATES):
-        raise fault(path, "not the result of a run", "name --data and --template")
+        raise fault(path, "not the result of a run", fix)
     return "auto" if metamath.is_problem_file(data) else data, template
 
 

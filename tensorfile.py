@@ -51,22 +51,25 @@ def sha256(*paths):
     return digest.hexdigest()
 
 
-def fault(path, what, fix="write or download it again"):
+AGAIN = "write or download it again"
+
+
+def fault(path, what, fix=AGAIN):
     """A ValueError of one line: where, what, how to fix it. Text from a damaged file may hold anything: tame it."""
     what = "".join(c if c.isprintable() else "?" for c in what[:1000])
     return ValueError(f"{path}: {what}; {fix}")
 
 
-def json_object(text, path, what=""):
+def json_object(text, path, what="", fix=AGAIN):
     """The object in some JSON text (str, or bytes of UTF-8) of the file `path`. ValueError if it holds anything else, a
     key twice, or NaN; `what` is the message's subject."""
     try:
         value = json.loads(text if isinstance(text, str) else str(text, "utf-8"), object_pairs_hook=unique_keys,
                            parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise fault(path, f"{what}not valid JSON ({error})") from None
+        raise fault(path, f"{what}not valid JSON ({error})", fix) from None
     if not isinstance(value, dict):
-        raise fault(path, f"{what}not a JSON object")
+        raise fault(path, f"{what}not a JSON object", fix)
     return value
 
 
@@ -82,14 +85,14 @@ def no_constant(name):
     raise ValueError(f"{name} is no JSON number")
 
 
-def read_json(path):
+def read_json(path, fix=AGAIN):
     """The JSON object in a file. FileNotFoundError if there is none, ValueError for something else, or too much."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; write or download it")
     if path.stat().st_size > LARGEST_HEADER:
         raise fault(path, f"larger than {LARGEST_HEADER} bytes", "expected a small JSON file")
-    return json_object(path.read_bytes(), path)
+    return json_object(path.read_bytes(), path, fix=fix)
 
 
 class Cursor:

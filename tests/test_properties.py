@@ -2,6 +2,7 @@
 
 A short version runs with every test; the long one is `pytest -m long tests/test_properties.py`.
 """
+import contextlib
 import ast
 import decimal
 import operator
@@ -344,12 +345,17 @@ PATTERNS = ("1", "#", "#### ", "#### 1", "1,111", ",111", "1.", "-", "$", "$a", 
             "\\text{ ", "=", "\u0663", "\n", "a")
 
 
+def read_gold(text):
+    with contextlib.suppress(ValueError):
+        gsm8k.gold(text)
+
+
 @pytest.mark.parametrize("size, seconds", [(30_000, 0.2), pytest.param(10**6, 1, marks=LONG)])
 @pytest.mark.parametrize("start", ["", "#### ", "The answer is: 1", "\\["])
 def test_long_texts_are_scored_in_linear_time(start, size, seconds):
     """A text of a million characters that repeats anything that a rule looks for is scored by all rules in a second."""
     rules = [gsm8k.extract_answer, gsm8k.extract_strict, gsm8k.extract_flexible, gsm8k.extract_metamath,
-             gsm8k.GOLD.search, hendrycks_math.extract_answer, hendrycks_math.extract_harness,
+             read_gold, hendrycks_math.extract_answer, hendrycks_math.extract_harness,
              hendrycks_math.extract_metamath, lambda text: hendrycks_math.is_equiv(text, "5"),
              lambda text: hendrycks_math.equal("5", text), insertion]
     for pattern in PATTERNS:
