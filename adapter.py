@@ -405,7 +405,6 @@ SETTINGS = {"rank": WHOLE, "seed": WHOLE, "sets": WHOLE, "router_rank": WHOLE, "
             "core_only": FLAG, "targets": TEXTS, "extra": TEXTS, "ks": NUMBERS, "norms": NUMBERS}
 
 
-@torch.no_grad()
 def load(model, path, base_sha256="", force=False):
     """Attach the method named in the file to a fresh base `model` and fill in its tensors. Returns the config.
 
@@ -416,6 +415,16 @@ def load(model, path, base_sha256="", force=False):
     if sha256 and base_sha256 and sha256 != base_sha256 and not force:
         raise fault(path, f"this adapter was trained on another base model ({name}, sha256 {sha256[:12]}...; the one "
                           f"given has {base_sha256[:12]}...)", "load that base, or force it on this one (--force)")
+    attach_saved(model, path, tensors, config, force)
+    return config
+
+
+@torch.no_grad()
+def attach_saved(model, path, tensors, config, force=False):
+    """Attach the method of `config` to a fresh base `model` and fill in `tensors`, both read from the file `path`.
+
+    Raises ValueError if the tensors are not exactly those that the method has on this model.
+    """
     checks = ("method", "norms") if force else ("method",)  # by its norms SARA knows its base
     try:
         settings = {key: value for key, value in config.items() if key not in checks}
@@ -433,7 +442,6 @@ def load(model, path, base_sha256="", force=False):
         raise fault(path, f"does not fit this model: {'; '.join(wrong[:4])}{more}", "load it on its own base")
     for key, target in targets.items():
         target.copy_(tensors[key])
-    return config
 
 
 # ---- a look at a method ---------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ def peer_steps(args, model, encoded):
 def training_examples(args, model, tokenizer):
     """Encoded GSM-8K problems; for a random model random rows of --length tokens, two thirds of them answer."""
     if tokenizer is not None:
-        return train.encode_examples(tokenizer, gsm8k.load(args.data, "train")[0], 512)
+        return list(train.encode_examples(tokenizer, gsm8k.load(args.data, "train")[0], 512).values())
     rows = torch.randint(0, model.config.vocab_size, (4 * args.batch, args.length)).tolist()
     return [(ids, args.length // 3) for ids in rows]
 
@@ -490,4 +490,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "lower --batch or --length")

@@ -126,11 +126,24 @@ def one_line(message):
     return " ".join(str(message).splitlines())
 
 
-def run_script(main):
-    """Run `main`; what a user can mend ends as one line on stderr and exit status 2, everything else as a traceback."""
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out, of a GPU or of the machine."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def run_script(main, memory_advice="take a smaller model, or a machine with more"):
+    """Run `main`; what a user can mend ends as one line on stderr and exit status 2, everything else as a traceback.
+    `memory_advice` says what to do where memory ran out. Ctrl-C ends with status 130."""
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        if isinstance(error, (RuntimeError, MemoryError)):
+            if not is_out_of_memory(error):
+                raise
+            error = f"out of memory: {memory_advice}"
         if isinstance(error, OSError) and error.filename is not None:  # the system's own error, not one of our words
             error = f"{error.filename}: {error.strerror}; check that path, its permissions and the space left there"
         print(one_line(f"error: {error}"), file=sys.stderr)

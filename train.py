@@ -1,8 +1,10 @@
 """Fine-tune a model on word problems with one of the methods: `python train.py --method sorsa`.
 
 The loop is plain: batches of examples of similar length, the loss on answer tokens only, one optimizer step per batch
-however it is cut into micro-batches. Everything that was chosen is printed; every choice is a flag.
+however it is cut into micro-batches. Everything that was chosen is printed; every choice is a flag. A run that was
+stopped goes on with `python train.py --resume RUN`.
 """
+import collections
 import contextlib
 import inspect
 import itertools
@@ -12,9 +14,11 @@ import os
 import random
 import resource
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,10 +27,12 @@ import checkpoint
 import gsm8k
 import metamath
 import prompting
+import resume
 from eval import RESULT_FILES, complete
-from loss import IGNORE, answer_loss
+from loss import CHUNK, IGNORE, answer_loss
 from script import (Parser, above_zero, amount, at_least_zero, check_folder, choose_device, keep_freed_memory, positive,
                     run_script, two_lengths, whole, write_json)
+from tensorfile import atomic_write, fault
 
 # The best of a small grid on the default model, GSM-8K, 24 steps of 6 (README, results/sweep.jsonl), the smaller of two
 # that differ by less than 0.003: start there.
@@ -50,9 +56,9 @@ def load_examples(data):
 
 
 def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None)):
-    """[(ids, prompt_length)] of the examples that have at most max_tokens tokens; ValueError if none has."""
+    """{place in examples: (ids, prompt_length)} of those that have at most max_tokens tokens; ValueError if none has."""
     encoded = [prompting.encode(tokenizer, example, template, cut) for example in examples]
-    kept = [(ids, prompt_length) for ids, prompt_length in encoded if len(ids) <= max_tokens]
+    kept = {place: pair for place, pair in enumerate(encoded) if len(pair[0]) <= max_tokens}
     if not kept:
         raise ValueError(f"all {len(encoded)} examples have more than {max_tokens} tokens: raise --max-tokens")
     return kept
@@ -68,6 +74,35 @@ def split(examples, held_out, limit=None):
     order = random.Random(SPLIT_SEED).sample(range(len(examples)), len(examples))
     last = sorted(order[held_out:])[:limit][-1]
     return ([examples[i] for i in order[held_out:] if i <= last], [examples[i] for i in order[:held_out]])
+
+
+class Data(NamedTuple):
+    """What a run trains on and measures with: encoded examples are pairs (ids, prompt_length)."""
+    train: list
+    numbers: list  # which records of the data these are, from 1
+    held_out: list
+    example: dict  # a held-out one, as text
+    left_out: int  # how many were too long
+    sha256: str  # of train and held_out
+
+
+def encode_data(args, examples, base):
+    """Data from all examples: those that are held out apart, those that are too long left out."""
+    if args.strip_annotations:
+        examples = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
+    args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), base.model.config.max_position_embeddings)
+    places, apart = split(range(len(examples)), args.held_out, args.limit)
+    encoded, held_out = (encode_examples(base.tokenizer, [examples[i] for i in part], args.max_tokens, args.template,
+                                         args.cut or (None, None)) for part in (places, apart))
+    kept, held_out = list(encoded.values()), list(held_out.values())
+    return Data(kept, [1 + places[i] for i in encoded], held_out, examples[apart[0]],
+                len(places) + len(apart) - len(kept) - len(held_out), resume.examples_sha256(kept, held_out))
+
+
+def data_name(given, source):
+    """What --data named, so that it is found again from any folder: a kind of data, or an absolute path."""
+    name = {"auto": "practice" if source.startswith("practice") else "gsm8k"}.get(given, given)
+    return name if name in ("practice", "gsm8k") else str(Path(name).resolve())
 
 
 def epoch_batches(lengths, batch, seed, epoch, window=32):
@@ -249,6 +284,9 @@ def parse_arguments(argv):
                                              "their baselines'); what is given beside it counts")
     add("--out", type=Path, help="folder of the run (default: runs/METHOD, or the next free runs/METHOD-N)")
     add("--overwrite", action="store_true", help="replace the run that --out already holds")
+    add("--resume", type=Path, metavar="RUN", help="continue the run in this folder, with its own flags")
+    add("--dry-run", action="store_true", help="load, attach, print the plan, the memory it will take and the first "
+                                               "batch, and stop: nothing is written")
 
     add = parser.add_argument_group("every method (a flag that is not the method's own is refused)").add_argument
     add("--targets", help="names of linear layers, with commas (default: all seven; sara, mosara: q_proj,v_proj; "
@@ -309,11 +347,16 @@ def parse_arguments(argv):
     add = parser.add_argument_group("reporting").add_argument
     add("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
     add("--eval-every", type=positive, help="steps between held-out losses (default: a quarter of the run)")
+    add("--save-every", type=positive, help="steps between checkpoints for --resume (default: as --eval-every)")
     add("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")
     add("--no-sample", action="store_true", help="no sample answer before and after")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: fp32 on a CPU, else bf16)")
     args = parser.parse_args(argv)
+    saved = resume.read(args.resume) if args.resume else None
+    if saved:
+        argv = resumed_flags(parser, args, saved, sys.argv[1:] if argv is None else argv)
+        args = parser.parse_args(argv)
     if args.recipe:
         settings = recipe_settings(args)
         parser.set_defaults(**settings)
@@ -327,7 +370,46 @@ def parse_arguments(argv):
         parser.error(f"--warmup {args.warmup:g} is a share of the steps: at most 1")
     if args.overwrite and args.out is None:
         parser.error("--overwrite replaces the run in a folder: name it with --out")
+    args.saved, args.out = saved, args.resume or args.out
     return args
+
+
+# Flags that may change when a run goes on: they do not touch its mathematics, or what they name is known by its checksum.
+FREE = ("resume", "out", "overwrite", "dry_run", "model", "data", "micro_batch", "checkpointing", "compile", "eval_every",
+        "save_every", "log_every", "no_sample", "device")
+
+
+def flags_of(args):
+    """The flags of a run, all that was chosen included, as a command line for --resume."""
+    left_out = ("resume", "out", "overwrite", "dry_run", "epochs", "device", "saved", "recipe_set", "autocast")
+    flags = []
+    for name, value in vars(args).items():
+        if name not in left_out and value is not None and value is not False:
+            value = "+".join(map(str, value)) if name == "cut" else value
+            flag = "--" + name.replace("_", "-")
+            flags.append(flag if value is True else f"{flag}={value}")
+    return flags
+
+
+def resumed_flags(parser, args, saved, argv):
+    """The flags of a saved run with those of argv behind them, which then count; ValueError if one of these changes what
+    the run computes."""
+    if args.out or args.overwrite:
+        parser.error(f"--resume {args.resume} goes on in that folder: leave out --out and --overwrite")
+
+    def refuse(message):
+        raise fault(args.resume / resume.FILE, message, resume.AGAIN)
+
+    parser.error, error = refuse, parser.error
+    before = vars(parser.parse_args(saved.flags))
+    parser.error = error
+    now = vars(parser.parse_args([*saved.flags, *argv]))
+    changed = [name for name in before if name not in FREE and now[name] != before[name]]
+    if changed:
+        flag = "--" + changed[0].replace("_", "-")
+        raise ValueError(f"{flag} {now[changed[0]]} is not what the run in {args.resume} began with "
+                         f"({before[changed[0]]}), and would change what it computes: leave {flag} out, or begin a new run")
+    return [*saved.flags, *argv]
 
 
 def recipe_settings(args):
@@ -393,7 +475,7 @@ def complete_options(args, options, model, dtype, device):
 
 
 EVAL_FILES = tuple(itertools.chain.from_iterable(RESULT_FILES.values()))
-RUN_FILES = ("log.jsonl", "result.json", "adapter.safetensors", *EVAL_FILES)
+RUN_FILES = ("log.jsonl", "result.json", "adapter.safetensors", resume.FILE, *EVAL_FILES)
 
 
 def holds_a_run(folder):
@@ -403,15 +485,15 @@ def holds_a_run(folder):
 def check_out(args):
     """ValueError, before anything is loaded, if --out is no folder, or holds a run and there is no --overwrite."""
     check_folder(args.out or Path("runs"), "--out")
-    if args.out and holds_a_run(args.out) and not args.overwrite:
-        raise ValueError(f"--out {args.out} already holds a run: give another folder, or --overwrite to replace it")
+    if args.out and holds_a_run(args.out) and not args.overwrite and not args.resume:
+        more = f", or --resume {args.out} to go on with it" if (args.out / resume.FILE).exists() else ""
+        raise ValueError(f"--out {args.out} already holds a run: give another folder, or --overwrite to replace it{more}")
 
 
 def choose_out(args):
-    """Make the run's folder: --out, or the first free one of runs/METHOD, runs/METHOD-2, ..."""
+    """Name the run's folder: --out, or the first free one of runs/METHOD, runs/METHOD-2, ..."""
     names = (args.method if n == 1 else f"{args.method}-{n}" for n in itertools.count(1))
     args.out = args.out or next(Path("runs") / name for name in names if not holds_a_run(Path("runs") / name))
-    args.out.mkdir(parents=True, exist_ok=True)
 
 
 def choose_budget(args, device, examples):
@@ -425,11 +507,12 @@ def choose_budget(args, device, examples):
         args.steps = 40 if on_cpu and args.epochs is None else whole_epochs
     args.log_every = args.log_every or (1 if on_cpu else 10)
     args.eval_every = args.eval_every or math.ceil(args.steps / 4)
+    args.save_every = args.save_every or args.eval_every
 
 
 def describe(args, base, regularizer, device, source, data):
     """Print everything that was chosen, before anything is spent."""
-    model, (encoded, held_out, left_out) = base.model, data
+    model, encoded, held_out = base.model, data.train, data.held_out
     settings, targets = {**model.adapter_config, **regularizer}, model.adapter_config["targets"]
     hidden, unset = ("method", "targets", "seed", "ks", "norms"), (None, [], False)
     shown = [f"{key} {value}" for key, value in settings.items() if key not in hidden and value not in unset]
@@ -444,7 +527,7 @@ def describe(args, base, regularizer, device, source, data):
         print(f"recipe    {args.recipe} sets {', '.join(f'{key} {value}' for key, value in words.items())}")
     print(f"model     {base.name}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
     print(f"data      {source}")
-    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {left_out} left out "
+    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {data.left_out} left out "
           f"(longer than {args.max_tokens} tokens)")
     print(f"          prompt {args.template}; {tokens:.0f} tokens per example, {answers:.0f} of them answer, "
           f"calculator annotations {'removed' if args.strip_annotations else 'kept'}")
@@ -469,7 +552,38 @@ def describe(args, base, regularizer, device, source, data):
           f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
     if regularizer.get("gamma"):
         print(f"          regularizer times gamma / peak lr = {regularizer['gamma'] / args.lr:g}, after clipping")
-    print(f"out       {args.out}; held-out loss every {args.eval_every} steps", flush=True)
+    saves = "" if args.save_every == args.eval_every else f", a checkpoint every {args.save_every}"
+    print(f"out       {args.out}; held-out loss every {args.eval_every} steps{saves}", flush=True)
+
+
+def activation_bytes(model, tokens, checkpointing):
+    """About how many bytes of activations one forward pass over `tokens` tokens keeps for the backward pass."""
+    config, size = model.config, model.lm_head.weight.element_size()
+    d, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    block = 4 * d + 3 * q + 2 * kv + 3 * ffn  # x, n(x), h, n(h); queries, attention twice; keys, values; gate, up, product
+    return tokens * size * (layers * d + block if checkpointing else layers * block)
+
+
+def describe_first_step(args, base, data):
+    """Print what --dry-run shows: the memory the run will take, and the first batch with its answers in [[ ]]."""
+    model, first = base.model, next(endless_batches([len(ids) for ids, _ in data.train], args.batch, args.seed))
+    longest = max(len(ids) for ids, _ in data.train)
+    weights, trained = (sum(p.numel() * p.element_size() for p in some)
+                        for some in (model.parameters(), adapter.trainable(model).values()))
+    head = 2 * 4 * CHUNK * model.config.vocab_size  # logits and their gradient, a chunk at a time
+    activations = activation_bytes(model, args.micro_batch * longest, args.checkpointing) + head
+    total = weights + 3 * trained + activations
+    print(f"memory    about {total / 1e9:.1f} GB and the program itself: {weights / 1e9:.2f} weights, {3 * trained / 1e9:.2f} "
+          f"gradients and moments, {activations / 1e9:.2f} activations of {args.micro_batch} rows of {longest} tokens, the "
+          "longest")
+    print(f"\nthe first batch, {token_count([data.train[i] for i in first])} tokens; what carries loss is in [[ ]]")
+    for i in first:
+        ids, start = data.train[i]
+        question, answer = base.tokenizer.decode(ids[:start]), base.tokenizer.decode(ids[start:])
+        print(f"\n--- record {data.numbers[i]} of the data, {len(ids)} tokens, {len(ids) - start} of them answer\n"
+              f"{question}[[{answer}]]")
+    print("\na dry run: nothing was trained, nothing was written")
 
 
 def expected_seconds(args, model, encoded, held_out, forward_seconds):
@@ -486,144 +600,225 @@ def log_line(line, steps, left):
     return (f"step {step}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  |g| {line['grad_norm']:.2f}"
             + ("" if R is None else f"  R {R:.1e}")
             + f"  {line['tokens_per_second']:,.0f} tok/s  pad {100 * line['padding']:.0f}%"
-              f"  {line['gflops']:,.0f} GFLOP/s  {line['memory_gb']:.2f} GB  {duration(left)} left")
+              f"  {line['gflops']:,.0f} GFLOP/s  {line['memory_gb']:.2f} GB  {duration(left)} left"
+            + (f"  <- loss spike, {line['spike']:.1f} times the usual" if "spike" in line else ""))
 
 
-def train(args, model, regularize, encoded, measure, device, autocast, log):
-    """The loop. Returns ({step: held-out loss}, real tokens trained on, seconds spent in steps).
+def spike(losses, recent):
+    """{"loss_max", "spike"} where they say something: the highest of the losses since the last line, if there were
+    several, and what multiple it is of the median of the `recent` ones, if that is 2 or more."""
+    line = {"loss_max": max(losses)} if len(losses) > 1 else {}
+    usual = statistics.median(recent) if len(recent) >= 5 else math.inf
+    return {**line, "spike": max(losses) / usual} if max(losses) >= 2 * usual else line
 
-    `regularize()` adds its gradient and returns R, or is None; `measure(step)` returns the held-out loss.
-    Raises FloatingPointError when a logged step's loss or gradient is not finite.
+
+def check_finite(steps, numbers, lr):
+    """FloatingPointError for the first of `steps`, tuples (step, indices, loss, gradient norm, R or None), whose
+    values are not all finite. `numbers` says which record of the data an index is, from 1."""
+    for step, indices, *values in steps:
+        if not all(math.isfinite(value) for value in values if value is not None):
+            named = ", ".join(str(numbers[i]) for i in indices[:16])
+            more = f" and {len(indices) - 16} more" if len(indices) > 16 else ""
+            raise FloatingPointError(f"step {step}: loss {values[0]:g}, gradient norm {values[1]:g}, on records {named}"
+                                     f"{more} of the data; the weights stay as they were before: lower --lr, now {lr:g}")
+
+
+def skip_if_not_finite(optimizer, values):
+    """Without waiting for a GPU: from the first step on whose values are not all finite, AdamW changes nothing more."""
+    bad = ~torch.stack([torch.isfinite(value) for value in values if value is not None]).all()
+    optimizer.found_inf = torch.maximum(getattr(optimizer, "found_inf", torch.zeros_like(bad.float())), bad.float())
+
+
+def train(args, model, optimizer, progress, encoded, numbers, regularize, measure, save, log):
+    """The loop, from where `progress` is to the last step; keeps `progress` up to date.
+
+    encoded: [(ids, prompt_length)], `numbers` their places in the data. `regularize()` adds its gradient and returns R,
+    or is None; `measure(step)` returns the held-out loss; `save()` writes a checkpoint; log is a text file.
+    After SIGINT or SIGTERM it finishes the step, saves, and raises SystemExit. Raises FloatingPointError at the first
+    step whose loss or gradient is not finite; on a GPU, which is not waited for, when that step is next logged.
     """
+    device = model.lm_head.weight.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.autocast is not None)
     lengths = [len(ids) for ids, _ in encoded]
     train_gflop = gflop_per_token(model, answer_tokens(encoded) / sum(lengths))[1]
     multiple = GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1
-    parameters = list(adapter.trainable(model).values())
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
-    losses, tokens_seen, seconds = {}, 0, 0.0
-    started, tokens, padded = time.time(), 0, 0  # since the last logged step
-    for step, indices in zip(range(1, args.steps + 1), endless_batches(lengths, args.batch, args.seed)):
-        rate = learning_rate(step - 1, args.steps, args.lr, args.schedule, args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = [encoded[i] for i in indices]
-        loss = accumulate_gradients(model, batch, args.micro_batch, device, autocast, multiple)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        to_measure = step % args.eval_every == 0 or step == args.steps
-        to_log = step % args.log_every == 0 or to_measure
-        if to_log and not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {step}: loss {loss:g}, gradient norm {norm:g}; lower --lr, now {args.lr:g}")
-        R = regularize() if regularize else None  # after clipping, and outside the logged norm
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    parameters, recent = list(adapter.trainable(model).values()), collections.deque(maxlen=20)
+    batches = itertools.islice(endless_batches(lengths, args.batch, args.seed), progress.step, args.steps)
+    started, tokens, padded, since = time.time(), 0, 0, []  # since the last logged step
+    with resume.noted_signals() as signals:
+        for step, indices in enumerate(batches, progress.step + 1):
+            rate = learning_rate(step - 1, args.steps, args.lr, args.schedule, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = [encoded[i] for i in indices]
+            loss = accumulate_gradients(model, batch, args.micro_batch, device, autocast, multiple)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            R = regularize() if regularize else None  # after clipping, and outside the logged norm
+            since.append((step, indices, loss, norm, R))
+            if device.type == "cpu":
+                check_finite(since[-1:], numbers, args.lr)
+            else:
+                skip_if_not_finite(optimizer, (loss, norm, R))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            parts = [batch[i:i + args.micro_batch] for i in range(0, len(batch), args.micro_batch)]
+            tokens += token_count(batch)
+            padded += sum(len(part) * (1 + padded_length(part, multiple)) for part in parts)
 
-        parts = [batch[i:i + args.micro_batch] for i in range(0, len(batch), args.micro_batch)]
-        tokens += token_count(batch)
-        padded += sum(len(part) * (1 + padded_length(part, multiple)) for part in parts)
-        if not to_log:
-            continue
-        line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item()}  # waits for a GPU to finish
-        if R is not None:
-            line["regularizer"] = R.item()
-        elapsed = time.time() - started
-        seconds, tokens_seen = seconds + elapsed, tokens_seen + tokens
-        line.update(tokens_per_second=tokens / elapsed, padding=1 - tokens / padded,
-                    gflops=tokens * train_gflop / elapsed, memory_gb=peak_memory(device))
-        log.write(json.dumps(line) + "\n")
-        print(log_line(line, args.steps, seconds / step * (args.steps - step)), flush=True)
-        if to_measure:
-            losses[step] = measure(step)
-        started, tokens, padded = time.time(), 0, 0
-    return losses, tokens_seen, seconds
+            to_measure = step % args.eval_every == 0 or step == args.steps
+            to_save = step % args.save_every == 0 or step == args.steps or bool(signals)
+            if not (step % args.log_every == 0 or to_measure or to_save):
+                continue
+            check_finite(since, numbers, args.lr)  # waits for a GPU to finish
+            line = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(),
+                    **spike([past.item() for _, _, past, _, _ in since], recent)}
+            if R is not None:
+                line["regularizer"] = R.item()
+            recent.append(line["loss"])
+            elapsed = time.time() - started
+            progress.step, progress.tokens = step, progress.tokens + tokens
+            progress.seconds_in_steps += elapsed
+            line.update(tokens_per_second=tokens / elapsed, padding=1 - tokens / padded,
+                        gflops=tokens * train_gflop / elapsed, memory_gb=peak_memory(device))
+            log.write(json.dumps(line) + "\n")
+            left = progress.seconds_in_steps / step * (args.steps - step)
+            print(log_line(line, args.steps, left), flush=True)
+            if to_measure:
+                progress.held_out[step] = measure(step)
+            if to_save or signals:
+                save()
+            if signals and step < args.steps:
+                print(f"\nstopped by {signals[0].name} after step {step} of {args.steps}; to go on: "
+                      f"python train.py --resume {args.out}", flush=True)
+                raise SystemExit(128 + signals[0])
+            started, tokens, padded, since = time.time(), 0, 0, []
+
+
+def measure(args, model, held_out, step, log):
+    """The held-out loss, printed and logged with what the method's weights or routers look like."""
+    device = model.lm_head.weight.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.autocast is not None)
+    with eagerly(args.compile):
+        loss = held_out_loss(model, held_out, args.micro_batch, device, autocast)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step}: held-out loss {loss:g}; lower --lr, now {args.lr:g}")
+        one = collate(held_out[:1], device)[0]  # (1, T), without padding, to look at routers with
+        line = {"step": step, "held_out_loss": loss, **change_statistics(args.method, model, one)}
+    log.write(json.dumps(line) + "\n")
+    print(f"held-out loss after {step} steps: {loss:.4f}{change_text(line)}", flush=True)
+    return loss
+
+
+def print_sample(args, base, example, when):
+    """The model's answer to a held-out question."""
+    text = prompting.prompt(example["question"], template=args.template)
+    right = example["answer"].rstrip().splitlines()[-1].removeprefix("#### ").removeprefix("The answer is: ")
+    room = base.model.config.max_position_embeddings - len(base.tokenizer.encode(text))
+    if room > 0 and not args.no_sample:
+        with eagerly(args.compile):
+            done = complete(base.model, base.tokenizer, [text], min(128, room), template=args.template)
+        answer = done[0]["text"]
+        print(f"\n--- a held-out question, {when} training (right: {right})\n{text}{answer}\n---\n", flush=True)
+
+
+def open_log(args, step):
+    """The run's log, to append to: new, or when a run goes on the lines up to its checkpoint's step. Line by line, so
+    that a killed run leaves every line it printed."""
+    path = args.out / "log.jsonl"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        (args.out / resume.FILE).unlink(missing_ok=True)  # of the run that is overwritten
+    kept = []
+    if args.resume and path.is_file():
+        for text in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line may be cut
+                if json.loads(text)["step"] <= step:
+                    kept.append(text + "\n")
+    with atomic_write(path) as file:
+        file.write("".join(kept).encode())
+    return open(path, "a", buffering=1)
 
 
 def main(argv=None):
     began = time.time()
     args = parse_arguments(argv)
     keep_freed_memory()
-    module = adapter.method_module(args.method)
     options, regularizer = method_options(args)
     device, dtype = choose_device(args.device, args.dtype)
     # Full fine-tuning keeps fp32 weights, where small steps survive, and computes in bf16 on a GPU.
     weights = torch.float32 if args.method == "full" else dtype
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=weights != dtype)
     args.autocast = "bfloat16" if weights != dtype else None
+    args.dtype = str(dtype).removeprefix("torch.")
     check_out(args)
 
     print(f"loading {args.model}, attaching {args.method} ...", flush=True)
     examples, source = load_examples(args.data)
-    if args.strip_annotations:
-        examples = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
     base = checkpoint.load(args.model, weights, device)
-    model, tokenizer = base.model, base.tokenizer
+    model = base.model
     model.model.checkpointing = args.checkpointing
-    to_train, to_hold_out = split(examples, args.held_out, args.limit)
-    args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), model.config.max_position_embeddings)
-    encoded, held_out = (encode_examples(tokenizer, part, args.max_tokens, args.template, args.cut or (None, None))
-                         for part in (to_train, to_hold_out))
-    left_out = len(to_train) + len(to_hold_out) - len(encoded) - len(held_out)
-
-    attach = adapter.method_function(args.method, "attach")
-    attach(model, **complete_options(args, options, model, weights, device))  # not kept: --extra can be large
+    data = encode_data(args, examples, base)
+    if args.saved:
+        resume.attach(args.resume, args.saved, base, data.sha256)
+    else:
+        options = complete_options(args, options, model, weights, device)
+        adapter.method_function(args.method, "attach")(model, **options)
+        del options  # --extra can be large
     if args.compile:
         compile_blocks(model, args.compile)
-    choose_budget(args, device, len(encoded))
+    choose_budget(args, device, len(data.train))
     choose_out(args)
-    describe(args, base, regularizer, device, source, (encoded, held_out, left_out))
-    log = open(args.out / "log.jsonl", "w", buffering=1)  # line by line: a killed run leaves every line it printed
+    describe(args, base, regularizer, device, source, data)
+    if args.dry_run:
+        return describe_first_step(args, base, data)
 
-    one = collate(held_out[:1], device)[0]  # (1, T), without padding, to look at routers with
-
-    def measure(step):
-        with eagerly(args.compile):
-            loss = held_out_loss(model, held_out, args.micro_batch, device, autocast)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step}: held-out loss {loss:g}; lower --lr, now {args.lr:g}")
-        line = {"step": step, "held_out_loss": loss, **change_statistics(args.method, model, one)}
-        log.write(json.dumps(line) + "\n")
-        print(f"held-out loss after {step} steps: {loss:.4f}{change_text(line)}", flush=True)
-        return loss
-
-    def sample(when):
-        example = to_hold_out[0]
-        text = prompting.prompt(example["question"], template=args.template)
-        right = example["answer"].rstrip().splitlines()[-1].removeprefix("#### ").removeprefix("The answer is: ")
-        room = model.config.max_position_embeddings - len(tokenizer.encode(text))
-        if room > 0 and not args.no_sample:
-            with eagerly(args.compile):
-                answer = complete(model, tokenizer, [text], min(128, room), template=args.template)[0]["text"]
-            print(f"\n--- a held-out question, {when} training (right: {right})\n{text}{answer}\n---\n", flush=True)
+    progress = args.saved.progress if args.saved else resume.Progress()
+    earlier = progress.seconds
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
+    log = open_log(args, progress.step)
+    args.model, args.data = base.name, data_name(args.data, source)  # by which --resume and eval.py find them again
+    if args.saved:
+        resume.restore(args.resume, args.saved, model, optimizer)
+        progress.resumed_at.append(progress.step)
+        print(f"going on  after step {progress.step} of {args.steps}", flush=True)
+    else:
+        print_sample(args, base, data.example, "before")
+        measuring = time.time()
+        progress.held_out[0] = measure(args, model, data.held_out, 0, log)
+        expected = expected_seconds(args, model, data.train, data.held_out, time.time() - measuring)
+        print(f"expecting about {duration(expected)} of training", flush=True)
 
     def regularize():
-        return module.add_regularizer_grad(model, regularizer["gamma"] / args.lr, regularizer["reduction"])
+        return adapter.method_module(args.method).add_regularizer_grad(model, regularizer["gamma"] / args.lr,
+                                                                       regularizer["reduction"])
 
-    sample("before")
-    measuring = time.time()
-    before = measure(0)
-    expected = expected_seconds(args, model, encoded, held_out, time.time() - measuring)
-    print(f"expecting about {duration(expected)} of training", flush=True)
-    losses, tokens, seconds = train(args, model, regularize if regularizer.get("gamma") else None, encoded, measure,
-                                    device, autocast, log)
-    after, path = losses[args.steps], args.out / "adapter.safetensors"
-    adapter.save(model, path, base.name, base.sha256)
+    def save():
+        progress.seconds = earlier + time.time() - began
+        resume.save(args.out / resume.FILE, model, optimizer, base, flags_of(args), data.sha256, progress)
+
+    train(args, model, optimizer, progress, data.train, data.numbers, regularize if regularizer.get("gamma") else None,
+          lambda step: measure(args, model, data.held_out, step, log), save, log)
     log.close()
+    path = args.out / "adapter.safetensors"
+    adapter.save(model, path, base.name, base.sha256)
     for stale in EVAL_FILES:  # of the adapter that was overwritten
         (args.out / stale).unlink(missing_ok=True)
 
-    data = {"auto": "practice" if source.startswith("practice") else "gsm8k"}.get(args.data, args.data)
-    data = data if data in ("practice", "gsm8k") else str(Path(data).resolve())
-    result = {**vars(args), **regularizer, "out": str(args.out), "adapter": model.adapter_config,
-              "data": data, "source": source,
-              "model": base.name, "base_sha256": base.sha256,
+    before, after, tokens, seconds = (progress.held_out[0], progress.held_out[args.steps], progress.tokens,
+                                      progress.seconds_in_steps)
+    settings = {key: value for key, value in vars(args).items() if key not in ("saved", "resume", "dry_run")}
+    result = {**settings, **regularizer, "out": str(args.out), "adapter": model.adapter_config, "source": source,
+              "base_sha256": base.sha256,
               "trainable_parameters": sum(p.numel() for p in adapter.trainable(model).values()),
-              "adapter_bytes": path.stat().st_size, "held_out_examples": len(held_out),
-              "held_out_loss": {0: before, **losses}, "held_out_before": before, "held_out_after": after,
+              "adapter_bytes": path.stat().st_size, "held_out_examples": len(data.held_out),
+              "held_out_loss": progress.held_out, "held_out_before": before, "held_out_after": after,
+              "held_out_best": min(progress.held_out.values()), "resumed_at": progress.resumed_at,
               "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds_in_steps": seconds,
-              "seconds": time.time() - began, "memory_gb": peak_memory(device), "device": str(device),
+              "seconds": earlier + time.time() - began, "memory_gb": peak_memory(device), "device": str(device),
               "dtype": str(weights).removeprefix("torch."), "torch": torch.__version__,
               "command": " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])}
     write_json(args.out / "result.json", result)
-    sample("after")
+    (args.out / resume.FILE).unlink()  # the run is finished: the adapter is all that is needed
+    print_sample(args, base, data.example, "after")
     print(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %) after {args.steps} steps, "
           f"{tokens:,} tokens at {tokens / seconds:,.0f} per second; {duration(result['seconds'])} in all")
     print(f"adapter: {path}, {path.stat().st_size / 1e6:.1f} MB; its accuracy: python eval.py {args.out}")
@@ -631,4 +826,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "lower --micro-batch, or --max-tokens, or give --checkpointing; a run that has saved a checkpoint "
+                     "goes on with --resume RUN")

@@ -110,7 +110,7 @@ def test_tokens_are_those_of_the_hugging_face_tokenizer(llama2, tmp_path):
     records = metamath_file(tmp_path / "data.json", 30)
     ours = checkpoint.load(str(llama2)).tokenizer
     examples, _ = train.load_examples(str(tmp_path / "data.json"))
-    for record, (ids, length) in zip(records, train.encode_examples(ours, examples, 1024, "alpaca", (512, 512))):
+    for record, (ids, length) in zip(records, train.encode_examples(ours, examples, 1024, "alpaca", (512, 512)).values()):
         text = prompting.INSTRUCTION + record["query"] + "\n\n### Response:"
         before = theirs.encode(text, add_special_tokens=False).ids
         whole = theirs.encode(text + record["response"], add_special_tokens=False).ids

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import adapter
+import resume
 import sweep
 import train
 from loss import answer_loss
@@ -17,6 +18,17 @@ from toy import SIZES, attach, perturb, toy_examples, toy_model, write_sums
 
 METHODS = list(adapter.METHODS)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+
+
+def settings(**changes):
+    """What train.train reads of a command line."""
+    return types.SimpleNamespace(**{**dict(
+        compile=None, autocast=None, lr=1e-2, weight_decay=0.0, clip=1.0, steps=4, seed=0, batch=4, micro_batch=4, schedule="constant",
+        warmup=0.0, eval_every=100, save_every=100, log_every=1, out="run"), **changes})
+
+
+def adamw(args, model):
+    return torch.optim.AdamW(train.decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
 
 
 def gradients(model):
@@ -111,10 +123,10 @@ def test_regularizer_comes_after_clipping_and_outside_the_logged_norm(tmp_path):
             p.grad += 5.0
         return torch.tensor(7.0)
 
-    args = types.SimpleNamespace(compile=None, lr=1e-2, weight_decay=0.0, clip=1e-6, steps=1, seed=0, batch=4, micro_batch=4, schedule="constant",
-                                 warmup=0.0, eval_every=1, log_every=1)
+    args = settings(lr=1e-2, clip=1e-6, steps=1)
     with open(tmp_path / "log", "w") as log:
-        train.train(args, model, regularize, toy_examples(8), lambda step: 0.0, torch.device("cpu"), NO_AUTOCAST, log)
+        train.train(args, model, adamw(args, model), resume.Progress(), toy_examples(8), range(8), regularize, lambda step: 0.0,
+                    lambda: None, log)
     line = json.loads((tmp_path / "log").read_text())
     assert seen[0] == pytest.approx(1e-6, rel=1e-3) and line["grad_norm"] > 0.01 and line["regularizer"] == 7
     for p, before in zip(factors, start):  # AdamW's first step is lr times the gradient's sign
@@ -304,8 +316,7 @@ def test_the_loop_is_the_written_out_loop(tmp_path):
     """Three steps of `train.train` are, bit for bit, the loop by hand: schedule, micro-batches, clipping, then SORSA's
     regularizer once per step, AdamW, cleared gradients."""
     data, sorsa = toy_examples(16), adapter.method_module("sorsa")
-    args = types.SimpleNamespace(compile=None, lr=1e-2, weight_decay=0.01, clip=0.5, steps=3, seed=0, batch=4, micro_batch=2,
-                                 schedule="linear", warmup=0.4, eval_every=2, log_every=1)
+    args = settings(lr=1e-2, weight_decay=0.01, clip=0.5, steps=3, micro_batch=2, schedule="linear", warmup=0.4, eval_every=2)
     model, calls = perturb(attach(toy_model(), "sorsa"), 0.02), []
 
     def regularize():
@@ -313,7 +324,8 @@ def test_the_loop_is_the_written_out_loop(tmp_path):
         return sorsa.add_regularizer_grad(model, 0.4)
 
     with open(tmp_path / "log", "w") as log:
-        losses, tokens, _ = train.train(args, model, regularize, data, float, torch.device("cpu"), NO_AUTOCAST, log)
+        progress = resume.Progress()
+        train.train(args, model, adamw(args, model), progress, data, range(16), regularize, float, lambda: None, log)
 
     twin = perturb(attach(toy_model(), "sorsa"), 0.02)
     factors = list(adapter.trainable(twin).values())
@@ -331,7 +343,7 @@ def test_the_loop_is_the_written_out_loop(tmp_path):
         seen += sum(len(data[i][0]) for i in indices)
     for name, parameter in adapter.trainable(model).items():
         assert torch.equal(parameter, adapter.trainable(twin)[name]), name
-    assert len(calls) == 3 and tokens == seen and losses == {2: 2.0, 3: 3.0}
+    assert len(calls) == 3 and progress.tokens == seen and progress.held_out == {2: 2.0, 3: 3.0} and progress.step == 3
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
@@ -391,6 +403,7 @@ def test_a_second_run_gets_its_own_folder(tiny_gguf, tmp_path, monkeypatch):
     for _ in range(2):
         args = train.parse_arguments(["--method", "lora"])
         train.choose_out(args)
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "log.jsonl").write_text("x")
         folders.append(str(args.out))
     assert folders == ["runs/lora", "runs/lora-2"]
