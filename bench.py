@@ -33,6 +33,8 @@ import checkpoint
 import eval as evaluation
 import gsm8k
 import prompting
+import batching
+import report
 import train
 from model import Config
 from script import Parser, amount, choose_device, keep_freed_memory, positive, run_script
@@ -111,7 +113,7 @@ def peer_model(ours):
 def batches(args, encoded):
     """args.steps + 1 batches of examples, the largest first: for the peer random ones, else ours of similar length."""
     rng, lengths = random.Random(0), [len(ids) for ids, _ in encoded]
-    ours = train.endless_batches(lengths, args.batch, seed=0)
+    ours = batching.endless_batches(lengths, args.batch, seed=0)
     drawn = [rng.sample(range(len(encoded)), args.batch) if args.side == "peer" else next(ours)
              for _ in range(args.steps + 1)]
     return [[encoded[i] for i in batch] for batch in sorted(drawn, key=lambda batch: -max(lengths[i] for i in batch))]
@@ -135,7 +137,7 @@ def our_steps(args, model, encoded):
             regularize(model, 4.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield train.token_count(chosen)
+        yield batching.token_count(chosen)
 
 
 def peer_steps(args, model, encoded):
@@ -158,13 +160,13 @@ def peer_steps(args, model, encoded):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield train.token_count(chosen)
+        yield batching.token_count(chosen)
 
 
 def training_examples(args, model, tokenizer):
     """Encoded GSM-8K problems; for a random model random rows of --length tokens, two thirds of them answer."""
     if tokenizer is not None:
-        return list(train.encode_examples(tokenizer, gsm8k.load(args.data, "train")[0], 512).values())
+        return list(batching.encode_examples(tokenizer, gsm8k.load(args.data, "train")[0], 512).values())
     rows = torch.randint(0, model.config.vocab_size, (4 * args.batch, args.length)).tolist()
     return [(ids, args.length // 3) for ids in rows]
 
@@ -174,16 +176,16 @@ def train_side(args):
     not timed."""
     model, tokenizer = base_model(args, torch.float32 if args.side == "full" else DTYPE)
     encoded = training_examples(args, model, tokenizer)
-    answer_share = train.answer_tokens(encoded) / train.token_count(encoded)
+    answer_share = batching.answer_tokens(encoded) / batching.token_count(encoded)
     limit = matmul_rate(DEVICE, DTYPE, 8192 if DEVICE.type == "cuda" else 2048)
     steps = (peer_steps if args.side in PEERS else our_steps)(args, model, encoded)
     warm_up = seconds(lambda: next(steps))
     tokens = []
     elapsed = seconds(lambda: tokens.extend(steps))
     record = {"tokens_per_second": sum(tokens) / elapsed, "seconds": elapsed, "tokens": sum(tokens),
-              "matmul_gflops": limit, "memory_gb": train.peak_memory(DEVICE), "warm_up_seconds": warm_up}
+              "matmul_gflops": limit, "memory_gb": report.peak_memory(DEVICE), "warm_up_seconds": warm_up}
     if args.side not in PEERS:
-        gflops = sum(tokens) / elapsed * train.gflop_per_token(model, answer_share)[1]
+        gflops = sum(tokens) / elapsed * report.gflop_per_token(model, answer_share)[1]
         record.update(gflops=gflops, share=gflops / limit,
                       parameters=sum(p.numel() for p in adapter.trainable(model).values()))
     return record
@@ -197,7 +199,7 @@ def memory_side(args):
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     args.steps = 0  # the one step that is not timed
     list((peer_steps if args.side in PEERS else our_steps)(args, model, [(ids, args.length // 3)] * args.batch))
-    record = {"memory_gb": train.peak_memory(DEVICE), "weights_gb": 1e-9 * weights}
+    record = {"memory_gb": report.peak_memory(DEVICE), "weights_gb": 1e-9 * weights}
     if args.side not in PEERS:
         trained = sum(p.numel() * p.element_size() for p in adapter.trainable(model).values())
         record["trained_gb"] = 1e-9 * trained * (3 if args.side == "full" else 4)  # full: weights counted above
@@ -235,7 +237,7 @@ def generate_side(args):
     elapsed = seconds(lambda: texts.extend(answer(asked, args.max_new)))
     tokens = sum(len(tokenizer.encode(text, start=False)) for text in texts)
     return {"problems_per_second": len(texts) / elapsed, "seconds": elapsed, "new_tokens": tokens,
-            "memory_gb": train.peak_memory(DEVICE), "texts": texts}
+            "memory_gb": report.peak_memory(DEVICE), "texts": texts}
 
 
 # ---- init, load, merged ---------------------------------------------------------------------------------------------
@@ -248,8 +250,8 @@ def init_side(args):
         plain = peer_model(model)
         pissa = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS),
                                 init_lora_weights="pissa")
-        return {"seconds": seconds(lambda: peft.get_peft_model(plain, pissa)), "memory_gb": train.peak_memory(DEVICE)}
-    return {"seconds": seconds(lambda: attach(model, args)), "memory_gb": train.peak_memory(DEVICE)}
+        return {"seconds": seconds(lambda: peft.get_peft_model(plain, pissa)), "memory_gb": report.peak_memory(DEVICE)}
+    return {"seconds": seconds(lambda: attach(model, args)), "memory_gb": report.peak_memory(DEVICE)}
 
 
 def resident():
@@ -266,7 +268,7 @@ def load_side(args):
     size = 1e-9 * sum(p.numel() * p.element_size() for p in loaded[0].parameters())
     record = {"seconds": elapsed, "weights_gb": size}
     if DEVICE.type == "cpu":
-        record["peak_in_sizes"] = (train.peak_memory(DEVICE) - before) / size
+        record["peak_in_sizes"] = (report.peak_memory(DEVICE) - before) / size
     return record
 
 
@@ -300,7 +302,7 @@ def cost_side(args):
              for _ in range(3)]
     tokens = args.batch * args.length
     return {"us_per_token": 1e6 * min(times) / tokens,
-            "gflops": tokens * train.gflop_per_token(model, 2 / 3)[1] / min(times)}
+            "gflops": tokens * report.gflop_per_token(model, 2 / 3)[1] / min(times)}
 
 
 COST = [{"batch": batch} for batch in (1, 4, 16)] + [{"length": length} for length in (64, 256, 1024)] + \
@@ -424,10 +426,10 @@ def bench(args):
         args.results.parent.mkdir(parents=True, exist_ok=True)
         with open(args.results, "a") as file:
             file.write(json.dumps(kept) + "\n")
-    report(args.what, rounds)
+    print_ratios(args.what, rounds)
 
 
-def report(what, rounds):
+def print_ratios(what, rounds):
     """Print how the first side compares with each of the others."""
     first, *others = rounds
     keys = {"train": ("tokens_per_second", "memory_gb"), "generate": ("problems_per_second",), "init": ("seconds",),

@@ -39,7 +39,7 @@ class Progress:
 
 @dataclass
 class Saved:
-    """What a checkpoint file says: flags (a command line), the adapter, AdamW's state, progress, what must not differ."""
+    """What a checkpoint file says: flags (a command line), adapter, AdamW's state, progress, what must not differ."""
     flags: list
     config: dict
     adapter: dict
@@ -109,7 +109,7 @@ def attach(folder, saved, base, data_sha256):
     path = folder / FILE
     for what, now, then in (("model", base.sha256, saved.base_sha256), ("data", data_sha256, saved.data_sha256)):
         if now != then:
-            raise fault(path, f"the run began with another {what}: its sha256 was {then[:12]}..., now it is {now[:12]}...",
+            raise fault(path, f"the run began with another {what} (sha256 {then[:12]}..., now {now[:12]}...)",
                         f"name that one with --{what}")
     adapter.attach_saved(base.model, path, saved.adapter, saved.config)
 
@@ -145,7 +145,7 @@ def examples_sha256(*sets):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that the first SIGINT (Ctrl-C) or SIGTERM goes into, instead of ending the process. A second one ends it."""
+    """A list that the first SIGINT (Ctrl-C) or SIGTERM goes into, instead of ending the process as a second one does."""
     noted = []
 
     def note(number, frame):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import adapter
 import bench
 import eval as evaluation
 import export

@@ -244,7 +244,7 @@ def test_an_adapter_that_names_no_base_says_so(name, small_run, tmp_path, capsys
     """The base's name in an adapter file is a name, or --model must be given."""
     tensors, metadata = read_safetensors(small_run[1] / "adapter.safetensors")
     write_safetensors(tmp_path / "a.safetensors", {k: v.clone() for k, v in tensors.items()}, {**metadata, "base_name": name})
-    with pytest.raises(ValueError, match="a.safetensors: names no base model .*; name it with --model"):
+    with pytest.raises(ValueError, match="a.safetensors: names no base model .*; give it with --model"):
         evaluation.main([str(tmp_path / "a.safetensors"), "--ask", "?", "--device", "cpu"])
 
 

@@ -1,6 +1,5 @@
 """Every reader of files against mutated files: a clean error or a load, in bounded time and memory (see fuzz.py)."""
 import contextlib
-import copy
 import functools
 import hashlib
 import io

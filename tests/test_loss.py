@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import adapter
 import loss
-import train
+import batching
 from toy import attach, perturb, toy_examples, toy_model
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
@@ -28,13 +28,13 @@ def test_loss_is_over_answers_only_and_blind_to_padding():
     for ids, prompt_length in batch:
         logits = model(torch.tensor([ids]))[0, :-1]
         expected += F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")[prompt_length - 1:].sum()
-    assert torch.allclose(loss.answer_loss(model, *train.collate(batch, "cpu")), expected, rtol=1e-5)
+    assert torch.allclose(loss.answer_loss(model, *batching.collate(batch, "cpu")), expected, rtol=1e-5)
 
 
 def test_trained_head_gets_the_plain_loss():
     """With full fine-tuning the tied head's gradient is autograd's, both of its uses included."""
     model, batch = attach(toy_model(), "full"), toy_examples(5)
-    inputs, targets = train.collate(batch, "cpu")
+    inputs, targets = batching.collate(batch, "cpu")
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
     gradient, = torch.autograd.grad(expected, model.lm_head.weight)
     value = loss.answer_loss(model, inputs, targets)
@@ -48,7 +48,7 @@ def test_nothing_flows_below_the_first_adapted_layer():
     model.model.layers = model.model.layers[:1] + torch.nn.ModuleList([RenamedBlock(model.model.layers[1])])
     attach(model, "lora", targets=["last_down"])
     model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
-    loss.answer_loss(model, *train.collate(toy_examples(3), "cpu")).backward()
+    loss.answer_loss(model, *batching.collate(toy_examples(3), "cpu")).backward()
     assert seen == [False] and all(p.grad is not None for p in adapter.trainable(model).values())
 
 
@@ -69,7 +69,7 @@ def test_an_adapted_head_trains():
     """With LoRA on an untied head the plain path is taken and its factors get gradients."""
     model = attach(toy_model(tie_word_embeddings=False), "lora", targets=["lm_head"])
     perturb(model)
-    inputs, targets = train.collate(toy_examples(3), "cpu")
+    inputs, targets = batching.collate(toy_examples(3), "cpu")
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
     value = loss.answer_loss(model, inputs, targets)
     value.backward()

@@ -10,6 +10,8 @@ import checkpoint
 import eval as evaluation
 import export
 import prompting
+import batching
+import settings
 import train
 from practice import practice
 from script import run_script
@@ -57,7 +59,7 @@ RATES = {"sorsa": 3e-5, "pissa": 2e-5, "lora": 2e-5, "full": 2e-5}
 @pytest.mark.parametrize("method", ["lora", "pissa"])
 def test_the_recipe_of_the_baselines(method):
     """The same, at the baselines' rate and without a regularizer; not run again for each."""
-    args = train.parse_arguments(["--recipe", "paper", "--method", method])
+    args = settings.parse_arguments(["--recipe", "paper", "--method", method])
     assert (args.lr, args.rank, args.batch, args.cut, args.limit) == (RATES[method], 128, 128, (512, 512), 100_000)
     assert args.gamma is None and args.reduction is None
 
@@ -109,8 +111,8 @@ def test_tokens_are_those_of_the_hugging_face_tokenizer(llama2, tmp_path):
     theirs = tokenizers.Tokenizer.from_file(str(llama2 / "tokenizer.json"))
     records = metamath_file(tmp_path / "data.json", 30)
     ours = checkpoint.load(str(llama2)).tokenizer
-    examples, _ = train.load_examples(str(tmp_path / "data.json"))
-    for record, (ids, length) in zip(records, train.encode_examples(ours, examples, 1024, "alpaca", (512, 512)).values()):
+    examples, _ = batching.load_examples(str(tmp_path / "data.json"))
+    for record, (ids, length) in zip(records, batching.encode_examples(ours, examples, 1024, "alpaca", (512, 512)).values()):
         text = prompting.INSTRUCTION + record["query"] + "\n\n### Response:"
         before = theirs.encode(text, add_special_tokens=False).ids
         whole = theirs.encode(text + record["response"], add_special_tokens=False).ids
@@ -121,12 +123,12 @@ def test_tokens_are_those_of_the_hugging_face_tokenizer(llama2, tmp_path):
 def test_first_examples_and_held_out_ones():
     """--limit N trains on the first N of the data that are not held out; what is held out does not depend on it."""
     examples = [{"question": str(i)} for i in range(100)]
-    everything, held_out = train.split(examples, 10)
-    some, same = train.split(examples, 10, 30)
+    everything, held_out = batching.split(examples, 10)
+    some, same = batching.split(examples, 10, 30)
     apart = [i for i in range(100) if examples[i] not in held_out]
     assert same == held_out and sorted(int(e["question"]) for e in some) == apart[:30]
     assert [e for e in everything if e in some] == some  # in the same order
-    assert train.split(examples, 10, 5000) == (everything, held_out)
+    assert batching.split(examples, 10, 5000) == (everything, held_out)
 
 
 MATH_PAGE = [("Algebra", "Level 1", "What is $2+2$?", r"It is $\boxed{4}$."), ("Algebra", "Level 5", "Solve $2x=1$.", r"$\boxed{\frac{1}{2}}$"),

@@ -10,6 +10,9 @@ import torch
 import adapter
 import resume
 import sweep
+import batching
+import settings
+import report
 import train
 from loss import answer_loss
 from script import run_script
@@ -20,7 +23,7 @@ METHODS = list(adapter.METHODS)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 
-def settings(**changes):
+def chosen(**changes):
     """What train.train reads of a command line."""
     return types.SimpleNamespace(**{**dict(
         compile=None, autocast=None, lr=1e-2, weight_decay=0.0, clip=1.0, steps=4, seed=0, batch=4, micro_batch=4, schedule="constant",
@@ -40,24 +43,24 @@ def gradients(model):
 def test_an_epoch_covers_every_example_once():
     """Every index comes once per epoch; the order depends on the seed and the epoch and on nothing else."""
     lengths = [len(ids) for ids, _ in toy_examples(96)]
-    first = train.epoch_batches(lengths, 8, seed=0, epoch=0, window=4)
+    first = batching.epoch_batches(lengths, 8, seed=0, epoch=0, window=4)
     assert sorted(i for batch in first for i in batch) == list(range(96)) and {len(b) for b in first} == {8}
-    assert first == train.epoch_batches(lengths, 8, seed=0, epoch=0, window=4)
-    assert first != train.epoch_batches(lengths, 8, seed=0, epoch=1, window=4) != train.epoch_batches(lengths, 8, 1, 1, window=4)
+    assert first == batching.epoch_batches(lengths, 8, seed=0, epoch=0, window=4)
+    assert first != batching.epoch_batches(lengths, 8, seed=0, epoch=1, window=4) != batching.epoch_batches(lengths, 8, 1, 1, window=4)
 
 
 def test_unfilled_batches_are_left_out_unless_alone():
     """97 examples make 12 batches of 8, and not always the longest is left out; 5 examples make one batch of 5."""
-    epochs = [train.epoch_batches(list(range(97)), 8, 0, epoch) for epoch in range(5)]
+    epochs = [batching.epoch_batches(list(range(97)), 8, 0, epoch) for epoch in range(5)]
     assert all([len(b) for b in batches] == [8] * 12 for batches in epochs)
     assert any(96 in b for batches in epochs for b in batches)
-    assert [len(b) for b in train.epoch_batches([3] * 5, 8, 0, 0)] == [5]
+    assert [len(b) for b in batching.epoch_batches([3] * 5, 8, 0, 0)] == [5]
 
 
 def test_bucketing_leaves_little_padding_and_is_not_sorted():
     """Batches hold similar lengths (under 10 % padding where random ones have over 30 %), in an order that is not by length."""
     lengths = [10 + i % 200 for i in range(2000)]
-    batches = train.epoch_batches(lengths, 16, 0, 0)
+    batches = batching.epoch_batches(lengths, 16, 0, 0)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     assert sum(lengths[i] for b in batches for i in b) / padded > 0.9
     longest = [max(lengths[i] for i in b) for b in batches]
@@ -67,19 +70,19 @@ def test_bucketing_leaves_little_padding_and_is_not_sorted():
 def test_held_out_examples_are_apart_and_the_same_for_every_seed():
     """The held-out slice is disjoint from the training examples and nothing is lost; too large a slice is refused."""
     examples = [{"question": str(i)} for i in range(50)]
-    rest, held_out = train.split(examples, 8)
+    rest, held_out = batching.split(examples, 8)
     assert len(held_out) == 8 and sorted(map(str, rest + held_out)) == sorted(map(str, examples))
-    assert train.split(examples, 8) == (rest, held_out)
+    assert batching.split(examples, 8) == (rest, held_out)
     with pytest.raises(ValueError, match="--held-out 50 leaves nothing to train on"):
-        train.split(examples, 50)
+        batching.split(examples, 50)
 
 
 def test_collate_shifts_and_masks():
     """Targets are the next tokens of the answer; question and padding carry none."""
-    inputs, targets = train.collate([([5, 6, 7, 8, 9], 3), ([1, 2, 3], 1)], "cpu")
+    inputs, targets = batching.collate([([5, 6, 7, 8, 9], 3), ([1, 2, 3], 1)], "cpu")
     assert inputs.tolist() == [[5, 6, 7, 8], [1, 2, 0, 0]]
     assert targets.tolist() == [[-100, -100, 8, 9], [2, 3, -100, -100]]
-    assert train.answer_tokens([([5, 6, 7, 8, 9], 3), ([1, 2, 3], 1)]) == 4
+    assert batching.answer_tokens([([5, 6, 7, 8, 9], 3), ([1, 2, 3], 1)]) == 4
 
 
 def test_learning_rate_schedules():
@@ -123,7 +126,7 @@ def test_regularizer_comes_after_clipping_and_outside_the_logged_norm(tmp_path):
             p.grad += 5.0
         return torch.tensor(7.0)
 
-    args = settings(lr=1e-2, clip=1e-6, steps=1)
+    args = chosen(lr=1e-2, clip=1e-6, steps=1)
     with open(tmp_path / "log", "w") as log:
         train.train(args, model, adamw(args, model), resume.Progress(), toy_examples(8), range(8), regularize, lambda step: 0.0,
                     lambda: None, log)
@@ -175,7 +178,7 @@ def test_flop_count_of_the_reference_case():
         body = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
         attach(model, method)
         P = sum(p.numel() for p in adapter.trainable(model).values())
-        assert train.gflop_per_token(model, 0.5)[1] * 1e9 == pytest.approx(expected(body, 0.5 * 97 * 32, P))
+        assert report.gflop_per_token(model, 0.5)[1] * 1e9 == pytest.approx(expected(body, 0.5 * 97 * 32, P))
 
 
 def test_flop_count_of_shared_and_frozen_factors():
@@ -191,19 +194,19 @@ def test_flop_count_of_shared_and_frozen_factors():
             own = sum(6 * 4 * layer.in_features + 4 * 4 * layer.out_features for layer in layers)
         else:
             own = sum(4 * len(layer.Vt) * sum(layer.weight.shape) + 6 * (5 * len(layer.Vt) + len(layer.Vt) + 5) for layer in layers)
-        assert train.gflop_per_token(model, 0.5)[1] * 1e9 == pytest.approx(4 * body + 4 * 0.5 * 97 * 32 + own)
+        assert report.gflop_per_token(model, 0.5)[1] * 1e9 == pytest.approx(4 * body + 4 * 0.5 * 97 * 32 + own)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_help_lists_a_flag_under_the_methods_that_take_it(method, capsys):
     """Each flag of a method stands in --help in a group that names the method, and in no other method's."""
     with pytest.raises(SystemExit):
-        train.parse_arguments(["--help"])
+        settings.parse_arguments(["--help"])
     for section in capsys.readouterr().out.split("\n\n"):
         title = section.splitlines()[0].rstrip(":")
         flags = {word.lstrip("-").rstrip(",").replace("-", "_") for line in section.splitlines()[1:] for word in line.split()[:1]}
-        for flag in flags & set(train.METHOD_FLAGS) - {"targets", "params"}:
-            assert (flag in train.own_flags(method)) == (method in title.split(", ")), (title, flag)
+        for flag in flags & set(settings.METHOD_FLAGS) - {"targets", "params"}:
+            assert (flag in settings.own_flags(method)) == (method in title.split(", ")), (title, flag)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ def test_the_loop_is_the_written_out_loop(tmp_path):
     """Three steps of `train.train` are, bit for bit, the loop by hand: schedule, micro-batches, clipping, then SORSA's
     regularizer once per step, AdamW, cleared gradients."""
     data, sorsa = toy_examples(16), adapter.method_module("sorsa")
-    args = settings(lr=1e-2, weight_decay=0.01, clip=0.5, steps=3, micro_batch=2, schedule="linear", warmup=0.4, eval_every=2)
+    args = chosen(lr=1e-2, weight_decay=0.01, clip=0.5, steps=3, micro_batch=2, schedule="linear", warmup=0.4, eval_every=2)
     model, calls = perturb(attach(toy_model(), "sorsa"), 0.02), []
 
     def regularize():
@@ -330,11 +333,11 @@ def test_the_loop_is_the_written_out_loop(tmp_path):
     twin = perturb(attach(toy_model(), "sorsa"), 0.02)
     factors = list(adapter.trainable(twin).values())
     optimizer, seen = torch.optim.AdamW(factors, weight_decay=0.01, fused=True), 0
-    batches = train.epoch_batches([len(ids) for ids, _ in data], 4, 0, 0)
+    batches = batching.epoch_batches([len(ids) for ids, _ in data], 4, 0, 0)
     for rate, indices in zip((0.005, 0.01, 0.01), batches):
         total = sum(len(data[i][0]) - data[i][1] for i in indices)
         for part in (indices[:2], indices[2:]):
-            (answer_loss(twin, *train.collate([data[i] for i in part], "cpu")) / total).backward()
+            (answer_loss(twin, *batching.collate([data[i] for i in part], "cpu")) / total).backward()
         torch.nn.utils.clip_grad_norm_(factors, 0.5)
         sorsa.add_regularizer_grad(twin, 0.4)
         optimizer.param_groups[0]["lr"] = rate
@@ -365,11 +368,11 @@ def test_flags_that_change_the_data(run, tmp_path, capsys):
     assert "annotations removed" in capsys.readouterr().out and stripped["tokens"] < everything["tokens"]
     run("limited", "--method", "lora", "--rank", "4", "--limit", "12")
     assert "12 to train on, 8 held out" in capsys.readouterr().out
-    args = train.parse_arguments(["--epochs", "2.5", "--batch", "8"])
-    train.choose_budget(args, torch.device("cpu"), 100)
+    args = settings.parse_arguments(["--epochs", "2.5", "--batch", "8"])
+    settings.choose_budget(args, torch.device("cpu"), 100)
     assert args.steps == 30
-    args = train.parse_arguments([])
-    train.choose_budget(args, torch.device("cuda"), 3200)
+    args = settings.parse_arguments([])
+    settings.choose_budget(args, torch.device("cuda"), 3200)
     assert (args.steps, args.batch, args.log_every, args.eval_every) == (100, 32, 10, 25)
 
 
@@ -401,21 +404,21 @@ def test_a_second_run_gets_its_own_folder(tiny_gguf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = []
     for _ in range(2):
-        args = train.parse_arguments(["--method", "lora"])
-        train.choose_out(args)
+        args = settings.parse_arguments(["--method", "lora"])
+        settings.choose_out(args)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "log.jsonl").write_text("x")
         folders.append(str(args.out))
     assert folders == ["runs/lora", "runs/lora-2"]
     with pytest.raises(ValueError, match="--out runs/lora already holds a run"):
-        train.check_out(train.parse_arguments(["--out", "runs/lora"]))
-    args = train.parse_arguments(["--out", "runs/lora", "--overwrite"])
-    train.check_out(args)
-    train.choose_out(args)
+        settings.check_out(settings.parse_arguments(["--out", "runs/lora"]))
+    args = settings.parse_arguments(["--out", "runs/lora", "--overwrite"])
+    settings.check_out(args)
+    settings.choose_out(args)
     assert str(args.out) == "runs/lora"
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="--out file is a file"):
-        train.check_out(train.parse_arguments(["--out", "file"]))
+        settings.check_out(settings.parse_arguments(["--out", "file"]))
 
 
 BAD = [
@@ -522,12 +525,12 @@ def test_compiled_blocks_give_the_same_gradients(backend, monkeypatch):
 def test_rows_are_padded_to_a_multiple():
     """With a multiple, every width is one; without, the longest row's; the targets say the same."""
     encoded = toy_examples(5)
-    tokens, targets = train.collate(encoded, torch.device("cpu"))
-    padded, padded_targets = train.collate(encoded, torch.device("cpu"), 64)
+    tokens, targets = batching.collate(encoded, torch.device("cpu"))
+    padded, padded_targets = batching.collate(encoded, torch.device("cpu"), 64)
     T = tokens.shape[1]
     assert T == max(len(ids) for ids, _ in encoded) - 1 and padded.shape[1] == 64
     assert torch.equal(padded[:, :T], tokens) and torch.equal(padded_targets[:, :T], targets)
-    assert (padded_targets[:, T:] == train.IGNORE).all()
+    assert (padded_targets[:, T:] == -100).all()
 
 
 def test_compiling_without_a_compiler_says_so(monkeypatch):

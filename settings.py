@@ -1,0 +1,259 @@
+"""The flags of train.py: what they are, what is chosen where they are not given, and which of them go together."""
+import inspect
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import adapter
+import checkpoint
+import resume
+from eval import RESULT_FILES
+from script import Parser, above_zero, amount, at_least_zero, check_folder, positive, two_lengths, whole
+from tensorfile import fault
+
+# The best of a small grid on the default model, GSM-8K, 24 steps of 6 (README, results/sweep.jsonl), the smaller of two
+# that differ by less than 0.003: start there.
+DEFAULT_LR = {"full": 1e-4, "lora": 3e-3, "pissa": 3e-4, "sorsa": 1e-4, "sara": 3e-2, "mosara": 1e-1,
+              "cora": 3e-3, "cora-init": 3e-3, "lotr": 3e-3}
+# --recipe paper: what SORSA's authors trained Llama 2 7B with (Mistral and Gemma at rank 64), PiSSA's at the same
+# settings but for the rate, LoRA and full fine-tuning as their baselines. The other papers trained on other tasks.
+RECIPE = {"template": "alpaca", "limit": 100_000, "cut": (512, 512), "rank": 128, "epochs": 1.0, "batch": 128,
+          "schedule": "cosine", "warmup": 0.03, "weight_decay": 0.0, "clip": 1.0, "seed": 42}
+RECIPE_OF = {"sorsa": {"lr": 3e-5, "gamma": 4e-4, "reduction": "mean"}, "pissa": {"lr": 2e-5},
+             "lora": {"lr": 2e-5}, "full": {"lr": 2e-5}}
+METHOD_FLAGS = ("targets", "params", "rank", "alpha", "svd", "gamma", "reduction", "threshold", "init", "sets",
+                "router_rank", "v_mode", "basis", "extra", "a_init", "group_by", "core_only")
+# Flags that may change when a run goes on: not its mathematics, or they name what is known by its checksum.
+FREE = ("resume", "out", "overwrite", "dry_run", "model", "data", "micro_batch", "checkpointing", "compile",
+        "eval_every", "save_every", "log_every", "no_sample", "device")
+EVAL_FILES = tuple(itertools.chain.from_iterable(RESULT_FILES.values()))
+RUN_FILES = ("log.jsonl", "result.json", "adapter.safetensors", resume.FILE, *EVAL_FILES)
+
+
+def parse_arguments(argv):
+    parser = Parser(prog="train.py", usage="train.py --method METHOD [flags]",
+                    description="Fine-tune a model on word problems.")
+    add = parser.add_argument
+    add("--method", default="sorsa", help=f"one of {', '.join(adapter.METHODS)}")
+    add("--model", default=checkpoint.DEFAULT_MODEL,
+        help="base model: a name, a .gguf file, a folder in Hugging Face layout, or a hub id (owner/name)")
+    add("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, auto, or a file of "
+                                       "problems with answers: MetaMathQA-395K.json, or a .jsonl")
+    add("--template", choices=("plain", "alpaca"), default="plain", help="of the prompt")
+    add("--recipe", choices=("paper",), help="the settings of SORSA's authors for MetaMathQA (for PiSSA, LoRA and full "
+                                             "their baselines'); what is given beside it counts")
+    add("--out", type=Path, help="folder of the run (default: runs/METHOD, or the next free runs/METHOD-N)")
+    add("--overwrite", action="store_true", help="replace the run that --out already holds")
+    add("--resume", type=Path, metavar="RUN", help="continue the run in this folder, with its own flags")
+    add("--dry-run", action="store_true", help="load, attach, print the plan, the memory it will take and the first "
+                                               "batch, and stop: nothing is written")
+
+    add = parser.add_argument_group("every method (a flag that is not the method's own is refused)").add_argument
+    add("--targets", help="names of linear layers, with commas (default: all seven; sara, mosara: q_proj,v_proj; "
+                          "full: every parameter)")
+    add("--params", type=amount, help="a budget, as in 1.2M: the rank, or for sara and mosara the threshold, whose "
+                                      "count of trainable parameters comes nearest (not for full)")
+    add = parser.add_argument_group("lora, pissa, sorsa, cora, cora-init, lotr").add_argument
+    add("--rank", type=positive, help="r (default: 16, lotr: 64)")
+    add = parser.add_argument_group("lora, sara, cora, cora-init, lotr").add_argument
+    add("--alpha", type=above_zero, help="the change is scaled by alpha / r (default: alpha = r; lotr: 3 / sqrt(in))")
+    add = parser.add_argument_group("pissa, sorsa").add_argument
+    add("--svd", choices=("gram", "exact"), help="how the start is computed (default: gram)")
+    add = parser.add_argument_group("sorsa").add_argument
+    add("--gamma", type=at_least_zero, help="weight of the regularizer, 0 is off (default: 4e-4)")
+    add("--reduction", choices=("mean", "sum"), help="of the regularizer's norms (default: mean)")
+    add = parser.add_argument_group("sara, mosara").add_argument
+    add("--threshold", type=above_zero, help="m: a layer's rank is how many leading singular values make up this share "
+                                             "of their sum (default: sara 0.05, mosara 0.5)")
+    add = parser.add_argument_group("sara").add_argument
+    add("--init", choices=("lam", "lora"), help="which factor starts at zero: lam, or B as in LoRA (default: lam)")
+    add = parser.add_argument_group("mosara").add_argument
+    add("--sets", type=positive, help="n, sets of singular values (default: 5)")
+    add("--router-rank", type=positive, help="q, inner width of the router (default: 1)")
+    add("--v-mode", choices=("branch", "output"), help="what v scales; output does not start at the base "
+                                                           "(default: branch)")
+    add = parser.add_argument_group("cora, cora-init").add_argument
+    add("--basis", choices=("weights", "input", "random"), help="where B comes from (default: weights)")
+    add("--extra", help="further models, with commas, whose weights join the basis: same architecture and pretraining "
+                         "(all are in memory at once while it is computed)")
+    add("--a-init", choices=("zeros", "random"), help="start of A; random moves the output at step 0 (default: zeros)")
+    add = parser.add_argument_group("lotr").add_argument
+    add("--group-by", choices=("name", "shape"), help="which layers share A and B (default: name)")
+    add("--core-only", action="store_true", default=None, help="freeze A and B at their random start, train the cores")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=positive, help="optimizer steps (default: 40 on a CPU)")
+    add("--epochs", type=above_zero, help="instead of --steps (default: 1 on a GPU)")
+    add("--batch", type=positive, help="examples per optimizer step (default: 8 on a CPU, else 32)")
+    add("--micro-batch", type=positive, help="examples per forward pass (default: 8 on a CPU, else 32)")
+    rates = ", ".join(f"{method} {lr:g}" for method, lr in DEFAULT_LR.items())
+    add("--lr", type=above_zero, help=f"peak learning rate (default: {rates})")
+    add("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of the rate, after warm-up")
+    add("--warmup", type=at_least_zero, default=0.03, help="share of the steps")
+    add("--weight-decay", type=at_least_zero, default=0.0, help="AdamW's")
+    add("--clip", type=above_zero, default=1.0, help="largest gradient norm")
+    add("--max-tokens", type=positive, help="longer examples are left out (default: 512)")
+    add("--cut", type=two_lengths, metavar="P+A", help="cut prompts at P tokens and answers at A instead of leaving "
+                                                       "long examples out, as in 512+512")
+    add("--strip-annotations", action="store_true", help="remove the <<48/2=24>> calculator annotations")
+    add("--limit", type=positive, help="train on the first N examples of the data only")
+    add("--seed", type=whole, default=0, help="of the order of the data and of random factors")
+    add("--checkpointing", action="store_true", help="keep only the input of each block and compute the rest again in "
+                                                     "the backward pass: less memory, about 1.3 times the work")
+
+    add("--compile", choices=("default", "reduce-overhead"), metavar="MODE", help="torch.compile every block, MODE "
+        "default or reduce-overhead (CUDA graphs: for a small model on a GPU); a minute or two at the start")
+
+    add = parser.add_argument_group("reporting").add_argument
+    add("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
+    add("--eval-every", type=positive, help="steps between held-out losses (default: a quarter of the run)")
+    add("--save-every", type=positive, help="steps between checkpoints for --resume (default: as --eval-every)")
+    add("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")
+    add("--no-sample", action="store_true", help="no sample answer before and after")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: fp32 on a CPU, else bf16)")
+    args = parser.parse_args(argv)
+    saved = resume.read(args.resume) if args.resume else None
+    if saved:
+        argv = resumed_flags(parser, args, saved, sys.argv[1:] if argv is None else argv)
+        args = parser.parse_args(argv)
+    if args.recipe:
+        settings = recipe_settings(args)
+        parser.set_defaults(**settings)
+        args = parser.parse_args(argv)
+        args.recipe_set = {key: value for key, value in settings.items() if getattr(args, key) == value}
+    if args.epochs and args.epochs > 1e6:
+        parser.error(f"--epochs {args.epochs:g} is more than a million: give fewer")
+    if args.steps and args.epochs:
+        parser.error("give --steps or --epochs, not both")
+    if args.warmup > 1:
+        parser.error(f"--warmup {args.warmup:g} is a share of the steps: at most 1")
+    if args.overwrite and args.out is None:
+        parser.error("--overwrite replaces the run in a folder: name it with --out")
+    args.saved, args.out = saved, args.resume or args.out
+    return args
+
+
+def flags_of(args):
+    """The flags of a run, all that was chosen included, as a command line for --resume."""
+    left_out = ("resume", "out", "overwrite", "dry_run", "epochs", "device", "saved", "recipe_set", "autocast")
+    flags = []
+    for name, value in vars(args).items():
+        if name not in left_out and value is not None and value is not False:
+            value = "+".join(map(str, value)) if name == "cut" else value
+            flag = "--" + name.replace("_", "-")
+            flags.append(flag if value is True else f"{flag}={value}")
+    return flags
+
+
+def resumed_flags(parser, args, saved, argv):
+    """The flags of a saved run with those of argv behind them, which then count; ValueError if one of these changes
+    what the run computes."""
+    if args.out or args.overwrite:
+        parser.error(f"--resume {args.resume} goes on in that folder: leave out --out and --overwrite")
+
+    def refuse(message):
+        raise fault(args.resume / resume.FILE, message, resume.AGAIN)
+
+    parser.error, error = refuse, parser.error
+    before = vars(parser.parse_args(saved.flags))
+    parser.error = error
+    now = vars(parser.parse_args([*saved.flags, *argv]))
+    changed = [name for name in before if name not in FREE and now[name] != before[name]]
+    if changed:
+        flag, new, old = "--" + changed[0].replace("_", "-"), now[changed[0]], before[changed[0]]
+        raise ValueError(f"{flag} {new} is not what the run in {args.resume} began with ({old}), and would change what "
+                         f"it computes: leave {flag} out, or begin a new run")
+    return [*saved.flags, *argv]
+
+
+def recipe_settings(args):
+    """What --recipe paper sets for the method, less what --params and --steps replace; ValueError where it has none."""
+    adapter.method_module(args.method)  # ValueError for no method at all
+    if args.method not in RECIPE_OF:
+        raise ValueError(f"--recipe paper is known for {', '.join(RECIPE_OF)}: the paper behind {args.method} trained "
+                         "on other tasks")
+    replaced = ["rank"] * (args.params is not None or args.method == "full") + ["epochs"] * (args.steps is not None)
+    settings = {**RECIPE, **RECIPE_OF[args.method]}
+    return {key: value for key, value in settings.items() if key not in replaced}
+
+
+def own_flags(method):
+    """Those of METHOD_FLAGS that belong to a method: the arguments of its attach, and what train.py does for it."""
+    accepted = inspect.signature(adapter.method_function(method, "attach")).parameters
+    more = ["params"] if adapter.method_function(method, "fit") else []
+    more += ["gamma", "reduction"] if hasattr(adapter.method_module(method), "add_regularizer_grad") else []
+    return [flag for flag in METHOD_FLAGS if flag in accepted or flag in more]
+
+
+def method_options(args):
+    """(arguments for attach, arguments for the regularizer): the method's own flags; ValueError for another's."""
+    own, module = own_flags(args.method), adapter.method_module(args.method)
+    accepted = inspect.signature(adapter.method_function(args.method, "attach")).parameters
+    regularized = hasattr(module, "add_regularizer_grad")
+    given = {flag: getattr(args, flag) for flag in METHOD_FLAGS if getattr(args, flag) is not None}
+    for flag in given:
+        if flag not in own:
+            word, *words = [name.replace("_", "-") for name in (flag, *own)]
+            raise ValueError(f"--{word} does not belong to {args.method}: its own flags are --{', --'.join(words)}")
+    for size in ("rank", "threshold"):
+        if args.params and size in given:
+            raise ValueError(f"--params chooses the {size}: give --params or --{size}, not both")
+    options = {flag: value for flag, value in given.items() if flag in accepted}
+    if "targets" in options:
+        options["targets"] = [name for name in args.targets.split(",") if name]
+        if not options["targets"]:
+            raise ValueError("--targets is empty: name linear layers, as in --targets q_proj,v_proj")
+    if "seed" in accepted:
+        options["seed"] = args.seed
+    regularizer = {"gamma": given.get("gamma", 4e-4), "reduction": given.get("reduction", "mean")}
+    return options, regularizer if regularized else {}
+
+
+def complete_options(args, options, model, dtype, device):
+    """The options of attach that need the model: the size for --params, the weights of --extra."""
+    if args.params:
+        fit = adapter.method_function(args.method, "fit")
+        known = {key: value for key, value in options.items() if key in inspect.signature(fit).parameters}
+        options = {**options, **fit(model, args.params, **known)}
+    if args.extra:
+        names = [name for name in args.extra.split(",") if name]
+        if not names or len(set(names)) < len(names):
+            raise ValueError("--extra is empty or names a model twice: as in --extra one.gguf,two.gguf")
+        extra = {name: checkpoint.load(name, dtype, device).model.state_dict() for name in names}
+        options = {**options, "extra": extra}
+    return options
+
+
+def holds_a_run(folder):
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def check_out(args):
+    """ValueError, before anything is loaded, if --out is no folder, or holds a run and there is no --overwrite."""
+    check_folder(args.out or Path("runs"), "--out")
+    if args.out and holds_a_run(args.out) and not args.overwrite and not args.resume:
+        more = f", or --resume {args.out} to go on" if (args.out / resume.FILE).exists() else ""
+        raise ValueError(f"--out {args.out} already holds a run: give another folder, or --overwrite to replace it"
+                         f"{more}")
+
+
+def choose_out(args):
+    """Name the run's folder: --out, or the first free one of runs/METHOD, runs/METHOD-2, ..."""
+    names = (args.method if n == 1 else f"{args.method}-{n}" for n in itertools.count(1))
+    args.out = args.out or next(Path("runs") / name for name in names if not holds_a_run(Path("runs") / name))
+
+
+def choose_budget(args, device, examples):
+    """Fill in what was not given, by what is there: minutes of work on a CPU, an epoch on a GPU."""
+    on_cpu = device.type == "cpu"
+    args.lr = args.lr or DEFAULT_LR[args.method]
+    args.batch = min(args.batch or (8 if on_cpu else 32), examples)
+    args.micro_batch = min(args.micro_batch or (8 if on_cpu else 32), args.batch)
+    if args.steps is None:
+        whole_epochs = max(1, round((args.epochs or 1) * (examples // args.batch)))
+        args.steps = 40 if on_cpu and args.epochs is None else whole_epochs
+    args.log_every = args.log_every or (1 if on_cpu else 10)
+    args.eval_every = args.eval_every or math.ceil(args.steps / 4)
+    args.save_every = args.save_every or args.eval_every
