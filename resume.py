@@ -145,7 +145,7 @@ def examples_sha256(*sets):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that the first SIGINT (Ctrl-C) or SIGTERM goes into, instead of ending the process as a second one does."""
+    """A list that the first SIGINT (Ctrl-C) or SIGTERM goes into; a second one ends the process."""
     noted = []
 
     def note(number, frame):

@@ -33,7 +33,7 @@ import tiny
 import tokenizer
 import toy
 from fuzz import either, fuzz, mutate_bytes, mutate_header, mutate_json, mutate_lines
-from model import Config, Model
+from model import Model
 
 TEXT = "How many? 12 cats' legs,  3\n\tcafé 🙂 <think> </s>"
 SHAPE = dict(vocab_size=269, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
