@@ -1,0 +1,199 @@
+"""A run that stops, in whatever way, goes on as if it had not: checkpoints, signals, full disks, steps that fail."""
+import collections
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapter
+import batching
+import checkpoint
+import eval as evaluation
+import report
+import resume
+import script
+import settings
+import tensorfile
+import train
+from loss import IGNORE
+from script import run_script
+from test_recipe import llama2, metamath_file  # noqa: F401 (a fixture)
+from tiny import tiny_metadata, tiny_tensors, write_gguf
+from toy import SIZES, attach, snapshot, toy_examples, toy_model, write_sums
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = list(adapter.METHODS)
+LR = {"sara": "3e-2", "mosara": "3e-2"}
+
+
+class Stopped(Exception):
+    """What ends a run in the middle, here."""
+
+
+@pytest.fixture(scope="module")
+def place(tiny_gguf, tmp_path_factory):
+    """A folder with data, and the flags of a short run on them with the tiny model."""
+    folder = tmp_path_factory.mktemp("resume")
+    data = write_sums(folder / "data")
+    flags = ["--model", str(tiny_gguf), "--data", str(data), "--held-out", "8", "--batch", "4", "--device", "cpu", "--no-sample"]
+    return types.SimpleNamespace(folder=folder, data=data, flags=flags, model=tiny_gguf)
+
+
+def flags_for(method, *more):
+    """A method at a size and rate for the tiny model, six steps with a checkpoint after each second one."""
+    size = [f"--{key}={value}" for key, value in SIZES.get(method, {"rank": 4}).items()]
+    return ["--method", method, "--lr", LR.get(method, "1e-2"), "--steps", "6", "--eval-every", "3", "--save-every", "2", *size, *more]
+
+
+@contextlib.contextmanager
+def stopping(*steps):
+    """Let train.py end with Stopped after the checkpoints of these steps, once each; a list of the steps saved."""
+    saved, left, save = [], list(steps), resume.save
+
+    def watched(path, model, optimizer, base, flags, data_sha256, progress):
+        save(path, model, optimizer, base, flags, data_sha256, progress)
+        saved.append(progress.step)
+        if progress.step in left:
+            left.remove(progress.step)
+            raise Stopped
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "save", watched)
+        yield saved
+
+
+def interrupted(flags, out, *steps):
+    """Begin a run that stops after the checkpoints of `steps`, and continue it each time."""
+    with stopping(*steps):
+        with pytest.raises(Stopped):
+            train.main([*flags, "--out", str(out)])
+        for _ in steps[1:]:
+            with pytest.raises(Stopped):
+                train.main(["--resume", str(out)])
+        return train.main(["--resume", str(out)])
+
+
+def log_lines(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+CLOCK = ("tokens_per_second", "gflops", "memory_gb", "spike", "loss_max")
+
+
+def trace(out):
+    """What log.jsonl says, less what the clock has to do with (and spikes, which are seen from a run's beginning)."""
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in log_lines(out)]
+
+
+def outcome(out, *left_out):
+    """result.json, less what may differ between a run and the same run continued."""
+    result = json.loads((out / "result.json").read_text())
+    vary = ("out", "resumed_at", "command", "seconds", "seconds_in_steps", "tokens_per_second", "memory_gb", *left_out)
+    return {key: value for key, value in result.items() if key not in vary}
+
+
+def assert_same(one, other, *left_out):
+    """Two finished runs have the same log, result, and bits of the adapter; nothing else is left of either."""
+    assert trace(one) == trace(other)
+    assert outcome(one, *left_out) == outcome(other, *left_out)
+    tensors, others = (tensorfile.read_safetensors(out / "adapter.safetensors") for out in (one, other))
+    assert tensors[1] == others[1] and tensors[0].keys() == others[0].keys()
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, others[0][name]), name
+    for out in (one, other):
+        assert sorted(path.name for path in out.iterdir()) == ["adapter.safetensors", "log.jsonl", "result.json"]
+
+
+def ends(arguments, capsys):
+    """(status, what it says on stderr) of a script's end by a user's mistake."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: train.main(list(map(str, arguments))))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    return stopped.value.code, said
+
+
+# ---- going on -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_continued_run_is_the_uninterrupted_one(method, place, tmp_path):
+    """Stopped twice, a run of every method has the losses, norms, rates, tokens, settings and weights of one that was not."""
+    flags = [*place.flags, *flags_for(method, "--weight-decay", "0.01")]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    result = interrupted(flags, tmp_path / "parts", 2, 4)
+    assert result["resumed_at"] == [2, 4]
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert [line["step"] for line in log_lines(tmp_path / "parts") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+VARIANTS = {
+    "epochs": ["--epochs", "1.5", "--template", "alpaca"], "params": ["--params", "3k", "--strip-annotations"],
+    "targets": ["--targets", "q_proj,down_proj", "--limit", "13", "--rank", "3", "--alpha", "7"],
+    "cut": ["--cut", "9+12", "--rank", "4", "--schedule", "linear", "--warmup", "0.5", "--clip", "0.3"],
+    "micro": ["--micro-batch", "3", "--log-every", "4", "--checkpointing", "--seed", "5", "--rank", "4"],
+    "bf16": ["--dtype", "bfloat16", "--rank", "4", "--max-tokens", "60"]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_continued_run_keeps_its_settings(variant, place, tmp_path):
+    """Epochs, budgets, targets, cuts, templates and limits are what they were, without being given again."""
+    steps = [] if variant == "epochs" else ["--steps", "6"]
+    flags = [*place.flags, "--method", "lora", "--lr", "1e-2", "--eval-every", "3", "--save-every", "2", *steps, *VARIANTS[variant]]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    interrupted(flags, tmp_path / "parts", 2)
+    if variant == "micro":  # where a run is stopped there is a line of the log
+        assert {line["step"] for line in log_lines(tmp_path / "parts") if "loss" in line} == {2, 3, 4, 6}
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    if variant == "epochs":
+        assert outcome(tmp_path / "parts")["epochs"] == 1.5 and outcome(tmp_path / "parts")["steps"] == 12
+
+
+@pytest.mark.parametrize("more", [[], ["--params", "30k", "--steps", "3"]], ids=["recipe", "recipe with a budget"])
+def test_a_continued_recipe_is_the_recipe(more, llama2, tmp_path, capsys):  # noqa: F811
+    """--recipe paper goes on with all that it sets, and prints it as before."""
+    metamath_file(tmp_path / "MetaMathQA.json", 60)
+    flags = ["--method", "sorsa", "--recipe", "paper", "--model", str(llama2), "--data", str(tmp_path / "MetaMathQA.json"),
+             "--held-out", "20", "--no-sample", "--device", "cpu", "--batch", "8", "--svd", "gram", "--save-every", "1", *more]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    before = capsys.readouterr().out
+    interrupted(flags, tmp_path / "parts", 1)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    line = next(line for line in before.splitlines() if line.startswith("recipe"))
+    assert capsys.readouterr().out.splitlines().count(line) == 2
+
+
+def test_further_models_are_not_needed_again(place, tmp_path):
+    """The basis that CoRA took from --extra is in the checkpoint: the run goes on though the other model is gone."""
+    other = write_gguf(tmp_path / "other.gguf", tiny_metadata(), tiny_tensors(seed=5))
+    flags = [*place.flags, *flags_for("cora", "--extra", str(other))]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    with stopping(4), pytest.raises(Stopped):
+        train.main([*flags, "--out", str(tmp_path / "parts")])
+    other.unlink()
+    train.main(["--resume", str(tmp_path / "parts")])
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_that_was_killed_before_its_last_line_is_finished(place, tmp_path):
+    """With every step made and result.json written or not, --resume only writes what was missing."""
+    flags = [*place.flags, *flags_for("lora")]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    interrupted(flags, tmp_path / "parts", 6)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    with stopping(6), pytest.raises(Stopped):
+        train.main([*flags, "--out", str(tmp_path / "again")])
+    for name in ("result.json", "adapter.safetensors"):
+        (tmp_path / "again" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    train.main(["--resume", str(tmp_path / "again")])
+    assert_same(tmp_path / "whole", tmp_path / "again")
