@@ -197,3 +197,173 @@ def test_a_run_that_was_killed_before_its_last_line_is_finished(place, tmp_path)
         (tmp_path / "again" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     train.main(["--resume", str(tmp_path / "again")])
     assert_same(tmp_path / "whole", tmp_path / "again")
+
+
+# ---- killed ---------------------------------------------------------------------------------------------------------
+
+def forked(arguments, said):
+    """The process id of train.py in a process of its own, without the seconds that importing takes; `said` is a file."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process
+    status = 99
+    try:
+        with open(said, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            run_script(lambda: train.main(list(map(str, arguments))))
+            status = 0
+    except SystemExit as stopped:
+        status = stopped.code
+    finally:
+        os._exit(status)
+
+
+def ended(process):
+    """The status of a process as a shell sees it, once it has ended."""
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return code if code >= 0 else 128 - code
+
+
+def check_whole(out):
+    """Every file of a run, finished or not, can be read, but for the last line of its log. Returns its checkpoint's step."""
+    names = {path.name for path in out.iterdir() if not path.name.endswith(".tmp")} if out.is_dir() else set()
+    assert names <= {"log.jsonl", "result.json", "adapter.safetensors", resume.FILE}
+    for text in (out / "log.jsonl").read_text().splitlines()[:-1] if "log.jsonl" in names else ():
+        json.loads(text)
+    if "result.json" in names:
+        tensorfile.read_json(out / "result.json")
+    if "adapter.safetensors" in names:
+        [tensor.sum() for tensor in adapter.read_config(out / "adapter.safetensors")[0].values()]
+    if resume.FILE in names:
+        return resume.read(out).progress.step
+    return "finished" if "result.json" in names else None
+
+
+def kill_and_continue(flags, out, seconds, rng, kills):
+    """Begin a run and SIGKILL it `kills` times at random moments of the `seconds` that it takes, continuing it after each
+    kill; then let it end. Returns where the kills left it: steps, None before the first checkpoint, "finished"."""
+    states, said = [], out.with_suffix(".txt")
+    while True:
+        state = check_whole(out)
+        if state == "finished":
+            return states
+        arguments = [*flags, "--out", out, "--overwrite"] if state is None else ["--resume", out]
+        process = forked(arguments, said)
+        if len(states) >= kills:
+            assert ended(process) == 0, said.read_text()
+        else:
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(process, signal.SIGKILL)
+            assert ended(process) in (0, 137), said.read_text()
+            states.append(check_whole(out))
+
+
+def killed(method, place, folder, rng, kills):
+    """A run of a method that is killed and continued: its files are those of an uninterrupted run."""
+    flags = [*place.flags, *flags_for(method, "--save-every", "1", "--log-every", "1", "--steps", "16")]
+    since = time.perf_counter()
+    assert ended(forked([*flags, "--out", folder / "whole"], folder / "whole.txt")) == 0
+    seconds = time.perf_counter() - since
+    states = kill_and_continue(flags, folder / "parts", 0.8 * seconds, rng, kills)
+    for left in (folder / "parts").glob(".*.tmp"):  # of a kill after all was written
+        left.unlink()
+    assert_same(folder / "whole", folder / "parts", "overwrite")
+    return states
+
+
+def test_a_killed_run_goes_on(place, tmp_path):
+    """SIGKILL at three random moments: every file is whole at any time, and in the end all is as if nothing had happened."""
+    print(killed("sorsa", place, tmp_path, random.Random(0), 3))
+
+
+@pytest.mark.long
+def test_fifty_kills_of_all_methods(place, tmp_path):
+    """The same with six random kills for each method, in steps, in checkpoints, and while the result is written."""
+    rng, all_states = random.Random(1), {}
+    for method in METHODS:
+        (tmp_path / method).mkdir()
+        all_states[method] = killed(method, place, tmp_path / method, rng, 6)
+        print(f"\n{method}: killed {len(all_states[method])} times, at {all_states[method]}", end="")
+    assert sum(map(len, all_states.values())) >= 50
+
+
+# ---- told to stop ---------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def signalling(kind, owner, name, call, times=1):
+    """Let the process send itself a signal in the call number `call` of a function, `times` times."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def watched(*arguments, **more):
+        if next(calls) == call:
+            for _ in range(times):
+                signal.raise_signal(kind)
+        return function(*arguments, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """An uninterrupted run of LoRA."""
+    train.main([*place.flags, *flags_for("lora"), "--out", str(place.folder / "whole")])
+    return place.folder / "whole"
+
+
+@pytest.mark.parametrize("owner, name, call, step", [
+    (train, "accumulate_gradients", 1, 1), (train, "accumulate_gradients", 3, 3), (torch.optim.AdamW, "zero_grad", 2, 2),
+    (train, "log_line", 4, 5), (train, "held_out_loss", 2, 4), (resume, "save", 1, 3), (tensorfile.os, "fsync", 2, 3)])
+@pytest.mark.parametrize("kind, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_run_after_a_checkpoint(kind, status, owner, name, call, step, place, whole, tmp_path, capsys):
+    """Wherever it comes, the step is finished, or the next one is; what was saved and said leads to the same end."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with signalling(kind, owner, name, call), pytest.raises(SystemExit) as stopped:
+        run_script(lambda: train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "parts")]))
+    printed = capsys.readouterr()
+    assert stopped.value.code == status and printed.err == "" and resume.read(tmp_path / "parts").progress.step == step
+    assert printed.out.splitlines()[-1] == (f"stopped by {kind.name} after step {step} of 6; to go on: "
+                                            f"python train.py --resume {tmp_path / 'parts'}")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    train.main(["--resume", str(tmp_path / "parts")])
+    assert_same(whole, tmp_path / "parts")
+
+
+@pytest.mark.parametrize("owner, name, call", [(train, "accumulate_gradients", 6), (resume, "save", 3)])
+def test_a_signal_in_the_last_step_lets_the_run_finish(owner, name, call, place, whole, tmp_path):
+    """There is nothing to go on with: the result is written."""
+    with signalling(signal.SIGTERM, owner, name, call):
+        train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "run")])
+    assert_same(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("owner, name, call, times", [
+    (train, "accumulate_gradients", 3, 2), (resume, "save", 2, 2), (checkpoint, "load", 1, 1), (train, "print_sample", 1, 1),
+    (adapter, "save", 1, 1)])
+def test_ctrl_c_ends_at_once(owner, name, call, times, place, tmp_path, capsys):
+    """A second Ctrl-C in the loop, and one before or after it: one line and status 130; the last checkpoint is there."""
+    with signalling(signal.SIGINT, owner, name, call, times):
+        status, said = ends([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], capsys)
+    assert (status, said) == (130, "error: interrupted\n")
+    assert check_whole(tmp_path / "run") == {"accumulate_gradients": 2, "save": 2 if owner is resume else 6}.get(name)
+
+
+def test_a_second_sigterm_ends_at_once(place, tmp_path):
+    """As the system does it, with status 143."""
+    with signalling(signal.SIGTERM, train, "accumulate_gradients", 3, 2):
+        process = forked([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], tmp_path / "said")
+    assert ended(process) == 143 and check_whole(tmp_path / "run") == 2
+
+
+def test_ctrl_c_from_the_shell(place, tmp_path):
+    """`python train.py` itself: a line that says how to go on, status 130; and as it says, it goes on."""
+    command = [sys.executable, str(ROOT / "train.py"), *place.flags, "--method", "lora", "--steps", "100000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "") and f"python train.py --resume {tmp_path / 'run'}" in out.splitlines()[-1]
+    step = int(re.search(r"stopped by SIGINT after step (\d+) of", out)[1])
+    assert log_lines(tmp_path / "run")[-1]["step"] == step == resume.read(tmp_path / "run").progress.step
