@@ -241,7 +241,8 @@ def check_whole(out):
 
 def kill_and_continue(flags, out, seconds, rng, kills):
     """Begin a run and SIGKILL it `kills` times at random moments of the `seconds` that it takes, continuing it after each
-    kill; then let it end. Returns where the kills left it: steps, None before the first checkpoint, "finished"."""
+    kill; then let it end. Returns where the kills left it: (step of the checkpoint, None before the first one or
+    "finished"; whether it was writing a file)."""
     states, said = [], out.with_suffix(".txt")
     while True:
         state = check_whole(out)
@@ -252,10 +253,12 @@ def kill_and_continue(flags, out, seconds, rng, kills):
         if len(states) >= kills:
             assert ended(process) == 0, said.read_text()
         else:
-            time.sleep(rng.uniform(0, seconds))
+            time.sleep(seconds * rng.choice((rng.uniform(0, 0.6), rng.uniform(0.5, 1.1))))
             os.kill(process, signal.SIGKILL)
-            assert ended(process) in (0, 137), said.read_text()
-            states.append(check_whole(out))
+            status = ended(process)
+            assert status in (0, 137), said.read_text()
+            if status:
+                states.append((check_whole(out), any(out.glob(".*.tmp"))))
 
 
 def killed(method, place, folder, rng, kills):
@@ -264,7 +267,7 @@ def killed(method, place, folder, rng, kills):
     since = time.perf_counter()
     assert ended(forked([*flags, "--out", folder / "whole"], folder / "whole.txt")) == 0
     seconds = time.perf_counter() - since
-    states = kill_and_continue(flags, folder / "parts", 0.8 * seconds, rng, kills)
+    states = kill_and_continue(flags, folder / "parts", seconds, rng, kills)
     for left in (folder / "parts").glob(".*.tmp"):  # of a kill after all was written
         left.unlink()
     assert_same(folder / "whole", folder / "parts", "overwrite")
@@ -275,19 +278,6 @@ def test_a_killed_run_goes_on(place, tmp_path):
     """SIGKILL at three random moments: every file is whole at any time, and in the end all is as if nothing had happened."""
     print(killed("sorsa", place, tmp_path, random.Random(0), 3))
 
-
-@pytest.mark.long
-def test_fifty_kills_of_all_methods(place, tmp_path):
-    """The same with six random kills for each method, in steps, in checkpoints, and while the result is written."""
-    rng, all_states = random.Random(1), {}
-    for method in METHODS:
-        (tmp_path / method).mkdir()
-        all_states[method] = killed(method, place, tmp_path / method, rng, 6)
-        print(f"\n{method}: killed {len(all_states[method])} times, at {all_states[method]}", end="")
-    assert sum(map(len, all_states.values())) >= 50
-
-
-# ---- told to stop ---------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def signalling(kind, owner, name, call, times=1):
@@ -303,6 +293,35 @@ def signalling(kind, owner, name, call, times=1):
         patch.setattr(owner, name, watched)
         yield
 
+
+@pytest.mark.parametrize("name, call", list(itertools.product(("fsync", "replace", "unlink"), range(1, 6))))
+def test_a_run_killed_as_it_writes_goes_on(name, call, place, tmp_path):
+    """SIGKILL within the writing of the log, of both checkpoints, of the adapter and of the result."""
+    flags = [*place.flags, *flags_for("sorsa", "--steps", "2", "--save-every", "1", "--eval-every", "1")]
+    if not (place.folder / "two").exists():
+        train.main([*flags, "--out", str(place.folder / "two")])
+    with signalling(signal.SIGKILL, os, name, call):
+        assert ended(forked([*flags, "--out", tmp_path / "run"], tmp_path / "said")) == 137
+    state = check_whole(tmp_path / "run")
+    train.main([*flags, "--out", str(tmp_path / "run"), "--overwrite"] if state is None else ["--resume", str(tmp_path / "run")])
+    assert_same(place.folder / "two", tmp_path / "run", "overwrite")
+
+
+@pytest.mark.long
+def test_fifty_kills_of_all_methods(place, tmp_path):
+    """The same with six random kills or more of each method: in steps, in checkpoints, at the end."""
+    rng, states, runs = random.Random(1), [], itertools.count()
+    for at_least, method in zip(range(6, 55, 6), METHODS):
+        while len(states) < at_least:
+            folder = tmp_path / f"{method}{next(runs)}"
+            folder.mkdir()
+            states += killed(method, place, folder, rng, 6)
+    count = collections.Counter("end" if step in (16, "finished") else "start" if step is None else "middle" for step, _ in states)
+    print(f"\n{len(states)} kills: {dict(count)}, {sum(writing for _, writing in states)} of them while a file was written")
+    assert len(states) >= 50
+
+
+# ---- told to stop ---------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def whole(place):
