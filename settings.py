@@ -190,7 +190,7 @@ def resumed_flags(parser, args, saved, argv):
     for name, new in vars(parser.parse_args([*saved.flags, *argv])).items():
         old = getattr(before, name)
         if name not in FREE and new != old:
-            began = "without it" if old in (None, False) else f"with {flag_text(name, old)}"
+            began = "without it" if old is None or old is False else f"with {flag_text(name, old)}"
             raise ValueError(f"{flag_text(name, new)}: the run in {args.resume} began {began}, and another value would "
                              "change what it computes: leave it out, or begin a new run")
     return [*saved.flags, *argv]

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -386,3 +387,194 @@ def test_ctrl_c_from_the_shell(place, tmp_path):
     assert (process.returncode, error) == (130, "") and f"python train.py --resume {tmp_path / 'run'}" in out.splitlines()[-1]
     step = int(re.search(r"stopped by SIGINT after step (\d+) of", out)[1])
     assert log_lines(tmp_path / "run")[-1]["step"] == step == resume.read(tmp_path / "run").progress.step
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def half(place):
+    """A LoRA run that was stopped after step 4 of 6: read it only."""
+    with stopping(4), pytest.raises(Stopped):
+        train.main([*place.flags, *flags_for("lora"), "--out", str(place.folder / "half")])
+    return place.folder / "half"
+
+
+# Another value of every flag that is not free to change, and what the run above began with.
+OTHERS = {
+    "method": ("sorsa", "lora"), "template": ("alpaca", "plain"), "recipe": ("paper", None), "targets": ("q_proj", None),
+    "params": ("5k", None), "rank": ("5", "4"), "alpha": ("3", None), "svd": ("exact", None), "gamma": ("0", None),
+    "reduction": ("sum", None), "threshold": ("0.3", None), "init": ("lora", None), "sets": ("3", None), "router_rank": ("2", None),
+    "v_mode": ("output", None), "basis": ("random", None), "extra": ("a.gguf", None), "a_init": ("random", None),
+    "group_by": ("shape", None), "core_only": (None, None), "steps": ("7", "6"), "epochs": ("2", None), "batch": ("5", "4"),
+    "lr": ("0.02", "0.01"), "schedule": ("linear", "cosine"), "warmup": ("0.5", "0.03"), "weight_decay": ("0.1", "0.0"),
+    "clip": ("2", "1.0"), "max_tokens": ("99", "256"), "cut": ("50+50", None), "strip_annotations": (None, None),
+    "limit": ("20", None), "seed": ("1", "0"), "held_out": ("9", "8"), "dtype": ("bfloat16", "float32")}
+
+
+def test_every_flag_is_free_or_refused():
+    """A flag that is added to train.py must be put into one of the two lists."""
+    flags = set(vars(settings.make_parser().parse_args([])))
+    assert flags == {*OTHERS, *settings.FREE} and not {*OTHERS} & {*settings.FREE}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_changes_the_run_is_refused(name, half, capsys):
+    """Each flag with another value than the run began with: one line with the flag, the new value and the old one."""
+    flag, (new, old) = "--" + name.replace("_", "-"), OTHERS[name]
+    before = (half / "log.jsonl").read_bytes(), (half / resume.FILE).read_bytes()
+    status, said = ends(["--resume", half, flag, *([new] if new else [])], capsys)
+    new = {"params": "5000", "alpha": "3.0", "gamma": "0.0", "epochs": "2.0", "clip": "2.0"}.get(name, new)
+    assert status == 2 and said.startswith(f"error: {flag} {new}: the run in {half} began " if new else f"error: {flag}: the run in {half}")
+    assert f"began with {flag} {old}, and" in said if old else "began without it, and" in said
+    assert before == ((half / "log.jsonl").read_bytes(), (half / resume.FILE).read_bytes())
+
+
+def copied(half, folder):
+    shutil.copytree(half, folder)
+    return folder
+
+
+def test_the_same_value_and_free_flags_are_taken(half, whole, tmp_path):
+    """What a run began with may be given again; how often it measures, saves and logs may change, and how it computes."""
+    run = copied(half, tmp_path / "run")
+    with stopping() as saved:
+        result = train.main(["--resume", str(run), "--lr", "1e-2", "--rank", "4", "--micro-batch", "2", "--eval-every", "1",
+                             "--save-every", "1", "--log-every", "1", "--checkpointing", "--device", "cpu"])
+    assert saved == [5, 6] and set(result["held_out_loss"]) == {0, 3, 5, 6} and (result["micro_batch"], result["checkpointing"]) == (2, True)
+    assert result["held_out_after"] == pytest.approx(json.loads((whole / "result.json").read_text())["held_out_after"], rel=1e-5)
+
+
+def test_a_flag_that_was_changed_stays_changed(half, tmp_path):
+    """A run that is continued with another --save-every and stopped again goes on with that one."""
+    run = copied(half, tmp_path / "run")
+    with stopping(5) as saved, pytest.raises(Stopped):
+        train.main(["--resume", str(run), "--save-every", "1"])
+    assert saved == [5] and "--save-every=1" in resume.read(run).flags and "--save-every=2" not in resume.read(run).flags
+
+
+def test_model_and_data_may_have_moved(half, place, whole, tmp_path):
+    """Both are known by their checksums: --model and --data say where they are now."""
+    run, model = copied(half, tmp_path / "run"), tmp_path / "moved.gguf"
+    model.write_bytes(place.model.read_bytes())
+    shutil.copytree(place.data, tmp_path / "moved")
+    result = train.main(["--resume", str(run), "--model", str(model), "--data", str(tmp_path / "moved")])
+    assert (result["model"], result["data"]) == (str(model), str(tmp_path / "moved")) and trace(run) == trace(whole)
+
+
+def other_model(folder):
+    return ["--model", write_gguf(folder / "other.gguf", tiny_metadata(), tiny_tensors(seed=5))]
+
+
+def other_data(folder):
+    return ["--data", write_sums(folder / "data", 41)]
+
+
+@pytest.mark.parametrize("more, words", [
+    (other_model, "the run began with another model (sha256 "), (other_data, "the run began with another data (sha256 "),
+    (lambda folder: ["--out", folder / "x"], "leave out --out and --overwrite"), (lambda folder: ["--overwrite"], "leave out --out and --overwrite"),
+    (lambda folder: ["--model", "no.gguf"], "no.gguf: no such file"), (lambda folder: ["--data", folder / "no"], "/no")])
+def test_what_does_not_go_with_resume(more, words, half, tmp_path, capsys):
+    """One line, and the run is as it was."""
+    run = copied(half, tmp_path / "run")
+    status, said = ends(["--resume", run, *more(tmp_path)], capsys)
+    assert status == 2 and words in said
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == {path.name: path.read_bytes() for path in half.iterdir()}
+
+
+def test_where_there_is_nothing_to_continue(whole, tmp_path, capsys):
+    """A finished run, a folder that holds none, and no folder are told apart."""
+    (tmp_path / "empty").mkdir()
+    for folder, words in ((whole, "this run is finished"), (tmp_path / "empty", "nothing was saved before it stopped"),
+                          (tmp_path / "no", "there is no such folder"), (whole / "log.jsonl", "there is no such folder")):
+        status, said = ends(["--resume", folder], capsys)
+        assert status == 2 and f"{folder / resume.FILE}: no such file, so there is nothing to continue: {words}" in said
+
+
+# ---- damaged checkpoints --------------------------------------------------------------------------------------------
+
+def rewritten(run, tensors=None, metadata=None, progress=None, **record):
+    """Change the tensors (None: left out), the metadata, the saved record and the progress in it of a run's checkpoint."""
+    found, texts = tensorfile.read_safetensors(run / resume.FILE)
+    found = {name: tensor.clone() for name, tensor in found.items()}
+    for name, change in (tensors or {}).items():
+        old = found.pop(name, None)
+        if change is not None:
+            found[name] = change(old)
+    saved = json.loads(texts["run"])
+    saved = {**saved, **record, "progress": {**saved["progress"], **(progress or {})}}
+    tensorfile.write_safetensors(run / resume.FILE, found, {**texts, "run": json.dumps(saved), **(metadata or {})})
+
+
+Q = "model.layers.0.self_attn.q_proj.A"
+DAMAGE = {
+    "a moment missing": (dict(tensors={f"exp_avg.{Q}": None}), "exp_avg is not there for exactly what trains"),
+    "a moment too many": (dict(tensors={"exp_avg_sq.x": lambda _: torch.zeros(3)}), "exp_avg_sq is not there for exactly"),
+    "a moment's shape": (dict(tensors={f"exp_avg.{Q}": lambda old: old.T.contiguous()}), f"exp_avg.{Q} is not of shape (4, 64) in fp32"),
+    "a moment's dtype": (dict(tensors={f"exp_avg_sq.{Q}": lambda old: old.double()}), f"exp_avg_sq.{Q} is not of shape"),
+    "a step's shape": (dict(tensors={f"step.{Q}": lambda old: old[None]}), f"step.{Q} is not of shape ()"),
+    "another step": (dict(tensors={f"step.{Q}": lambda old: old + 1}), f"step.{Q} is not 4"),
+    "a factor missing": (dict(tensors={f"adapter.{Q}": None}), f"missing {Q}"),
+    "a factor's shape": (dict(tensors={f"adapter.{Q}": lambda old: old[:2].contiguous()}), f"{Q} has shape (2, 64), expected (4, 64)"),
+    "a factor's dtype": (dict(tensors={f"adapter.{Q}": lambda old: old.long()}), f"{Q} has dtype torch.int64"),
+    "a tensor of no kind": (dict(tensors={"x.y": lambda _: torch.zeros(3)}), "unexpected tensor x.y"),
+    "no random state": (dict(tensors={"rng": None}), "no random state of torch's"),
+    "half a random state": (dict(tensors={"rng": lambda old: old[:100].clone()}), "no random state of torch's"),
+    "numbers for a random state": (dict(tensors={"rng": lambda old: old.float()}), "no random state of torch's"),
+    "no record": (dict(metadata={"run": "[]"}), "the 'run' metadata is not a JSON object"),
+    "no adapter": (dict(metadata={"adapter": "{}"}), "unknown method None"),
+    "flags of another type": (dict(flags="--lr=1"), "its flags are no flags"),
+    "a number among flags": (dict(flags=["--lr=1", 3]), "its flags are no flags"),
+    "a word among flags": (dict(flags=["--lr=1", "x"]), "its flags are no flags"),
+    "no checksum": (dict(data_sha256=None), "its progress is none"),
+    "step 0": (dict(progress={"step": 0}), "its progress is not that of a run of 6 steps"),
+    "step 7": (dict(progress={"step": 7}), "its progress is not that of a run of 6 steps"),
+    "the last step": (dict(progress={"step": 6}), "its progress is not that of a run of 6 steps"),
+    "nothing measured": (dict(progress={"held_out": {}}), "its progress is not that of a run of 6 steps"),
+    "no time": (dict(progress={"seconds_in_steps": 0}), "its progress is not that of a run of 6 steps"),
+    "a field too many": (dict(progress={"x": 0}), "its progress is none"),
+    **{f"progress {field} {value!r}": (dict(progress={field: value}), "its progress is none") for field, value in (
+        ("step", -1), ("step", 1.5), ("step", True), ("tokens", "many"), ("seconds", -1.0), ("seconds", None), ("resumed_at", 3),
+        ("resumed_at", [0.5]), ("held_out", []), ("held_out", {"0": "x"}), ("held_out", {"a": 0.5}), ("held_out", {"0": 1}))},
+    **{f"flags {' '.join(flags)}": (dict(flags=flags), f"its flags are not those of a run: {words}") for flags, words in (
+        (["--help"], "--help"), (["--resume=x"], "--resume=x"), (["--out=x"], "--out=x"), (["--dry-run"], "--dry-run"),
+        (["--overwrite"], "--overwrite"), (["--met=lora"], "--met=lora"), (["--methods=lora"], "--methods=lora"), (["--"], "--"),
+        (["--recipe=paper", "--method=sara"], "--recipe paper is known for"), (["--recipe=x"], "argument --recipe: invalid choice"),
+        (["--lr"], "argument --lr: expected one argument"), (["--lr=x"], "argument --lr: 'x' is not a number"),
+        (["--steps=0"], "argument --steps: '0' is not"), (["--steps=3", "--epochs=1"], "give --steps or --epochs, not both"),
+        (["--warmup=2"], "--warmup 2 is a share of the steps"), (["--method=lorra"], "unknown method 'lorra'"),
+        (["--method=lora", "--sets=3"], "--sets does not belong to lora"), (["--no-sample=1"], "argument --no-sample: ignored explicit"),
+        (["--cut=5"], "argument --cut: '5' is not two lengths"), (["--method=full"], "full, and the adapter is of lora"))}}
+
+
+@pytest.mark.parametrize("label", DAMAGE)
+def test_a_damaged_checkpoint_is_named(label, half, tmp_path, capsys):
+    """One line that names the file and what is wrong in it; nothing of the run has changed."""
+    run, (changes, words) = copied(half, tmp_path / "run"), DAMAGE[label]
+    rewritten(run, **changes)
+    log = (run / "log.jsonl").read_bytes()
+    status, said = ends(["--resume", run], capsys)
+    assert status == 2 and said.startswith(f"error: {run / resume.FILE}: ") and words in said, said
+    assert (run / "log.jsonl").read_bytes() == log and len(list(run.iterdir())) == 2
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_named(share, half, tmp_path, capsys):
+    """Wherever it was cut."""
+    run = copied(half, tmp_path / "run")
+    content = (run / resume.FILE).read_bytes()
+    (run / resume.FILE).write_bytes(content[:int(share * len(content))])
+    status, said = ends(["--resume", run], capsys)
+    assert status == 2 and said.startswith(f"error: {run / resume.FILE}: ")
+
+
+def test_a_log_of_any_kind_is_mended(half, whole, tmp_path):
+    """Lines that are cut, foreign, or of steps after the checkpoint are dropped; without a log there is a new one."""
+    run = copied(half, tmp_path / "run")
+    with open(run / "log.jsonl", "ab") as file:
+        file.write(b'{"step": 5, "loss": 1.0}\n[1]\n7\n{}\n{"step": "x"}\n{"step": null}\n\xff\xfe\n{"step": 5, "lo')
+    train.main(["--resume", str(run)])
+    assert_same(whole, run)
+    run = copied(half, tmp_path / "without")
+    (run / "log.jsonl").unlink()
+    train.main(["--resume", str(run)])
+    assert trace(run) == trace(whole)[-3:]
