@@ -578,3 +578,194 @@ def test_a_log_of_any_kind_is_mended(half, whole, tmp_path):
     (run / "log.jsonl").unlink()
     train.main(["--resume", str(run)])
     assert trace(run) == trace(whole)[-3:]
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_last_checkpoint(name, place, whole, tmp_path, monkeypatch, capsys):
+    """The second checkpoint does not fit: one line that names it, the first is there and goes on, nothing else is left."""
+    run, function, calls = tmp_path / "run", getattr(os, name), itertools.count(1)
+
+    def full(*arguments):
+        if next(calls) == 3:  # the log, a checkpoint, the next
+            raise OSError(28, "No space left on device")
+        return function(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full)
+        status, said = ends([*place.flags, *flags_for("lora"), "--out", run], capsys)
+    assert (status, said) == (2, f"error: {run / resume.FILE}: No space left on device; check that path, its permissions and "
+                                 "the space left there\n")
+    assert {path.name for path in run.iterdir()} == {"log.jsonl", resume.FILE} and check_whole(run) == 2
+    train.main(["--resume", str(run)])
+    assert_same(whole, run)
+
+
+def test_a_file_size_limit_is_one_line(place, tmp_path):
+    """What the system itself refuses to write: the same, in a process of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        process = forked([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], tmp_path / "said")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ended(process) == 2 and [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
+    assert (tmp_path / "said").read_text().splitlines()[-1].startswith(f"error: {tmp_path / 'run' / resume.FILE}: File too large; ")
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+def poisoned(value, at, place_of="loss"):
+    """accumulate_gradients whose call number `at` gives a loss, or one gradient, of this value."""
+    function, calls = train.accumulate_gradients, itertools.count(1)
+
+    def watched(model, encoded, *rest):
+        loss = function(model, encoded, *rest)
+        if next(calls) == at:
+            if place_of == "loss":
+                return loss * value
+            next(p for p in adapter.trainable(model).values() if p.grad is not None).grad[0, 0] = value
+        return loss
+    return watched
+
+
+@pytest.mark.parametrize("value, where", [(float("nan"), "loss"), (float("inf"), "gradient"), (float("nan"), "gradient")])
+def test_a_step_that_is_not_finite_changes_nothing(value, where, place, whole, tmp_path, monkeypatch, capsys):
+    """The run ends before step 4 changes a weight; one line with the step and what was not finite, no adapter, and from
+    the checkpoint after step 2 it goes on as if nothing had happened."""
+    run, parameters, weights, step = tmp_path / "run", [], [], torch.optim.AdamW.step
+
+    def stepped(optimizer):
+        step(optimizer)
+        parameters[:] = [p for group in optimizer.param_groups for p in group["params"]]
+        weights.append([p.detach().clone() for p in parameters])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate_gradients", poisoned(value, 4, where))
+        patch.setattr(torch.optim.AdamW, "step", stepped)
+        status, said = ends([*place.flags, *flags_for("lora"), "--out", run], capsys)
+    assert status == 2 and len(weights) == 3 and said.startswith("error: step 4: loss ") and "lower --lr, now 0.01" in said
+    assert (f"loss {value:g}" if where == "loss" else f"gradient norm {value:g}") in said
+    assert parameters and all(map(torch.equal, parameters, weights[-1]))
+    assert {path.name for path in run.iterdir()} == {"log.jsonl", resume.FILE} and check_whole(run) == 2
+    assert [line["step"] for line in log_lines(run) if "loss" in line] == [1, 2, 3]
+    train.main(["--resume", str(run)])
+    assert_same(whole, run)
+
+
+@pytest.mark.parametrize("batch", [4, 18])
+def test_the_records_of_a_bad_step_are_those_of_the_data(batch, place, tmp_path, monkeypatch):
+    """With --limit, a blank line and examples that are too long, the numbers name the records that the batch was made of."""
+    records = [{"question": f"What is {i}+1?", "answer": f"{i + 1}\n#### {i + 1}"} for i in range(40)]
+    for i in range(0, 40, 3):
+        records[i]["answer"] = 30 * "so " + records[i]["answer"]
+    (tmp_path / "data.jsonl").write_text("\n\n".join(map(json.dumps, records)))
+    seen, function = [], train.accumulate_gradients
+
+    def watched(model, encoded, *rest):
+        seen.append(encoded)
+        return function(model, encoded, *rest) * (float("nan") if len(seen) == 3 else 1)
+    monkeypatch.setattr(train, "accumulate_gradients", watched)
+    with pytest.raises(FloatingPointError, match="on records") as stopped:
+        train.main([*place.flags, "--data", str(tmp_path / "data.jsonl"), "--method", "lora", "--rank", "4", "--limit", "30",
+                    "--max-tokens", "100", "--batch", str(batch), "--out", str(tmp_path / "run")])
+    named = re.search(r"on records ([\d, ]+)(?: and (\d+) more)? of the data", str(stopped.value))
+    numbers = [int(number) for number in named[1].split(", ")]
+    tokenizer = checkpoint.load(str(place.model)).tokenizer
+    assert len(numbers) + int(named[2] or 0) == len(seen[2]) == batch and (named[2] == "2") == (batch == 18)
+    for number, (ids, start) in zip(numbers, seen[2]):
+        assert records[number - 1]["question"] in tokenizer.decode(ids[:start]) and records[number - 1]["answer"] in tokenizer.decode(ids)
+        assert number % 3 != 1
+
+
+def test_the_way_of_a_gpu():
+    """Not waited for, a step that is not finite changes nothing, nor does any after it; the line names the first."""
+    model, data = attach(toy_model(), "lora"), toy_examples(16)
+    optimizer = torch.optim.AdamW(train.decay_groups(model, 0.1), lr=1e-2, fused=True)
+    steps, before = [], None
+    for step in range(1, 6):
+        loss = train.accumulate_gradients(model, data[:4], 4, "cpu", contextlib.nullcontext())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        R = torch.tensor(float("inf")) if step == 3 else torch.tensor(1.0)
+        if step == 4:
+            loss = loss * float("nan")
+        steps.append((step, [step, 0], loss.detach(), norm, R))
+        train.skip_if_not_finite(optimizer, (loss, norm, R))
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            before = snapshot(model), [value.clone() for state in optimizer.state.values() for value in state.values()]
+    assert all(torch.equal(before[0][name], tensor) for name, tensor in snapshot(model).items())
+    assert all(map(torch.equal, before[1], (value for state in optimizer.state.values() for value in state.values())))
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2}
+    with pytest.raises(FloatingPointError, match=r"step 3: loss [\d.]+, gradient norm [\d.]+, R inf, on records 13, 10 of the data"):
+        train.check_finite(steps, range(10, 20), 1e-2)
+    train.check_finite(steps[:2], range(10, 20), 1e-2)
+    train.check_finite([(1, [0], torch.tensor(1.0), torch.tensor(1.0), None)], [1], 1e-2)
+
+
+def test_without_a_bad_step_the_way_of_a_gpu_is_the_same():
+    """Looking for bad steps does not change a good one."""
+    results = []
+    for look in (False, True):
+        model = attach(toy_model(), "sorsa")
+        optimizer = torch.optim.AdamW(train.decay_groups(model, 0.1), lr=1e-2, fused=True)
+        for _ in range(3):
+            loss = train.accumulate_gradients(model, toy_examples(4), 4, "cpu", contextlib.nullcontext())
+            if look:
+                train.skip_if_not_finite(optimizer, (loss, loss, None))
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(snapshot(model))
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_a_regularizer_that_is_not_finite_stops_the_run(place, tmp_path, monkeypatch):
+    """R counts as the loss does, and is named."""
+    monkeypatch.setattr(adapter.method_module("sorsa"), "add_regularizer_grad", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(FloatingPointError, match="step 1: loss .*, gradient norm .*, R inf, on records"):
+        train.main([*place.flags, *flags_for("sorsa"), "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_spikes_are_marked(every, place, tmp_path, monkeypatch, capsys):
+    """A loss of twice the median of the lines before shows in the line and the log, also of a step without a line."""
+    monkeypatch.setattr(train, "accumulate_gradients", poisoned(3.0, 15))
+    train.main([*place.flags, *flags_for("lora", "--steps", "20", "--eval-every", "20", "--save-every", "20", "--lr", "1e-4",
+                                         "--log-every", str(every)), "--out", str(tmp_path / "run")])
+    lines = [line for line in log_lines(tmp_path / "run") if "loss" in line]
+    marked = [line for line in lines if "spike" in line]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "<- loss spike" in line]
+    assert [line["step"] for line in marked] == [15 if every == 1 else 16] and len(printed) == 1
+    assert 2 < marked[0]["spike"] < 4 and f"<- loss spike, {marked[0]['spike']:.1f} times the usual" in printed[0]
+    assert all(("loss_max" in line) == (every == 2) for line in lines)
+    if every == 2:
+        assert marked[0]["loss_max"] > 2 * marked[0]["loss"] and all(line["loss_max"] >= line["loss"] for line in lines)
+    assert report.spike([9.0], [1.0] * 4) == {} and report.spike([9.0], [1.0] * 5) == {"spike": 9.0}
+    assert report.spike([1.9, 1.0], [1.0] * 5) == {"loss_max": 1.9}
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fail", [
+    lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60),
+    lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried to"))], ids=["torch", "python", "gpu"])
+def test_out_of_memory_is_one_line_with_advice(fail, capsys):
+    """From every allocator."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(fail, "lower --micro-batch")
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: out of memory: lower --micro-batch\n"
+
+
+def test_other_errors_are_tracebacks():
+    """A RuntimeError that is not about memory is ours to mend."""
+    with pytest.raises(RuntimeError, match="size"):
+        run_script(lambda: torch.zeros(3) @ torch.zeros(4))
+    assert not script.is_out_of_memory(RuntimeError("x")) and script.is_out_of_memory(MemoryError())
+
+
+def test_too_large_a_batch_leaves_the_last_checkpoint(place, tmp_path, monkeypatch, capsys):
+    """Memory that runs out in the middle of a run."""
+    function, calls = train.accumulate_gradients, itertools.count(1)
+    monkeypatch.setattr(train, "accumulate_gradients", lambda *rest: function(*rest) if next(calls) < 4 else torch.empty(1 << 50))
+    status, said = ends([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], capsys)
+    assert status == 2 and said.startswith("error: out of memory: ") and check_whole(tmp_path / "run") == 2
