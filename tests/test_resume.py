@@ -769,3 +769,164 @@ def test_too_large_a_batch_leaves_the_last_checkpoint(place, tmp_path, monkeypat
     monkeypatch.setattr(train, "accumulate_gradients", lambda *rest: function(*rest) if next(calls) < 4 else torch.empty(1 << 50))
     status, said = ends([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], capsys)
     assert status == 2 and said.startswith("error: out of memory: ") and check_whole(tmp_path / "run") == 2
+
+
+# ---- a dry run ------------------------------------------------------------------------------------------------------
+
+def shown_batch(printed):
+    """{record number: (question, answer)} of the batch that --dry-run prints."""
+    parts = re.split(r"\n--- record (\d+) of the data, \d+ tokens, \d+ of them answer\n", printed.split("\na dry run: ")[0])
+    return {int(number): text.rstrip("\n").removesuffix("]]").split("[[") for number, text in zip(parts[1::2], parts[2::2])}
+
+
+@contextlib.contextmanager
+def first_batches():
+    """A list of the batches that are trained on."""
+    seen, function = [], train.accumulate_gradients
+
+    def watched(model, encoded, *rest):
+        seen.append(encoded)
+        return function(model, encoded, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "accumulate_gradients", watched)
+        yield seen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_shows_what_the_run_will_do(method, place, tmp_path, capsys):
+    """The table, the memory, and the batch that is trained on first, question and answer as the data have them; nothing
+    is written."""
+    flags = [*place.flags, *flags_for(method, "--template", "alpaca", "--seed", "3", "--steps", "1"), "--out", str(tmp_path / "run")]
+    assert train.main([*flags, "--dry-run"]) is None and not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("a dry run: nothing was trained, nothing was written")
+    with first_batches() as seen:
+        train.main(flags)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith((" ", "plan", "method"))]
+    assert set(table) <= set(printed.splitlines()) and "\nmemory    about " in printed
+    records = [json.loads(line) for line in (place.data / "train.jsonl").read_text().splitlines()]
+    batch, tokenizer = shown_batch(printed), checkpoint.load(str(place.model)).tokenizer
+    assert f"the batch of step 1, {sum(len(ids) for ids, _ in seen[0])} tokens; what carries loss is in [[ ]]" in printed
+    assert len(batch) == 4
+    for (number, (question, answer)), (ids, start) in zip(batch.items(), seen[0]):
+        assert (question, answer) == (tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:]))
+        assert records[number - 1]["question"] in question and answer == records[number - 1]["answer"] + "<|im_end|>"
+
+
+def test_a_dry_run_of_what_goes_on(half, place, tmp_path, capsys):
+    """With --resume it shows the batch of the next step, and that all are made where they are; the run is untouched."""
+    run = copied(half, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    train.main(["--resume", str(run), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    tokenizer = checkpoint.load(str(place.model)).tokenizer
+    with first_batches() as seen, stopping(6), pytest.raises(Stopped):
+        train.main(["--resume", str(run)])
+    assert "the batch of step 5, " in printed
+    assert [tokenizer.decode(ids[start:]) for ids, start in seen[0]] == [answer for _, answer in shown_batch(printed).values()]
+    train.main(["--resume", str(run), "--dry-run"])
+    assert "\nall 6 steps are made\n" in capsys.readouterr().out
+
+
+def test_a_dry_run_refuses_what_the_run_would(half, whole, place, tmp_path, capsys):
+    """A folder that holds a run needs --overwrite, and is left as it is; a damaged checkpoint is named."""
+    before = (whole / "log.jsonl").read_bytes()
+    status, said = ends([*place.flags, *flags_for("lora"), "--out", whole, "--dry-run"], capsys)
+    assert status == 2 and "already holds a run" in said
+    status, said = ends([*place.flags, *flags_for("lora"), "--out", half, "--dry-run"], capsys)
+    assert status == 2 and f"or --resume {half} to go on" in said
+    train.main([*place.flags, *flags_for("lora"), "--out", str(whole), "--dry-run", "--overwrite"])
+    assert (whole / "log.jsonl").read_bytes() == before and (whole / "result.json").exists()
+    run = copied(half, tmp_path / "run")
+    rewritten(run, tensors={f"exp_avg.{Q}": None})
+    assert "exp_avg is not there" in ends(["--resume", run, "--dry-run"], capsys)[1]
+
+
+# ---- long runs ------------------------------------------------------------------------------------------------------
+
+def held():
+    """(resident bytes, open files, threads) of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def soak(place, folder, steps):
+    """What a run with a checkpoint and a held-out loss every few steps holds after a third of it, and at its end."""
+    seen, function = {}, train.held_out_loss
+
+    def watched(*arguments):
+        seen[len(seen)] = held()
+        return function(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "held_out_loss", watched)
+        train.main([*place.flags, *flags_for("sorsa", "--steps", str(steps), "--eval-every", "5", "--save-every", "2"), "--out", str(folder)])
+    return seen[len(seen) // 3], seen[len(seen) - 1]
+
+
+def assert_flat(early, late):
+    print(f"resident {early[0] / 1e6:.1f} MB, then {late[0] / 1e6:.1f} MB")
+    assert late[1:] == early[1:] and late[0] < early[0] + (4 << 20), (early, late)
+
+
+def test_a_run_holds_no_more_at_its_end(place, tmp_path):
+    """Sixty steps: memory, open files and threads stay as they are."""
+    assert_flat(*soak(place, tmp_path / "run", 60))
+
+
+@pytest.mark.long
+def test_a_long_run_holds_no_more_at_its_end(place, tmp_path):
+    """Four hundred."""
+    assert_flat(*soak(place, tmp_path / "run", 400))
+
+
+def test_runs_leave_nothing_open(place, tmp_path, monkeypatch):
+    """A run that finishes and one that fails close their files."""
+    train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "first")])
+    before = held()[1:]
+    train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "second")])
+    monkeypatch.setattr(train, "accumulate_gradients", poisoned(float("nan"), 2))
+    with pytest.raises(FloatingPointError):
+        train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "third")])
+    assert held()[1:] == before
+
+
+def test_a_run_and_its_evaluation_are_repeatable(place, tmp_path, capsys):
+    """Twice the same flags: the same bytes of the adapter and of the predictions."""
+    found = []
+    for name in ("one", "two"):
+        train.main([*place.flags, *flags_for("cora"), "--out", str(tmp_path / name)])
+        evaluation.main([str(tmp_path / name), "--data", str(place.data), "--limit", "6", "--max-new", "12", "--device", "cpu"])
+        found.append([(tmp_path / name / file).read_bytes() for file in ("adapter.safetensors", "predictions.jsonl")])
+    assert found[0] == found[1]
+
+
+# ---- the estimate of memory -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rows", [3, 16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_of_activations(checkpointing, rows):
+    """report.activation_bytes is within 15 % of what autograd keeps for a LoRA on every projection; with checkpointing
+    of what it keeps of all blocks, and of one more while its backward pass runs."""
+    model = attach(toy_model(num_hidden_layers=6, hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2,
+                             head_dim=16), "lora", rank=2)
+    tokens = torch.randint(0, 97, (rows, 40))
+    targets = tokens.clone()
+    targets[:, :-1] = IGNORE  # the head is counted apart
+    weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+
+    def kept(checkpointing):
+        held, model.model.checkpointing = {}, checkpointing
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in weights:
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = train.answer_loss(model, tokens, targets)
+        return sum(held.values()), loss  # the graph holds what was kept until here
+
+    everything, few = kept(False)[0], kept(True)[0]
+    measured = few + everything / 6 if checkpointing else everything
+    print(f"estimate / measured: {report.activation_bytes(model, tokens.numel(), checkpointing) / measured:.3f}")
+    assert report.activation_bytes(model, tokens.numel(), checkpointing) == pytest.approx(measured, rel=0.15)
