@@ -71,8 +71,9 @@ def read(folder):
         why = ("this run is finished" if (folder / "result.json").is_file() else
                "nothing was saved before it stopped" if folder.is_dir() else "there is no such folder")
         raise FileNotFoundError(f"{path}: no such file, so there is nothing to continue: {why}; {AGAIN}")
-    tensors, config, _, base_sha256 = adapter.read_config(path)
-    run = json_object(read_safetensors(path)[1].get("run", ""), path, "the 'run' metadata is ", AGAIN)
+    tensors, metadata = read_safetensors(path)
+    config = adapter.checked_config(path, metadata)
+    run = json_object(metadata.get("run", ""), path, "the 'run' metadata is ", AGAIN)
     flags, progress = run.get("flags"), read_progress(run.get("progress"))
     if not isinstance(flags, list) or not all(isinstance(flag, str) and flag[:2] == "--" for flag in flags):
         raise fault(path, "its flags are no flags", AGAIN)
@@ -85,7 +86,7 @@ def read(folder):
             raise fault(path, f"unexpected tensor {name}", AGAIN)
         kinds[kind][rest] = tensor
     return Saved(flags, config, kinds["adapter"], {key: kinds[key] for key in MOMENTS}, kinds["rng"], progress,
-                 run["data_sha256"], base_sha256)
+                 run["data_sha256"], metadata.get("base_sha256", ""))
 
 
 def read_progress(record):
@@ -153,7 +154,8 @@ def examples_sha256(*sets):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that the first SIGINT (Ctrl-C) or SIGTERM goes into; a second one ends the process."""
+    """A list that the first SIGINT (Ctrl-C) or SIGTERM goes into; a second one ends the process. What the shell has set
+    to be ignored (SIGINT, for a script's job in the background) stays so."""
     noted = []
 
     def note(number, frame):
@@ -164,7 +166,8 @@ def noted_signals():
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
-    before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+    heard = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) != signal.SIG_IGN]
+    before = {kind: signal.signal(kind, note) for kind in heard}
     try:
         yield noted
     finally:

@@ -279,6 +279,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
     if args.saved:
         resume.restore(args.resume, args.saved, model, optimizer, args.steps)
+        args.saved = None  # its file, which the next checkpoint replaces, is let go
     describe(args, base, regularizer, device, source, data)
     if args.dry_run:
         return describe_first_step(args, base, data, progress.step)
@@ -295,7 +296,7 @@ def main(argv=None):
         resume.save(args.out / resume.FILE, model, optimizer, base, flags_of(args), data.sha256, progress)
 
     with open_log(args, progress.step) as log:
-        if args.saved:
+        if args.resume:
             progress.resumed_at.append(progress.step)
             print(f"going on  after step {progress.step} of {args.steps}", flush=True)
         else:

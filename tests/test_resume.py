@@ -1,6 +1,7 @@
 """A run that stops, in whatever way, goes on as if it had not: checkpoints, signals, full disks, steps that fail."""
 import collections
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -163,7 +164,7 @@ def test_a_continued_run_keeps_its_settings(variant, place, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--params", "30k", "--steps", "3"]], ids=["recipe", "recipe with a budget"])
 def test_a_continued_recipe_is_the_recipe(more, llama2, tmp_path, capsys):  # noqa: F811
     """--recipe paper goes on with all that it sets, and prints it as before."""
-    metamath_file(tmp_path / "MetaMathQA.json", 60)
+    metamath_file(tmp_path / "MetaMathQA.json", 45)
     flags = ["--method", "sorsa", "--recipe", "paper", "--model", str(llama2), "--data", str(tmp_path / "MetaMathQA.json"),
              "--held-out", "20", "--no-sample", "--device", "cpu", "--batch", "8", "--svd", "gram", "--save-every", "1", *more]
     train.main([*flags, "--out", str(tmp_path / "whole")])
@@ -184,6 +185,22 @@ def test_further_models_are_not_needed_again(place, tmp_path):
     other.unlink()
     train.main(["--resume", str(tmp_path / "parts")])
     assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_random_numbers_go_on(tmp_path):
+    """What torch draws next after a checkpoint is what it would have drawn."""
+    model, progress = attach(toy_model(), "lora"), resume.Progress(1, {0: 1.0}, 9, 0.5, 1.0, [])
+    optimizer = torch.optim.AdamW(train.decay_groups(model, 0.0), fused=True)
+    train.accumulate_gradients(model, toy_examples(4), 4, "cpu", contextlib.nullcontext())
+    optimizer.step()
+    base = checkpoint.Base(model, None, "base", "1" * 64)
+    resume.save(tmp_path / resume.FILE, model, optimizer, base, ["--method=lora"], "2" * 64, progress)
+    drawn = torch.rand(5)
+    saved, twin = resume.read(tmp_path), checkpoint.Base(toy_model(), None, "base", "1" * 64)
+    assert saved.progress == progress
+    resume.attach(tmp_path, saved, twin, "2" * 64)
+    resume.restore(tmp_path, saved, twin.model, torch.optim.AdamW(train.decay_groups(twin.model, 0.0), fused=True), 3)
+    assert torch.equal(torch.rand(5), drawn)
 
 
 def test_a_run_that_was_killed_before_its_last_line_is_finished(place, tmp_path):
@@ -354,6 +371,18 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(owner, name, call, place,
     """There is nothing to go on with: the result is written."""
     with signalling(signal.SIGTERM, owner, name, call):
         train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "run")])
+    assert_same(whole, tmp_path / "run")
+
+
+def test_a_signal_that_is_ignored_stays_so(place, whole, tmp_path):
+    """As a shell sets it for what a script runs in the background: the run goes on, and Ctrl-C is still ignored after."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signalling(signal.SIGINT, train, "accumulate_gradients", 3):
+            train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "run")])
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert_same(whole, tmp_path / "run")
 
 
@@ -847,6 +876,7 @@ def test_a_dry_run_refuses_what_the_run_would(half, whole, place, tmp_path, caps
 
 def held():
     """(resident bytes, open files, threads) of this process."""
+    gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
@@ -889,6 +919,19 @@ def test_runs_leave_nothing_open(place, tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError):
         train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "third")])
     assert held()[1:] == before
+
+
+def test_few_files_are_open_at_once(half, whole, tmp_path):
+    """A checkpoint of more tensors than a process may open files is read, and its file is let go before the next step."""
+    run, before, open_files = copied(half, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_NOFILE), held()[1]
+    assert len(tensorfile.read_safetensors(run / resume.FILE)[0]) > 100
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, before[1]))
+        train.main(["--resume", str(run)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert_same(whole, run)
+    assert held()[1] == open_files
 
 
 def test_a_run_and_its_evaluation_are_repeatable(place, tmp_path, capsys):
