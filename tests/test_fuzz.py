@@ -286,7 +286,8 @@ def build_checkpoint():
         base = checkpoint.Base(toy.attach(small_model(), method), None, "base.gguf", "1" * 64)
         progress = resume.Progress(1, {0: 2.5, 1: 2.25}, 5, 0.5, 3.0, [1])
         args = settings.parse_arguments(["--method", method, "--steps", "3", "--cut", "5+6", "--no-sample"])
-        raw = written(lambda path: resume.save(path, base.model, one_step(base.model), base, settings.flags_of(args), "2" * 64, progress))
+        flags = settings.flags_of(args)
+        raw = written(lambda path: resume.save(path, base.model, one_step(base.model), base, flags, "2" * 64, progress))
         targets.append((f"{method}/{resume.FILE}", raw,
                         either(mutate_bytes, mutate_header, mutate_part("adapter"), mutate_part("run"), mutate_part("run"))))
     return {}, targets

@@ -49,14 +49,16 @@ def place(tiny_gguf, tmp_path_factory):
     """A folder with data, and the flags of a short run on them with the tiny model."""
     folder = tmp_path_factory.mktemp("resume")
     data = write_sums(folder / "data")
-    flags = ["--model", str(tiny_gguf), "--data", str(data), "--held-out", "8", "--batch", "4", "--device", "cpu", "--no-sample"]
+    flags = ["--model", str(tiny_gguf), "--data", str(data), "--held-out", "8", "--batch", "4", "--device", "cpu",
+             "--no-sample"]
     return types.SimpleNamespace(folder=folder, data=data, flags=flags, model=tiny_gguf)
 
 
 def flags_for(method, *more):
     """A method at a size and rate for the tiny model, six steps with a checkpoint after each second one."""
     size = [f"--{key}={value}" for key, value in SIZES.get(method, {"rank": 4}).items()]
-    return ["--method", method, "--lr", LR.get(method, "1e-2"), "--steps", "6", "--eval-every", "3", "--save-every", "2", *size, *more]
+    return ["--method", method, "--lr", LR.get(method, "1e-2"), "--steps", "6", "--eval-every", "3", "--save-every",
+            "2", *size, *more]
 
 
 @contextlib.contextmanager
@@ -130,7 +132,8 @@ def ends(arguments, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_continued_run_is_the_uninterrupted_one(method, place, tmp_path):
-    """Stopped twice, a run of every method has the losses, norms, rates, tokens, settings and weights of one that was not."""
+    """Stopped twice, a run of every method has the losses, norms, rates, tokens, settings and weights of one that
+    was not."""
     flags = [*place.flags, *flags_for(method, "--weight-decay", "0.01")]
     train.main([*flags, "--out", str(tmp_path / "whole")])
     result = interrupted(flags, tmp_path / "parts", 2, 4)
@@ -151,7 +154,8 @@ VARIANTS = {
 def test_a_continued_run_keeps_its_settings(variant, place, tmp_path):
     """Epochs, budgets, targets, cuts, templates and limits are what they were, without being given again."""
     steps = [] if variant == "epochs" else ["--steps", "6"]
-    flags = [*place.flags, "--method", "lora", "--lr", "1e-2", "--eval-every", "3", "--save-every", "2", *steps, *VARIANTS[variant]]
+    flags = [*place.flags, "--method", "lora", "--lr", "1e-2", "--eval-every", "3", "--save-every", "2", *steps,
+             *VARIANTS[variant]]
     train.main([*flags, "--out", str(tmp_path / "whole")])
     interrupted(flags, tmp_path / "parts", 2)
     if variant == "micro":  # where a run is stopped there is a line of the log
@@ -165,8 +169,10 @@ def test_a_continued_run_keeps_its_settings(variant, place, tmp_path):
 def test_a_continued_recipe_is_the_recipe(more, llama2, tmp_path, capsys):  # noqa: F811
     """--recipe paper goes on with all that it sets, and prints it as before."""
     metamath_file(tmp_path / "MetaMathQA.json", 45)
-    flags = ["--method", "sorsa", "--recipe", "paper", "--model", str(llama2), "--data", str(tmp_path / "MetaMathQA.json"),
-             "--held-out", "20", "--no-sample", "--device", "cpu", "--batch", "8", "--svd", "gram", "--save-every", "1", *more]
+    flags = ["--method", "sorsa", "--recipe", "paper", "--model", str(llama2), "--data",
+             str(tmp_path / "MetaMathQA.json"),
+             "--held-out", "20", "--no-sample", "--device", "cpu", "--batch", "8", "--svd", "gram", "--save-every",
+             "1", *more]
     train.main([*flags, "--out", str(tmp_path / "whole")])
     before = capsys.readouterr().out
     interrupted(flags, tmp_path / "parts", 1)
@@ -199,6 +205,7 @@ def test_random_numbers_go_on(tmp_path):
     saved, twin = resume.read(tmp_path), checkpoint.Base(toy_model(), None, "base", "1" * 64)
     assert saved.progress == progress
     resume.attach(tmp_path, saved, twin, "2" * 64)
+    torch.manual_seed(7)
     resume.restore(tmp_path, saved, twin.model, torch.optim.AdamW(train.decay_groups(twin.model, 0.0), fused=True), 3)
     assert torch.equal(torch.rand(5), drawn)
 
@@ -220,7 +227,8 @@ def test_a_run_that_was_killed_before_its_last_line_is_finished(place, tmp_path)
 # ---- killed ---------------------------------------------------------------------------------------------------------
 
 def forked(arguments, said):
-    """The process id of train.py in a process of its own, without the seconds that importing takes; `said` is a file."""
+    """The process id of train.py in a process of its own, without the seconds that importing takes; `said` is a
+    file."""
     sys.stdout.flush()
     process = os.fork()
     if process:
@@ -243,7 +251,8 @@ def ended(process):
 
 
 def check_whole(out):
-    """Every file of a run, finished or not, can be read, but for the last line of its log. Returns its checkpoint's step."""
+    """Every file of a run, finished or not, can be read, but for the last line of its log. Returns its checkpoint's
+    step."""
     names = {path.name for path in out.iterdir() if not path.name.endswith(".tmp")} if out.is_dir() else set()
     assert names <= {"log.jsonl", "result.json", "adapter.safetensors", resume.FILE}
     for text in (out / "log.jsonl").read_text().splitlines()[:-1] if "log.jsonl" in names else ():
@@ -258,7 +267,7 @@ def check_whole(out):
 
 
 def kill_and_continue(flags, out, seconds, rng, kills):
-    """Begin a run and SIGKILL it `kills` times at random moments of the `seconds` that it takes, continuing it after each
+    """Begin a run and SIGKILL it `kills` times at random moments of the `seconds` that it takes, going on after each
     kill; then let it end. Returns where the kills left it: (step of the checkpoint, None before the first one or
     "finished"; whether it was writing a file)."""
     states, said = [], out.with_suffix(".txt")
@@ -293,7 +302,8 @@ def killed(method, place, folder, rng, kills):
 
 
 def test_a_killed_run_goes_on(place, tmp_path):
-    """SIGKILL at three random moments: every file is whole at any time, and in the end all is as if nothing had happened."""
+    """SIGKILL at three random moments: every file is whole at any time, and in the end all is as if nothing had
+    happened."""
     print(killed("sorsa", place, tmp_path, random.Random(0), 3))
 
 
@@ -321,7 +331,8 @@ def test_a_run_killed_as_it_writes_goes_on(name, call, place, tmp_path):
     with signalling(signal.SIGKILL, os, name, call):
         assert ended(forked([*flags, "--out", tmp_path / "run"], tmp_path / "said")) == 137
     state = check_whole(tmp_path / "run")
-    train.main([*flags, "--out", str(tmp_path / "run"), "--overwrite"] if state is None else ["--resume", str(tmp_path / "run")])
+    train.main([*flags, "--out", str(tmp_path / "run"), "--overwrite"] if state is None
+               else ["--resume", str(tmp_path / "run")])
     assert_same(place.folder / "two", tmp_path / "run", "overwrite")
 
 
@@ -334,8 +345,10 @@ def test_fifty_kills_of_all_methods(place, tmp_path):
             folder = tmp_path / f"{method}{next(runs)}"
             folder.mkdir()
             states += killed(method, place, folder, rng, 6)
-    count = collections.Counter("end" if step in (16, "finished") else "start" if step is None else "middle" for step, _ in states)
-    print(f"\n{len(states)} kills: {dict(count)}, {sum(writing for _, writing in states)} of them while a file was written")
+    count = collections.Counter("end" if step in (16, "finished") else "start" if step is None else "middle"
+                                for step, _ in states)
+    writing = sum(was_writing for _, was_writing in states)
+    print(f"\n{len(states)} kills: {dict(count)}, {writing} of them while a file was written")
     assert len(states) >= 50
 
 
@@ -349,10 +362,12 @@ def whole(place):
 
 
 @pytest.mark.parametrize("owner, name, call, step", [
-    (train, "accumulate_gradients", 1, 1), (train, "accumulate_gradients", 3, 3), (torch.optim.AdamW, "zero_grad", 2, 2),
+    (train, "accumulate_gradients", 1, 1), (train, "accumulate_gradients", 3, 3),
+    (torch.optim.AdamW, "zero_grad", 2, 2),
     (train, "log_line", 4, 5), (train, "held_out_loss", 2, 4), (resume, "save", 1, 3), (tensorfile.os, "fsync", 2, 3)])
 @pytest.mark.parametrize("kind, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_run_after_a_checkpoint(kind, status, owner, name, call, step, place, whole, tmp_path, capsys):
+def test_a_signal_ends_the_run_after_a_checkpoint(kind, status, owner, name, call, step, place, whole, tmp_path,
+                                                  capsys):
     """Wherever it comes, the step is finished, or the next one is; what was saved and said leads to the same end."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with signalling(kind, owner, name, call), pytest.raises(SystemExit) as stopped:
@@ -375,7 +390,8 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(owner, name, call, place,
 
 
 def test_a_signal_that_is_ignored_stays_so(place, whole, tmp_path):
-    """As a shell sets it for what a script runs in the background: the run goes on, and Ctrl-C is still ignored after."""
+    """As a shell sets it for what a script runs in the background: the run goes on, and Ctrl-C is still ignored
+    after."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with signalling(signal.SIGINT, train, "accumulate_gradients", 3):
@@ -387,10 +403,12 @@ def test_a_signal_that_is_ignored_stays_so(place, whole, tmp_path):
 
 
 @pytest.mark.parametrize("owner, name, call, times", [
-    (train, "accumulate_gradients", 3, 2), (resume, "save", 2, 2), (checkpoint, "load", 1, 1), (train, "print_sample", 1, 1),
+    (train, "accumulate_gradients", 3, 2), (resume, "save", 2, 2), (checkpoint, "load", 1, 1),
+    (train, "print_sample", 1, 1),
     (adapter, "save", 1, 1)])
 def test_ctrl_c_ends_at_once(owner, name, call, times, place, tmp_path, capsys):
-    """A second Ctrl-C in the loop, and one before or after it: one line and status 130; the last checkpoint is there."""
+    """A second Ctrl-C in the loop, and one before or after it: one line and status 130; the last checkpoint is
+    there."""
     with signalling(signal.SIGINT, owner, name, call, times):
         status, said = ends([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], capsys)
     assert (status, said) == (130, "error: interrupted\n")
@@ -406,14 +424,16 @@ def test_a_second_sigterm_ends_at_once(place, tmp_path):
 
 def test_ctrl_c_from_the_shell(place, tmp_path):
     """`python train.py` itself: a line that says how to go on, status 130; and as it says, it goes on."""
-    command = [sys.executable, str(ROOT / "train.py"), *place.flags, "--method", "lora", "--steps", "100000", "--out", str(tmp_path / "run")]
+    command = [sys.executable, str(ROOT / "train.py"), *place.flags, "--method", "lora", "--steps", "100000", "--out",
+               str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step"):
             process.send_signal(signal.SIGINT)
             break
     out, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "") and f"python train.py --resume {tmp_path / 'run'}" in out.splitlines()[-1]
+    assert (process.returncode, error) == (130, "")
+    assert f"python train.py --resume {tmp_path / 'run'}" in out.splitlines()[-1]
     step = int(re.search(r"stopped by SIGINT after step (\d+) of", out)[1])
     assert log_lines(tmp_path / "run")[-1]["step"] == step == resume.read(tmp_path / "run").progress.step
 
@@ -430,11 +450,14 @@ def half(place):
 
 # Another value of every flag that is not free to change, and what the run above began with.
 OTHERS = {
-    "method": ("sorsa", "lora"), "template": ("alpaca", "plain"), "recipe": ("paper", None), "targets": ("q_proj", None),
+    "method": ("sorsa", "lora"), "template": ("alpaca", "plain"), "recipe": ("paper", None),
+    "targets": ("q_proj", None),
     "params": ("5k", None), "rank": ("5", "4"), "alpha": ("3", None), "svd": ("exact", None), "gamma": ("0", None),
-    "reduction": ("sum", None), "threshold": ("0.3", None), "init": ("lora", None), "sets": ("3", None), "router_rank": ("2", None),
+    "reduction": ("sum", None), "threshold": ("0.3", None), "init": ("lora", None), "sets": ("3", None),
+    "router_rank": ("2", None),
     "v_mode": ("output", None), "basis": ("random", None), "extra": ("a.gguf", None), "a_init": ("random", None),
-    "group_by": ("shape", None), "core_only": (None, None), "steps": ("7", "6"), "epochs": ("2", None), "batch": ("5", "4"),
+    "group_by": ("shape", None), "core_only": (None, None), "steps": ("7", "6"), "epochs": ("2", None),
+    "batch": ("5", "4"),
     "lr": ("0.02", "0.01"), "schedule": ("linear", "cosine"), "warmup": ("0.5", "0.03"), "weight_decay": ("0.1", "0.0"),
     "clip": ("2", "1.0"), "max_tokens": ("99", "256"), "cut": ("50+50", None), "strip_annotations": (None, None),
     "limit": ("20", None), "seed": ("1", "0"), "held_out": ("9", "8"), "dtype": ("bfloat16", "float32")}
@@ -453,9 +476,13 @@ def test_what_changes_the_run_is_refused(name, half, capsys):
     before = (half / "log.jsonl").read_bytes(), (half / resume.FILE).read_bytes()
     status, said = ends(["--resume", half, flag, *([new] if new else [])], capsys)
     new = {"params": "5000", "alpha": "3.0", "gamma": "0.0", "epochs": "2.0", "clip": "2.0"}.get(name, new)
-    assert status == 2 and said.startswith(f"error: {flag} {new}: the run in {half} began " if new else f"error: {flag}: the run in {half}")
+    assert status == 2 and said.startswith(f"error: {flag}{f' {new}' if new else ''}: the run in {half} began ")
     assert f"began with {flag} {old}, and" in said if old else "began without it, and" in said
     assert before == ((half / "log.jsonl").read_bytes(), (half / resume.FILE).read_bytes())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def copied(half, folder):
@@ -464,13 +491,16 @@ def copied(half, folder):
 
 
 def test_the_same_value_and_free_flags_are_taken(half, whole, tmp_path):
-    """What a run began with may be given again; how often it measures, saves and logs may change, and how it computes."""
+    """What a run began with may be given again; how often it measures, saves and logs may change, and how it
+    computes."""
     run = copied(half, tmp_path / "run")
     with stopping() as saved:
-        result = train.main(["--resume", str(run), "--lr", "1e-2", "--rank", "4", "--micro-batch", "2", "--eval-every", "1",
+        result = train.main(["--resume", str(run), "--lr", "1e-2", "--rank", "4", "--micro-batch", "2", "--eval-every",
+                             "1",
                              "--save-every", "1", "--log-every", "1", "--checkpointing", "--device", "cpu"])
-    assert saved == [5, 6] and set(result["held_out_loss"]) == {0, 3, 5, 6} and (result["micro_batch"], result["checkpointing"]) == (2, True)
-    assert result["held_out_after"] == pytest.approx(json.loads((whole / "result.json").read_text())["held_out_after"], rel=1e-5)
+    assert saved == [5, 6] and set(result["held_out_loss"]) == {0, 3, 5, 6}
+    assert (result["micro_batch"], result["checkpointing"]) == (2, True)
+    assert result["held_out_after"] == pytest.approx(outcome(whole)["held_out_after"], rel=1e-5)
 
 
 def test_a_flag_that_was_changed_stays_changed(half, tmp_path):
@@ -478,7 +508,8 @@ def test_a_flag_that_was_changed_stays_changed(half, tmp_path):
     run = copied(half, tmp_path / "run")
     with stopping(5) as saved, pytest.raises(Stopped):
         train.main(["--resume", str(run), "--save-every", "1"])
-    assert saved == [5] and "--save-every=1" in resume.read(run).flags and "--save-every=2" not in resume.read(run).flags
+    flags = resume.read(run).flags
+    assert saved == [5] and "--save-every=1" in flags and "--save-every=2" not in flags
 
 
 def test_model_and_data_may_have_moved(half, place, whole, tmp_path):
@@ -499,22 +530,26 @@ def other_data(folder):
 
 
 @pytest.mark.parametrize("more, words", [
-    (other_model, "the run began with another model (sha256 "), (other_data, "the run began with another data (sha256 "),
-    (lambda folder: ["--out", folder / "x"], "leave out --out and --overwrite"), (lambda folder: ["--overwrite"], "leave out --out and --overwrite"),
-    (lambda folder: ["--model", "no.gguf"], "no.gguf: no such file"), (lambda folder: ["--data", folder / "no"], "/no")])
+    (other_model, "the run began with another model (sha256 "),
+    (other_data, "the run began with another data (sha256 "),
+    (lambda folder: ["--out", folder / "x"], "leave out --out and --overwrite"),
+    (lambda folder: ["--overwrite"], "leave out --out and --overwrite"),
+    (lambda folder: ["--model", "no.gguf"], "no.gguf: no such file"),
+    (lambda folder: ["--data", folder / "no"], "/no")])
 def test_what_does_not_go_with_resume(more, words, half, tmp_path, capsys):
     """One line, and the run is as it was."""
     run = copied(half, tmp_path / "run")
     status, said = ends(["--resume", run, *more(tmp_path)], capsys)
     assert status == 2 and words in said
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == {path.name: path.read_bytes() for path in half.iterdir()}
+    assert contents(run) == contents(half)
 
 
 def test_where_there_is_nothing_to_continue(whole, tmp_path, capsys):
     """A finished run, a folder that holds none, and no folder are told apart."""
     (tmp_path / "empty").mkdir()
     for folder, words in ((whole, "this run is finished"), (tmp_path / "empty", "nothing was saved before it stopped"),
-                          (tmp_path / "no", "there is no such folder"), (whole / "log.jsonl", "there is no such folder")):
+                          (tmp_path / "no", "there is no such folder"),
+                          (whole / "log.jsonl", "there is no such folder")):
         status, said = ends(["--resume", folder], capsys)
         assert status == 2 and f"{folder / resume.FILE}: no such file, so there is nothing to continue: {words}" in said
 
@@ -522,7 +557,8 @@ def test_where_there_is_nothing_to_continue(whole, tmp_path, capsys):
 # ---- damaged checkpoints --------------------------------------------------------------------------------------------
 
 def rewritten(run, tensors=None, metadata=None, progress=None, **record):
-    """Change the tensors (None: left out), the metadata, the saved record and the progress in it of a run's checkpoint."""
+    """Change the tensors (None: left out), the metadata, the saved record and the progress in it of a run's
+    checkpoint."""
     found, texts = tensorfile.read_safetensors(run / resume.FILE)
     found = {name: tensor.clone() for name, tensor in found.items()}
     for name, change in (tensors or {}).items():
@@ -537,13 +573,17 @@ def rewritten(run, tensors=None, metadata=None, progress=None, **record):
 Q = "model.layers.0.self_attn.q_proj.A"
 DAMAGE = {
     "a moment missing": (dict(tensors={f"exp_avg.{Q}": None}), "exp_avg is not there for exactly what trains"),
-    "a moment too many": (dict(tensors={"exp_avg_sq.x": lambda _: torch.zeros(3)}), "exp_avg_sq is not there for exactly"),
-    "a moment's shape": (dict(tensors={f"exp_avg.{Q}": lambda old: old.T.contiguous()}), f"exp_avg.{Q} is not of shape (4, 64) in fp32"),
-    "a moment's dtype": (dict(tensors={f"exp_avg_sq.{Q}": lambda old: old.double()}), f"exp_avg_sq.{Q} is not of shape"),
+    "a moment too many": (dict(tensors={"exp_avg_sq.x": lambda _: torch.zeros(3)}),
+                          "exp_avg_sq is not there for exactly"),
+    "a moment's shape": (dict(tensors={f"exp_avg.{Q}": lambda old: old.T.contiguous()}),
+                         f"exp_avg.{Q} is not of shape (4, 64) in fp32"),
+    "a moment's dtype": (dict(tensors={f"exp_avg_sq.{Q}": lambda old: old.double()}),
+                         f"exp_avg_sq.{Q} is not of shape"),
     "a step's shape": (dict(tensors={f"step.{Q}": lambda old: old[None]}), f"step.{Q} is not of shape ()"),
     "another step": (dict(tensors={f"step.{Q}": lambda old: old + 1}), f"step.{Q} is not 4"),
     "a factor missing": (dict(tensors={f"adapter.{Q}": None}), f"missing {Q}"),
-    "a factor's shape": (dict(tensors={f"adapter.{Q}": lambda old: old[:2].contiguous()}), f"{Q} has shape (2, 64), expected (4, 64)"),
+    "a factor's shape": (dict(tensors={f"adapter.{Q}": lambda old: old[:2].contiguous()}),
+                         f"{Q} has shape (2, 64), expected (4, 64)"),
     "a factor's dtype": (dict(tensors={f"adapter.{Q}": lambda old: old.long()}), f"{Q} has dtype torch.int64"),
     "a tensor of no kind": (dict(tensors={"x.y": lambda _: torch.zeros(3)}), "unexpected tensor x.y"),
     "no random state": (dict(tensors={"rng": None}), "no random state of torch's"),
@@ -562,17 +602,25 @@ DAMAGE = {
     "no time": (dict(progress={"seconds_in_steps": 0}), "its progress is not that of a run of 6 steps"),
     "a field too many": (dict(progress={"x": 0}), "its progress is none"),
     **{f"progress {field} {value!r}": (dict(progress={field: value}), "its progress is none") for field, value in (
-        ("step", -1), ("step", 1.5), ("step", True), ("tokens", "many"), ("seconds", -1.0), ("seconds", None), ("resumed_at", 3),
-        ("resumed_at", [0.5]), ("held_out", []), ("held_out", {"0": "x"}), ("held_out", {"a": 0.5}), ("held_out", {"0": 1}))},
-    **{f"flags {' '.join(flags)}": (dict(flags=flags), f"its flags are not those of a run: {words}") for flags, words in (
+        ("step", -1), ("step", 1.5), ("step", True), ("tokens", "many"), ("seconds", -1.0), ("seconds", None),
+        ("resumed_at", 3),
+        ("resumed_at", [0.5]), ("held_out", []), ("held_out", {"0": "x"}), ("held_out", {"a": 0.5}),
+        ("held_out", {"0": 1}))},
+    **{f"flags {' '.join(flags)}": (dict(flags=flags), f"its flags are not those of a run: {words}")
+       for flags, words in (
         (["--help"], "--help"), (["--resume=x"], "--resume=x"), (["--out=x"], "--out=x"), (["--dry-run"], "--dry-run"),
-        (["--overwrite"], "--overwrite"), (["--met=lora"], "--met=lora"), (["--methods=lora"], "--methods=lora"), (["--"], "--"),
-        (["--recipe=paper", "--method=sara"], "--recipe paper is known for"), (["--recipe=x"], "argument --recipe: invalid choice"),
+        (["--overwrite"], "--overwrite"), (["--met=lora"], "--met=lora"), (["--methods=lora"], "--methods=lora"),
+        (["--"], "--"),
+        (["--recipe=paper", "--method=sara"], "--recipe paper is known for"),
+        (["--recipe=x"], "argument --recipe: invalid choice"),
         (["--lr"], "argument --lr: expected one argument"), (["--lr=x"], "argument --lr: 'x' is not a number"),
-        (["--steps=0"], "argument --steps: '0' is not"), (["--steps=3", "--epochs=1"], "give --steps or --epochs, not both"),
+        (["--steps=0"], "argument --steps: '0' is not"),
+        (["--steps=3", "--epochs=1"], "give --steps or --epochs, not both"),
         (["--warmup=2"], "--warmup 2 is a share of the steps"), (["--method=lorra"], "unknown method 'lorra'"),
-        (["--method=lora", "--sets=3"], "--sets does not belong to lora"), (["--no-sample=1"], "argument --no-sample: ignored explicit"),
-        (["--cut=5"], "argument --cut: '5' is not two lengths"), (["--method=full"], "full, and the adapter is of lora"))}}
+        (["--method=lora", "--sets=3"], "--sets does not belong to lora"),
+        (["--no-sample=1"], "argument --no-sample: ignored explicit"),
+        (["--cut=5"], "argument --cut: '5' is not two lengths"),
+        (["--method=full"], "full, and the adapter is of lora"))}}
 
 
 @pytest.mark.parametrize("label", DAMAGE)
@@ -613,7 +661,8 @@ def test_a_log_of_any_kind_is_mended(half, whole, tmp_path):
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_last_checkpoint(name, place, whole, tmp_path, monkeypatch, capsys):
-    """The second checkpoint does not fit: one line that names it, the first is there and goes on, nothing else is left."""
+    """The second checkpoint does not fit: one line that names it, the first is there and goes on, nothing else is
+    left."""
     run, function, calls = tmp_path / "run", getattr(os, name), itertools.count(1)
 
     def full(*arguments):
@@ -623,8 +672,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(name, place, whole, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(os, name, full)
         status, said = ends([*place.flags, *flags_for("lora"), "--out", run], capsys)
-    assert (status, said) == (2, f"error: {run / resume.FILE}: No space left on device; check that path, its permissions and "
-                                 "the space left there\n")
+    assert (status, said) == (2, f"error: {run / resume.FILE}: No space left on device; check that path, its "
+                                 "permissions and the space left there\n")
     assert {path.name for path in run.iterdir()} == {"log.jsonl", resume.FILE} and check_whole(run) == 2
     train.main(["--resume", str(run)])
     assert_same(whole, run)
@@ -639,7 +688,8 @@ def test_a_file_size_limit_is_one_line(place, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert ended(process) == 2 and [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
-    assert (tmp_path / "said").read_text().splitlines()[-1].startswith(f"error: {tmp_path / 'run' / resume.FILE}: File too large; ")
+    last = (tmp_path / "said").read_text().splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'run' / resume.FILE}: File too large; ")
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -658,7 +708,8 @@ def poisoned(value, at, place_of="loss"):
     return watched
 
 
-@pytest.mark.parametrize("value, where", [(float("nan"), "loss"), (float("inf"), "gradient"), (float("nan"), "gradient")])
+@pytest.mark.parametrize("value, where", [(float("nan"), "loss"), (float("inf"), "gradient"),
+                                          (float("nan"), "gradient")])
 def test_a_step_that_is_not_finite_changes_nothing(value, where, place, whole, tmp_path, monkeypatch, capsys):
     """The run ends before step 4 changes a weight; one line with the step and what was not finite, no adapter, and from
     the checkpoint after step 2 it goes on as if nothing had happened."""
@@ -672,7 +723,8 @@ def test_a_step_that_is_not_finite_changes_nothing(value, where, place, whole, t
         patch.setattr(train, "accumulate_gradients", poisoned(value, 4, where))
         patch.setattr(torch.optim.AdamW, "step", stepped)
         status, said = ends([*place.flags, *flags_for("lora"), "--out", run], capsys)
-    assert status == 2 and len(weights) == 3 and said.startswith("error: step 4: loss ") and "lower --lr, now 0.01" in said
+    assert status == 2 and len(weights) == 3
+    assert said.startswith("error: step 4: loss ") and "lower --lr, now 0.01" in said
     assert (f"loss {value:g}" if where == "loss" else f"gradient norm {value:g}") in said
     assert parameters and all(map(torch.equal, parameters, weights[-1]))
     assert {path.name for path in run.iterdir()} == {"log.jsonl", resume.FILE} and check_whole(run) == 2
@@ -683,7 +735,8 @@ def test_a_step_that_is_not_finite_changes_nothing(value, where, place, whole, t
 
 @pytest.mark.parametrize("batch", [4, 18])
 def test_the_records_of_a_bad_step_are_those_of_the_data(batch, place, tmp_path, monkeypatch):
-    """With --limit, a blank line and examples that are too long, the numbers name the records that the batch was made of."""
+    """With --limit, a blank line and examples that are too long, the numbers name the records that the batch was
+    made of."""
     records = [{"question": f"What is {i}+1?", "answer": f"{i + 1}\n#### {i + 1}"} for i in range(40)]
     for i in range(0, 40, 3):
         records[i]["answer"] = 30 * "so " + records[i]["answer"]
@@ -695,15 +748,16 @@ def test_the_records_of_a_bad_step_are_those_of_the_data(batch, place, tmp_path,
         return function(model, encoded, *rest) * (float("nan") if len(seen) == 3 else 1)
     monkeypatch.setattr(train, "accumulate_gradients", watched)
     with pytest.raises(FloatingPointError, match="on records") as stopped:
-        train.main([*place.flags, "--data", str(tmp_path / "data.jsonl"), "--method", "lora", "--rank", "4", "--limit", "30",
+        train.main([*place.flags, "--data", str(tmp_path / "data.jsonl"), "--method", "lora", "--rank", "4", "--limit",
+                    "30",
                     "--max-tokens", "100", "--batch", str(batch), "--out", str(tmp_path / "run")])
     named = re.search(r"on records ([\d, ]+)(?: and (\d+) more)? of the data", str(stopped.value))
     numbers = [int(number) for number in named[1].split(", ")]
     tokenizer = checkpoint.load(str(place.model)).tokenizer
     assert len(numbers) + int(named[2] or 0) == len(seen[2]) == batch and (named[2] == "2") == (batch == 18)
     for number, (ids, start) in zip(numbers, seen[2]):
-        assert records[number - 1]["question"] in tokenizer.decode(ids[:start]) and records[number - 1]["answer"] in tokenizer.decode(ids)
-        assert number % 3 != 1
+        assert records[number - 1]["question"] in tokenizer.decode(ids[:start])
+        assert records[number - 1]["answer"] in tokenizer.decode(ids) and number % 3 != 1
 
 
 def test_the_way_of_a_gpu():
@@ -726,7 +780,8 @@ def test_the_way_of_a_gpu():
     assert all(torch.equal(before[0][name], tensor) for name, tensor in snapshot(model).items())
     assert all(map(torch.equal, before[1], (value for state in optimizer.state.values() for value in state.values())))
     assert {float(state["step"]) for state in optimizer.state.values()} == {2}
-    with pytest.raises(FloatingPointError, match=r"step 3: loss [\d.]+, gradient norm [\d.]+, R inf, on records 13, 10 of the data"):
+    with pytest.raises(FloatingPointError,
+                       match=r"step 3: loss [\d.]+, gradient norm [\d.]+, R inf, on records 13, 10 of the data"):
         train.check_finite(steps, range(10, 20), 1e-2)
     train.check_finite(steps[:2], range(10, 20), 1e-2)
     train.check_finite([(1, [0], torch.tensor(1.0), torch.tensor(1.0), None)], [1], 1e-2)
@@ -759,7 +814,8 @@ def test_a_regularizer_that_is_not_finite_stops_the_run(place, tmp_path, monkeyp
 def test_spikes_are_marked(every, place, tmp_path, monkeypatch, capsys):
     """A loss of twice the median of the lines before shows in the line and the log, also of a step without a line."""
     monkeypatch.setattr(train, "accumulate_gradients", poisoned(3.0, 15))
-    train.main([*place.flags, *flags_for("lora", "--steps", "20", "--eval-every", "20", "--save-every", "20", "--lr", "1e-4",
+    train.main([*place.flags, *flags_for("lora", "--steps", "20", "--eval-every", "20", "--save-every", "20", "--lr",
+                                         "1e-4",
                                          "--log-every", str(every)), "--out", str(tmp_path / "run")])
     lines = [line for line in log_lines(tmp_path / "run") if "loss" in line]
     marked = [line for line in lines if "spike" in line]
@@ -777,7 +833,8 @@ def test_spikes_are_marked(every, place, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("fail", [
     lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60),
-    lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried to"))], ids=["torch", "python", "gpu"])
+    lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried to"))],
+                         ids=["torch", "python", "gpu"])
 def test_out_of_memory_is_one_line_with_advice(fail, capsys):
     """From every allocator."""
     with pytest.raises(SystemExit) as stopped:
@@ -795,7 +852,8 @@ def test_other_errors_are_tracebacks():
 def test_too_large_a_batch_leaves_the_last_checkpoint(place, tmp_path, monkeypatch, capsys):
     """Memory that runs out in the middle of a run."""
     function, calls = train.accumulate_gradients, itertools.count(1)
-    monkeypatch.setattr(train, "accumulate_gradients", lambda *rest: function(*rest) if next(calls) < 4 else torch.empty(1 << 50))
+    monkeypatch.setattr(train, "accumulate_gradients",
+                        lambda *rest: function(*rest) if next(calls) < 4 else torch.empty(1 << 50))
     status, said = ends([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], capsys)
     assert status == 2 and said.startswith("error: out of memory: ") and check_whole(tmp_path / "run") == 2
 
@@ -804,8 +862,10 @@ def test_too_large_a_batch_leaves_the_last_checkpoint(place, tmp_path, monkeypat
 
 def shown_batch(printed):
     """{record number: (question, answer)} of the batch that --dry-run prints."""
-    parts = re.split(r"\n--- record (\d+) of the data, \d+ tokens, \d+ of them answer\n", printed.split("\na dry run: ")[0])
-    return {int(number): text.rstrip("\n").removesuffix("]]").split("[[") for number, text in zip(parts[1::2], parts[2::2])}
+    parts = re.split(r"\n--- record (\d+) of the data, \d+ tokens, \d+ of them answer\n",
+                     printed.split("\na dry run: ")[0])
+    return {int(number): text.rstrip("\n").removesuffix("]]").split("[[")
+            for number, text in zip(parts[1::2], parts[2::2])}
 
 
 @contextlib.contextmanager
@@ -825,7 +885,8 @@ def first_batches():
 def test_a_dry_run_shows_what_the_run_will_do(method, place, tmp_path, capsys):
     """The table, the memory, and the batch that is trained on first, question and answer as the data have them; nothing
     is written."""
-    flags = [*place.flags, *flags_for(method, "--template", "alpaca", "--seed", "3", "--steps", "1"), "--out", str(tmp_path / "run")]
+    flags = [*place.flags, *flags_for(method, "--template", "alpaca", "--seed", "3", "--steps", "1"), "--out",
+             str(tmp_path / "run")]
     assert train.main([*flags, "--dry-run"]) is None and not (tmp_path / "run").exists()
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith("a dry run: nothing was trained, nothing was written")
@@ -835,7 +896,8 @@ def test_a_dry_run_shows_what_the_run_will_do(method, place, tmp_path, capsys):
     assert set(table) <= set(printed.splitlines()) and "\nmemory    about " in printed
     records = [json.loads(line) for line in (place.data / "train.jsonl").read_text().splitlines()]
     batch, tokenizer = shown_batch(printed), checkpoint.load(str(place.model)).tokenizer
-    assert f"the batch of step 1, {sum(len(ids) for ids, _ in seen[0])} tokens; what carries loss is in [[ ]]" in printed
+    tokens = batching.token_count(seen[0])
+    assert f"the batch of step 1, {tokens} tokens; what carries loss is in [[ ]]" in printed
     assert len(batch) == 4
     for (number, (question, answer)), (ids, start) in zip(batch.items(), seen[0]):
         assert (question, answer) == (tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:]))
@@ -845,15 +907,16 @@ def test_a_dry_run_shows_what_the_run_will_do(method, place, tmp_path, capsys):
 def test_a_dry_run_of_what_goes_on(half, place, tmp_path, capsys):
     """With --resume it shows the batch of the next step, and that all are made where they are; the run is untouched."""
     run = copied(half, tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = contents(run)
     train.main(["--resume", str(run), "--dry-run"])
     printed = capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert contents(run) == before
     tokenizer = checkpoint.load(str(place.model)).tokenizer
     with first_batches() as seen, stopping(6), pytest.raises(Stopped):
         train.main(["--resume", str(run)])
     assert "the batch of step 5, " in printed
-    assert [tokenizer.decode(ids[start:]) for ids, start in seen[0]] == [answer for _, answer in shown_batch(printed).values()]
+    shown = [answer for _, answer in shown_batch(printed).values()]
+    assert [tokenizer.decode(ids[start:]) for ids, start in seen[0]] == shown
     train.main(["--resume", str(run), "--dry-run"])
     assert "\nall 6 steps are made\n" in capsys.readouterr().out
 
@@ -890,7 +953,8 @@ def soak(place, folder, steps):
         return function(*arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "held_out_loss", watched)
-        train.main([*place.flags, *flags_for("sorsa", "--steps", str(steps), "--eval-every", "5", "--save-every", "2"), "--out", str(folder)])
+        train.main([*place.flags, *flags_for("sorsa", "--steps", str(steps), "--eval-every", "5", "--save-every", "2"),
+                    "--out", str(folder)])
     return seen[len(seen) // 3], seen[len(seen) - 1]
 
 
@@ -921,17 +985,20 @@ def test_runs_leave_nothing_open(place, tmp_path, monkeypatch):
     assert held()[1:] == before
 
 
-def test_few_files_are_open_at_once(half, whole, tmp_path):
-    """A checkpoint of more tensors than a process may open files is read, and its file is let go before the next step."""
+def test_few_files_are_open_at_once(half, whole, tmp_path, monkeypatch):
+    """A checkpoint of more tensors than a process may open files is read, and its file is let go before the next
+    step."""
     run, before, open_files = copied(half, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_NOFILE), held()[1]
     assert len(tensorfile.read_safetensors(run / resume.FILE)[0]) > 100
+    loop, saved = train.train, []
+    monkeypatch.setattr(train, "train", lambda args, *rest: (saved.append(args.saved), loop(args, *rest)))
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, before[1]))
         train.main(["--resume", str(run)])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert_same(whole, run)
-    assert held()[1] == open_files
+    assert held()[1] == open_files and saved == [None]
 
 
 def test_a_run_and_its_evaluation_are_repeatable(place, tmp_path, capsys):
@@ -939,7 +1006,8 @@ def test_a_run_and_its_evaluation_are_repeatable(place, tmp_path, capsys):
     found = []
     for name in ("one", "two"):
         train.main([*place.flags, *flags_for("cora"), "--out", str(tmp_path / name)])
-        evaluation.main([str(tmp_path / name), "--data", str(place.data), "--limit", "6", "--max-new", "12", "--device", "cpu"])
+        evaluation.main([str(tmp_path / name), "--data", str(place.data), "--limit", "6", "--max-new", "12",
+                         "--device", "cpu"])
         found.append([(tmp_path / name / file).read_bytes() for file in ("adapter.safetensors", "predictions.jsonl")])
     assert found[0] == found[1]
 
@@ -951,7 +1019,8 @@ def test_a_run_and_its_evaluation_are_repeatable(place, tmp_path, capsys):
 def test_the_estimate_of_activations(checkpointing, rows):
     """report.activation_bytes is within 15 % of what autograd keeps for a LoRA on every projection; with checkpointing
     of what it keeps of all blocks, and of one more while its backward pass runs."""
-    model = attach(toy_model(num_hidden_layers=6, hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2,
+    model = attach(toy_model(num_hidden_layers=6, hidden_size=64, intermediate_size=160, num_attention_heads=4,
+                             num_key_value_heads=2,
                              head_dim=16), "lora", rank=2)
     tokens = torch.randint(0, 97, (rows, 40))
     targets = tokens.clone()
