@@ -168,7 +168,7 @@ def test_a_continued_run_keeps_its_settings(variant, place, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--params", "30k", "--steps", "3"]], ids=["recipe", "recipe with a budget"])
 def test_a_continued_recipe_is_the_recipe(more, llama2, tmp_path, capsys):  # noqa: F811
     """--recipe paper goes on with all that it sets, and prints it as before."""
-    metamath_file(tmp_path / "MetaMathQA.json", 45)
+    metamath_file(tmp_path / "MetaMathQA.json", 36)
     flags = ["--method", "sorsa", "--recipe", "paper", "--model", str(llama2), "--data",
              str(tmp_path / "MetaMathQA.json"),
              "--held-out", "20", "--no-sample", "--device", "cpu", "--batch", "8", "--svd", "gram", "--save-every",
@@ -322,15 +322,18 @@ def signalling(kind, owner, name, call, times=1):
         yield
 
 
-@pytest.mark.parametrize("name, call", list(itertools.product(("fsync", "replace", "unlink"), range(1, 6))))
+@pytest.mark.parametrize("name, call", [
+    *itertools.product(("fsync", "replace"), range(1, 6)), ("unlink", 11)])
 def test_a_run_killed_as_it_writes_goes_on(name, call, place, tmp_path):
-    """SIGKILL within the writing of the log, of both checkpoints, of the adapter and of the result."""
+    """SIGKILL within the writing of the log, of both checkpoints, of the adapter and of the result, and at the end,
+    before the last checkpoint is removed."""
     flags = [*place.flags, *flags_for("sorsa", "--steps", "2", "--save-every", "1", "--eval-every", "1")]
     if not (place.folder / "two").exists():
         train.main([*flags, "--out", str(place.folder / "two")])
     with signalling(signal.SIGKILL, os, name, call):
         assert ended(forked([*flags, "--out", tmp_path / "run"], tmp_path / "said")) == 137
     state = check_whole(tmp_path / "run")
+    assert name != "unlink" or state == 2 and (tmp_path / "run" / "result.json").exists()
     train.main([*flags, "--out", str(tmp_path / "run"), "--overwrite"] if state is None
                else ["--resume", str(tmp_path / "run")])
     assert_same(place.folder / "two", tmp_path / "run", "overwrite")
@@ -939,7 +942,6 @@ def test_a_dry_run_refuses_what_the_run_would(half, whole, place, tmp_path, caps
 
 def held():
     """(resident bytes, open files, threads) of this process."""
-    gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
@@ -977,20 +979,23 @@ def test_a_long_run_holds_no_more_at_its_end(place, tmp_path):
 def test_runs_leave_nothing_open(place, tmp_path, monkeypatch):
     """A run that finishes and one that fails close their files."""
     train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "first")])
+    gc.collect()
     before = held()[1:]
     train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "second")])
     monkeypatch.setattr(train, "accumulate_gradients", poisoned(float("nan"), 2))
     with pytest.raises(FloatingPointError):
         train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "third")])
+    gc.collect()
     assert held()[1:] == before
 
 
 def test_few_files_are_open_at_once(half, whole, tmp_path, monkeypatch):
     """A checkpoint of more tensors than a process may open files is read, and its file is let go before the next
     step."""
-    run, before, open_files = copied(half, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_NOFILE), held()[1]
+    run, before = copied(half, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_NOFILE)
     assert len(tensorfile.read_safetensors(run / resume.FILE)[0]) > 100
     loop, saved = train.train, []
+    gc.collect()
     monkeypatch.setattr(train, "train", lambda args, *rest: (saved.append(args.saved), loop(args, *rest)))
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, before[1]))
@@ -998,7 +1003,7 @@ def test_few_files_are_open_at_once(half, whole, tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert_same(whole, run)
-    assert held()[1] == open_files and saved == [None]
+    assert saved == [None]
 
 
 def test_a_run_and_its_evaluation_are_repeatable(place, tmp_path, capsys):
