@@ -371,6 +371,11 @@ def save(model, path, base_name="", base_sha256=""):
 def read_config(path):
     """(tensors, config, base_name, base_sha256) of an adapter file; ValueError if it is not one."""
     tensors, metadata = read_safetensors(path)
+    return tensors, checked_config(path, metadata), metadata.get("base_name", ""), metadata.get("base_sha256", "")
+
+
+def checked_config(path, metadata):
+    """The method and its settings in the metadata of the file `path`; ValueError if they are none."""
     if "adapter" not in metadata:
         raise ValueError(f"{path}: not an adapter file: its metadata has no 'adapter' entry")
     config = json_object(metadata["adapter"], path, "the 'adapter' metadata is ")
@@ -386,7 +391,7 @@ def read_config(path):
         kind, is_kind = SETTINGS[key]
         if not is_kind(value) and not (value is None and known[key].default is None):
             raise fault(path, f"the setting {key} is {value!r}, expected {kind}")
-    return tensors, config, metadata.get("base_name", ""), metadata.get("base_sha256", "")
+    return config
 
 
 def is_number(value):

@@ -1,4 +1,5 @@
 """What train.py tells: the plan before anything is spent, a line per logged step, what a step costs."""
+import itertools
 import math
 import resource
 import statistics
@@ -67,10 +68,11 @@ def activation_bytes(model, tokens, checkpointing):
     return tokens * size * (layers * d + block if checkpointing else layers * block)
 
 
-def describe_first_step(args, base, data):
-    """Print what --dry-run shows: the memory the run will take, and the first batch with its answers in [[ ]]."""
-    model, first = base.model, next(endless_batches([len(ids) for ids, _ in data.train], args.batch, args.seed))
-    longest = max(len(ids) for ids, _ in data.train)
+def describe_first_step(args, base, data, step):
+    """Print what --dry-run shows: the memory the run will take, and the batch after `step` steps, with its answers in
+    [[ ]]."""
+    model, lengths = base.model, [len(ids) for ids, _ in data.train]
+    longest = max(lengths)
     weights, trained = (sum(p.numel() * p.element_size() for p in some)
                         for some in (model.parameters(), adapter.trainable(model).values()))
     head = 2 * 4 * CHUNK * model.config.vocab_size  # logits and their gradient, a chunk at a time
@@ -81,8 +83,12 @@ def describe_first_step(args, base, data):
     print(f"memory    about {total / 1e9:.1f} GB and the program itself: {weights / 1e9:.2f} weights, "
           f"{3 * trained / 1e9:.2f} gradients and moments, {activations / 1e9:.2f} activations of {args.micro_batch} "
           f"rows of {longest} tokens, the longest")
-    print(f"\nthe first batch, {token_count([data.train[i] for i in first])} tokens; what carries loss is in [[ ]]")
-    for i in first:
+    batches = itertools.islice(endless_batches(lengths, args.batch, args.seed), step, args.steps)
+    batch = next(batches, [])  # none where all steps are made
+    tokens = token_count([data.train[i] for i in batch])
+    print(f"\nthe batch of step {step + 1}, {tokens} tokens; what carries loss is in [[ ]]" if batch else
+          f"\nall {step} steps are made")
+    for i in batch:
         ids, start = data.train[i]
         question, answer = base.tokenizer.decode(ids[:start]), base.tokenizer.decode(ids[start:])
         print(f"\n--- record {data.numbers[i]} of the data, {len(ids)} tokens, {len(ids) - start} of them answer\n"

@@ -13,6 +13,7 @@ import array
 import contextlib
 import hashlib
 import json
+import math
 import signal
 from dataclasses import asdict, dataclass, field
 
@@ -67,10 +68,12 @@ def read(folder):
     """The checkpoint in the folder of a run. FileNotFoundError where there is none, ValueError if it is damaged."""
     path = folder / FILE
     if not path.is_file():
-        why = "this run is finished" if (folder / "result.json").is_file() else "nothing was saved before it stopped"
+        why = ("this run is finished" if (folder / "result.json").is_file() else
+               "nothing was saved before it stopped" if folder.is_dir() else "there is no such folder")
         raise FileNotFoundError(f"{path}: no such file, so there is nothing to continue: {why}; {AGAIN}")
-    tensors, config, _, base_sha256 = adapter.read_config(path)
-    run = json_object(read_safetensors(path)[1].get("run", ""), path, "the 'run' metadata is ", AGAIN)
+    tensors, metadata = read_safetensors(path)
+    config = adapter.checked_config(path, metadata)
+    run = json_object(metadata.get("run", ""), path, "the 'run' metadata is ", AGAIN)
     flags, progress = run.get("flags"), read_progress(run.get("progress"))
     if not isinstance(flags, list) or not all(isinstance(flag, str) and flag[:2] == "--" for flag in flags):
         raise fault(path, "its flags are no flags", AGAIN)
@@ -83,7 +86,7 @@ def read(folder):
             raise fault(path, f"unexpected tensor {name}", AGAIN)
         kinds[kind][rest] = tensor
     return Saved(flags, config, kinds["adapter"], {key: kinds[key] for key in MOMENTS}, kinds["rng"], progress,
-                 run["data_sha256"], base_sha256)
+                 run["data_sha256"], metadata.get("base_sha256", ""))
 
 
 def read_progress(record):
@@ -96,7 +99,8 @@ def read_progress(record):
 
     kinds = {"step": count, "tokens": count, "seconds_in_steps": seconds, "seconds": seconds,
              "held_out": lambda value: isinstance(value, dict) and all(
-                 step.isdecimal() and len(step) < 15 and type(loss) is float for step, loss in value.items()),
+                 step.isdecimal() and len(step) < 15 and type(loss) is float and math.isfinite(loss)
+                 for step, loss in value.items()),
              "resumed_at": lambda value: isinstance(value, list) and all(map(count, value))}
     if not isinstance(record, dict) or record.keys() != kinds.keys() \
             or not all(is_kind(record[key]) for key, is_kind in kinds.items()):
@@ -114,10 +118,13 @@ def attach(folder, saved, base, data_sha256):
     adapter.attach_saved(base.model, path, saved.adapter, saved.config)
 
 
-def restore(folder, saved, model, optimizer):
-    """Fill in AdamW's state and torch's random state. ValueError if they are not of this model's parameters."""
-    path = folder / FILE
-    parameters = adapter.trainable(model)
+def restore(folder, saved, model, optimizer, steps):
+    """Fill in AdamW's state and torch's random state. ValueError if they are not of this model's parameters after as
+    many steps as were made of the run's `steps`."""
+    path, progress, parameters = folder / FILE, saved.progress, adapter.trainable(model)
+    measured = {0, steps} if progress.step == steps else {0}
+    if not 1 <= progress.step <= steps or not measured <= progress.held_out.keys() or not progress.seconds_in_steps:
+        raise fault(path, f"its progress is not that of a run of {steps} steps", AGAIN)
     for key, tensors in saved.state.items():
         if tensors.keys() != parameters.keys():
             raise fault(path, f"{key} is not there for exactly what trains", AGAIN)
@@ -125,6 +132,8 @@ def restore(folder, saved, model, optimizer):
             shape = () if key == "step" else parameter.shape
             if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
                 raise fault(path, f"{key}.{name} is not of shape {tuple(shape)} in fp32", AGAIN)
+            if key == "step" and tensors[name] != progress.step:
+                raise fault(path, f"{key}.{name} is not {progress.step}, the step it was saved after", AGAIN)
             optimizer.state[parameter][key] = tensors[name].clone().to(parameter.device)
     try:
         torch.set_rng_state(saved.rng[""].clone())
@@ -145,7 +154,8 @@ def examples_sha256(*sets):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that the first SIGINT (Ctrl-C) or SIGTERM goes into; a second one ends the process."""
+    """A list that the first SIGINT (Ctrl-C) or SIGTERM goes into; a second one ends the process. What the shell has set
+    to be ignored (SIGINT, for a script's job in the background) stays so."""
     noted = []
 
     def note(number, frame):
@@ -156,7 +166,8 @@ def noted_signals():
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
-    before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+    heard = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) != signal.SIG_IGN]
+    before = {kind: signal.signal(kind, note) for kind in heard}
     try:
         yield noted
     finally:

@@ -27,11 +27,12 @@ METHOD_FLAGS = ("targets", "params", "rank", "alpha", "svd", "gamma", "reduction
 # Flags that may change when a run goes on: not its mathematics, or they name what is known by its checksum.
 FREE = ("resume", "out", "overwrite", "dry_run", "model", "data", "micro_batch", "checkpointing", "compile",
         "eval_every", "save_every", "log_every", "no_sample", "device")
+NOT_SAVED = ("resume", "out", "overwrite", "dry_run")  # flags that belong to one command, not to the run
 EVAL_FILES = tuple(itertools.chain.from_iterable(RESULT_FILES.values()))
 RUN_FILES = ("log.jsonl", "result.json", "adapter.safetensors", resume.FILE, *EVAL_FILES)
 
 
-def parse_arguments(argv):
+def make_parser():
     parser = Parser(prog="train.py", usage="train.py --method METHOD [flags]",
                     description="Fine-tune a model on word problems.")
     add = parser.add_argument
@@ -113,11 +114,24 @@ def parse_arguments(argv):
     add("--no-sample", action="store_true", help="no sample answer before and after")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: fp32 on a CPU, else bf16)")
+    return parser
+
+
+def parse_arguments(argv):
+    """The flags of a command line; with --resume those of the saved run, which come along as args.saved."""
+    parser, saved, argv = make_parser(), None, sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    saved = resume.read(args.resume) if args.resume else None
-    if saved:
-        argv = resumed_flags(parser, args, saved, sys.argv[1:] if argv is None else argv)
-        args = parser.parse_args(argv)
+    if args.resume:
+        saved = resume.read(args.resume)
+        argv = resumed_flags(parser, args, saved, argv)
+    args = settled(parser, argv)
+    args.saved, args.out = saved, args.resume or args.out
+    return args
+
+
+def settled(parser, argv):
+    """The flags with what --recipe sets; a parser error where they do not go together."""
+    args = parser.parse_args(argv)
     if args.recipe:
         settings = recipe_settings(args)
         parser.set_defaults(**settings)
@@ -131,20 +145,21 @@ def parse_arguments(argv):
         parser.error(f"--warmup {args.warmup:g} is a share of the steps: at most 1")
     if args.overwrite and args.out is None:
         parser.error("--overwrite replaces the run in a folder: name it with --out")
-    args.saved, args.out = saved, args.resume or args.out
     return args
 
 
 def flags_of(args):
     """The flags of a run, all that was chosen included, as a command line for --resume."""
-    left_out = ("resume", "out", "overwrite", "dry_run", "epochs", "device", "saved", "recipe_set", "autocast")
-    flags = []
-    for name, value in vars(args).items():
-        if name not in left_out and value is not None and value is not False:
-            value = "+".join(map(str, value)) if name == "cut" else value
-            flag = "--" + name.replace("_", "-")
-            flags.append(flag if value is True else f"{flag}={value}")
-    return flags
+    left_out = {*NOT_SAVED, "saved", "recipe_set", "autocast", *(["steps"] if args.epochs else [])}
+    return [flag_text(name, value, "=") for name, value in vars(args).items()
+            if name not in left_out and value is not None and value is not False]
+
+
+def flag_text(name, value, equals=" "):
+    """A flag with its value, as on a command line."""
+    flag = "--" + name.replace("_", "-")
+    value = "+".join(map(str, value)) if isinstance(value, tuple) else value
+    return flag if value is True else f"{flag}{equals}{value}"
 
 
 def resumed_flags(parser, args, saved, argv):
@@ -154,17 +169,30 @@ def resumed_flags(parser, args, saved, argv):
         parser.error(f"--resume {args.resume} goes on in that folder: leave out --out and --overwrite")
 
     def refuse(message):
-        raise fault(args.resume / resume.FILE, message, resume.AGAIN)
+        raise ValueError(message)
 
+    savable = {flag_text(name, True) for name in vars(args) if name not in NOT_SAVED}
     parser.error, error = refuse, parser.error
-    before = vars(parser.parse_args(saved.flags))
-    parser.error = error
-    now = vars(parser.parse_args([*saved.flags, *argv]))
-    changed = [name for name in before if name not in FREE and now[name] != before[name]]
-    if changed:
-        flag, new, old = "--" + changed[0].replace("_", "-"), now[changed[0]], before[changed[0]]
-        raise ValueError(f"{flag} {new} is not what the run in {args.resume} began with ({old}), and would change what "
-                         f"it computes: leave {flag} out, or begin a new run")
+    try:
+        for flag in saved.flags:
+            if flag.partition("=")[0] not in savable:  # --help, an abbreviation
+                refuse(flag)
+        before = settled(parser, saved.flags)
+        method_options(before)
+        if before.method != saved.config["method"]:
+            refuse(f"{before.method}, and the adapter is of {saved.config['method']}")
+    except ValueError as wrong:
+        path = args.resume / resume.FILE
+        raise fault(path, f"its flags are not those of a run: {wrong}", resume.AGAIN) from None
+    finally:
+        parser.error = error
+
+    for name, new in vars(parser.parse_args([*saved.flags, *argv])).items():
+        old = getattr(before, name)
+        if name not in FREE and new != old:
+            began = "without it" if old is None or old is False else f"with {flag_text(name, old)}"
+            raise ValueError(f"{flag_text(name, new)}: the run in {args.resume} began {began}, and another value would "
+                             "change what it computes: leave it out, or begin a new run")
     return [*saved.flags, *argv]
 
 

@@ -22,6 +22,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SMALL = 1 << 20  # bytes
 LARGEST_HEADER = 1 << 25  # bytes, twice what the largest vocabularies take; parsed, text grows up to twentyfold
 
 
@@ -37,6 +38,10 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk does not say where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -129,8 +134,11 @@ class Cursor:
 
 def mapped(path, start, size):
     """Bytes of a file as an array (size,) uint8 with a mapping of its own: read from disk when they are used, out of
-    memory again when the array is let go. It may be written to; the file does not change."""
-    return np.memmap(path, np.uint8, "c", start, size) if size else np.empty(1, np.uint8)[:0]
+    memory again when the array is let go. It may be written to; the file does not change. A mapping is an open file,
+    of which a process may have a thousand: what is small is read at once."""
+    if size < SMALL:
+        return np.fromfile(path, np.uint8, size, offset=start) if size else np.empty(1, np.uint8)[:0]
+    return np.memmap(path, np.uint8, "c", start, size)
 
 
 def read_safetensors(path):

@@ -120,7 +120,9 @@ def check_finite(steps, numbers, lr):
         if not all(math.isfinite(value) for value in values if value is not None):
             named = ", ".join(str(numbers[i]) for i in indices[:16])
             more = f" and {len(indices) - 16} more" if len(indices) > 16 else ""
-            raise FloatingPointError(f"step {step}: loss {values[0]:g}, gradient norm {values[1]:g}, on records {named}"
+            said = ", ".join(f"{what} {value:g}" for what, value in zip(("loss", "gradient norm", "R"), values)
+                             if value is not None)
+            raise FloatingPointError(f"step {step}: {said}, on records {named}"
                                      f"{more} of the data; the weights are as they were before: lower --lr, now {lr:g}")
 
 
@@ -145,7 +147,7 @@ def train(args, model, optimizer, progress, encoded, numbers, regularize, measur
     multiple = GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1
     parameters, recent = list(adapter.trainable(model).values()), collections.deque(maxlen=20)
     batches = itertools.islice(endless_batches(lengths, args.batch, args.seed), progress.step, args.steps)
-    started, tokens, padded, since = time.time(), 0, 0, []  # since the last logged step
+    started, tokens, padded, since = time.perf_counter(), 0, 0, []  # since the last logged step
     with resume.noted_signals() as signals:
         for step, indices in enumerate(batches, progress.step + 1):
             rate = learning_rate(step - 1, args.steps, args.lr, args.schedule, args.warmup)
@@ -167,7 +169,8 @@ def train(args, model, optimizer, progress, encoded, numbers, regularize, measur
             padded += sum(len(part) * (1 + padded_length(part, multiple)) for part in parts)
 
             to_measure = step % args.eval_every == 0 or step == args.steps
-            to_save = step % args.save_every == 0 or step == args.steps or bool(signals)
+            to_stop = bool(signals) and step < args.steps  # a signal from here on is for the next step
+            to_save = step % args.save_every == 0 or step == args.steps or to_stop
             if not (step % args.log_every == 0 or to_measure or to_save):
                 continue
             check_finite(since, numbers, args.lr)  # waits for a GPU to finish
@@ -176,7 +179,7 @@ def train(args, model, optimizer, progress, encoded, numbers, regularize, measur
             if R is not None:
                 line["regularizer"] = R.item()
             recent.append(line["loss"])
-            elapsed = time.time() - started
+            elapsed = time.perf_counter() - started
             progress.step, progress.tokens = step, progress.tokens + tokens
             progress.seconds_in_steps += elapsed
             line.update(tokens_per_second=tokens / elapsed, padding=1 - tokens / padded,
@@ -186,13 +189,13 @@ def train(args, model, optimizer, progress, encoded, numbers, regularize, measur
             print(log_line(line, args.steps, left), flush=True)
             if to_measure:
                 progress.held_out[step] = measure(step)
-            if to_save or signals:
+            if to_save:
                 save()
-            if signals and step < args.steps:
+            if to_stop:
                 print(f"\nstopped by {signals[0].name} after step {step} of {args.steps}; to go on: "
                       f"python train.py --resume {args.out}", flush=True)
                 raise SystemExit(128 + signals[0])
-            started, tokens, padded, since = time.time(), 0, 0, []
+            started, tokens, padded, since = time.perf_counter(), 0, 0, []
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -229,6 +232,8 @@ def open_log(args, step):
     that a killed run leaves every line it printed."""
     path = args.out / "log.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
+    for left in args.out.glob(".*.tmp"):  # of a run that was killed as it wrote
+        left.unlink()
     if not args.resume:
         (args.out / resume.FILE).unlink(missing_ok=True)  # of the run that is overwritten
     kept = []
@@ -243,7 +248,7 @@ def open_log(args, step):
 
 
 def main(argv=None):
-    began = time.time()
+    began = time.perf_counter()
     args = parse_arguments(argv)
     keep_freed_memory()
     options, regularizer = method_options(args)
@@ -270,37 +275,39 @@ def main(argv=None):
         compile_blocks(model, args.compile)
     choose_budget(args, device, len(data.train))
     choose_out(args)
+    progress = args.saved.progress if args.saved else resume.Progress()
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
+    if args.saved:
+        resume.restore(args.resume, args.saved, model, optimizer, args.steps)
+        args.saved = None  # its file, which the next checkpoint replaces, is let go
     describe(args, base, regularizer, device, source, data)
     if args.dry_run:
-        return describe_first_step(args, base, data)
+        return describe_first_step(args, base, data, progress.step)
 
-    progress = args.saved.progress if args.saved else resume.Progress()
-    earlier = progress.seconds
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
-    log = open_log(args, progress.step)
     args.model, args.data = base.name, data_name(args.data, source)  # by which --resume and eval.py find them again
-    if args.saved:
-        resume.restore(args.resume, args.saved, model, optimizer)
-        progress.resumed_at.append(progress.step)
-        print(f"going on  after step {progress.step} of {args.steps}", flush=True)
-    else:
-        print_sample(args, base, data.example, "before")
-        measuring = time.time()
-        progress.held_out[0] = measure(args, model, data.held_out, 0, log)
-        expected = expected_seconds(args, model, data.train, data.held_out, time.time() - measuring)
-        print(f"expecting about {duration(expected)} of training", flush=True)
+    earlier = progress.seconds
 
     def regularize():
         return adapter.method_module(args.method).add_regularizer_grad(model, regularizer["gamma"] / args.lr,
                                                                        regularizer["reduction"])
 
     def save():
-        progress.seconds = earlier + time.time() - began
+        progress.seconds = earlier + time.perf_counter() - began
         resume.save(args.out / resume.FILE, model, optimizer, base, flags_of(args), data.sha256, progress)
 
-    train(args, model, optimizer, progress, data.train, data.numbers, regularize if regularizer.get("gamma") else None,
-          lambda step: measure(args, model, data.held_out, step, log), save, log)
-    log.close()
+    with open_log(args, progress.step) as log:
+        if args.resume:
+            progress.resumed_at.append(progress.step)
+            print(f"going on  after step {progress.step} of {args.steps}", flush=True)
+        else:
+            print_sample(args, base, data.example, "before")
+            measuring = time.perf_counter()
+            progress.held_out[0] = measure(args, model, data.held_out, 0, log)
+            expected = expected_seconds(args, model, data.train, data.held_out, time.perf_counter() - measuring)
+            print(f"expecting about {duration(expected)} of training", flush=True)
+        train(args, model, optimizer, progress, data.train, data.numbers, regularize if regularizer.get("gamma") else
+              None, lambda step: measure(args, model, data.held_out, step, log), save, log)
+
     path = args.out / "adapter.safetensors"
     adapter.save(model, path, base.name, base.sha256)
     for stale in EVAL_FILES:  # of the adapter that was overwritten
@@ -316,7 +323,7 @@ def main(argv=None):
               "held_out_loss": progress.held_out, "held_out_before": before, "held_out_after": after,
               "held_out_best": min(progress.held_out.values()), "resumed_at": progress.resumed_at,
               "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds_in_steps": seconds,
-              "seconds": earlier + time.time() - began, "memory_gb": peak_memory(device), "device": str(device),
+              "seconds": earlier + time.perf_counter() - began, "memory_gb": peak_memory(device), "device": str(device),
               "dtype": str(weights).removeprefix("torch."), "torch": torch.__version__,
               "command": " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])}
     write_json(args.out / "result.json", result)

@@ -27,11 +27,14 @@ import hub
 import huggingface
 import metamath
 import prompting
+import resume
+import settings
 import sweep
 import tensorfile
 import tiny
 import tokenizer
 import toy
+import train
 from fuzz import either, fuzz, mutate_bytes, mutate_header, mutate_json, mutate_lines
 from model import Model
 
@@ -256,6 +259,52 @@ def read_adapter(folder, name):
         adapter.merge(base.model)
 
 
+def one_step(model):
+    """AdamW on a model after one step on two short rows."""
+    optimizer = torch.optim.AdamW(train.decay_groups(model, 0.0), lr=1e-3, fused=True)
+    another_step(model, optimizer)
+    return optimizer
+
+
+def another_step(model, optimizer):
+    train.accumulate_gradients(model, [([3, 1, 4, 1], 2), ([5, 9, 2], 1)], 2, "cpu", contextlib.nullcontext())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@functools.cache
+def build_checkpoint():
+    def mutate_part(key):
+        def part(header, rng):
+            fields = json.loads(header)
+            fields["__metadata__"][key] = mutate_json(fields["__metadata__"][key], rng).decode()
+            return json.dumps(fields).encode()
+        return lambda raw, rng: mutate_header(raw, rng, part)
+
+    targets = []
+    for method in adapter.METHODS:
+        base = checkpoint.Base(toy.attach(small_model(), method), None, "base.gguf", "1" * 64)
+        progress = resume.Progress(1, {0: 2.5, 1: 2.25}, 5, 0.5, 3.0, [1])
+        args = settings.parse_arguments(["--method", method, "--steps", "3", "--cut", "5+6", "--no-sample"])
+        flags = settings.flags_of(args)
+        raw = written(lambda path: resume.save(path, base.model, one_step(base.model), base, flags, "2" * 64, progress))
+        targets.append((f"{method}/{resume.FILE}", raw,
+                        either(mutate_bytes, mutate_header, mutate_part("adapter"), mutate_part("run"), mutate_part("run"))))
+    return {}, targets
+
+
+def read_checkpoint(folder, name):
+    run = (folder / name).parent
+    args = settings.parse_arguments(["--resume", str(run)])
+    settings.choose_budget(args, torch.device("cpu"), 30)
+    base = checkpoint.Base(small_model(), None, "base.gguf", "1" * 64)
+    resume.attach(run, args.saved, base, "2" * 64)
+    optimizer = torch.optim.AdamW(train.decay_groups(base.model, args.weight_decay), lr=args.lr, fused=True)
+    resume.restore(run, args.saved, base.model, optimizer, args.steps)
+    another_step(base.model, optimizer)
+    json.dumps([vars(args.saved.progress), settings.flags_of(args)], allow_nan=False)
+
+
 # ---- problems and runs ----------------------------------------------------------------------------------------------
 
 PROBLEMS = [{"question": f"What is {i}+1? café", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(4)]
@@ -379,6 +428,7 @@ READERS = {
     "gguf model": (build_gguf_model, read_model), "config.json": (build_config, read_model),
     "index": (build_index, read_model), "weights": (build_weights, read_model),
     "tokenizer.json": (build_vocabulary, read_model), "adapter": (build_adapter, read_adapter),
+    "checkpoint": (build_checkpoint, read_checkpoint),
     "gsm8k": (build_gsm8k, read_gsm8k), "metamath": (build_metamath, read_metamath), "math": (build_math, read_math),
     "result.json": (build_result, read_result), "wheel": (build_wheel, read_wheel), "hub": (build_hub, read_hub)}
 
