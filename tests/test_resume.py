@@ -29,6 +29,7 @@ import script
 import settings
 import tensorfile
 import train
+from child import ended, forked, signalling
 from loss import IGNORE
 from script import run_script
 from test_recipe import llama2, metamath_file  # noqa: F401 (a fixture)
@@ -226,30 +227,6 @@ def test_a_run_that_was_killed_before_its_last_line_is_finished(place, tmp_path)
 
 # ---- killed ---------------------------------------------------------------------------------------------------------
 
-def forked(arguments, said):
-    """The process id of train.py in a process of its own, without the seconds that importing takes; `said` is a
-    file."""
-    sys.stdout.flush()
-    process = os.fork()
-    if process:
-        return process
-    status = 99
-    try:
-        with open(said, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            run_script(lambda: train.main(list(map(str, arguments))))
-            status = 0
-    except SystemExit as stopped:
-        status = stopped.code
-    finally:
-        os._exit(status)
-
-
-def ended(process):
-    """The status of a process as a shell sees it, once it has ended."""
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    return code if code >= 0 else 128 - code
-
-
 def check_whole(out):
     """Every file of a run, finished or not, can be read, but for the last line of its log. Returns its checkpoint's
     step."""
@@ -281,7 +258,7 @@ def kill_and_continue(flags, out, seconds, rng, kills):
             assert ended(process) == 0, said.read_text()
         else:
             time.sleep(seconds * rng.choice((rng.uniform(0, 0.6), rng.uniform(0.5, 1.1))))
-            os.kill(process, signal.SIGKILL)
+            process.kill()
             status = ended(process)
             assert status in (0, 137), said.read_text()
             if status:
@@ -308,17 +285,10 @@ def test_a_killed_run_goes_on(place, tmp_path):
 
 
 @contextlib.contextmanager
-def signalling(kind, owner, name, call, times=1):
-    """Let the process send itself a signal in the call number `call` of a function, `times` times."""
-    function, calls = getattr(owner, name), itertools.count(1)
-
-    def watched(*arguments, **more):
-        if next(calls) == call:
-            for _ in range(times):
-                signal.raise_signal(kind)
-        return function(*arguments, **more)
+def signalled(*signal_at):
+    """child.signalling in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, watched)
+        signalling(*signal_at, put=patch.setattr)
         yield
 
 
@@ -330,8 +300,8 @@ def test_a_run_killed_as_it_writes_goes_on(name, call, place, tmp_path):
     flags = [*place.flags, *flags_for("sorsa", "--steps", "2", "--save-every", "1", "--eval-every", "1")]
     if not (place.folder / "two").exists():
         train.main([*flags, "--out", str(place.folder / "two")])
-    with signalling(signal.SIGKILL, os, name, call):
-        assert ended(forked([*flags, "--out", tmp_path / "run"], tmp_path / "said")) == 137
+    process = forked([*flags, "--out", tmp_path / "run"], tmp_path / "said", (signal.SIGKILL, "os", name, call))
+    assert ended(process) == 137
     state = check_whole(tmp_path / "run")
     assert name != "unlink" or state == 2 and (tmp_path / "run" / "result.json").exists()
     train.main([*flags, "--out", str(tmp_path / "run"), "--overwrite"] if state is None
@@ -373,7 +343,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(kind, status, owner, name, cal
                                                   capsys):
     """Wherever it comes, the step is finished, or the next one is; what was saved and said leads to the same end."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with signalling(kind, owner, name, call), pytest.raises(SystemExit) as stopped:
+    with signalled(kind, owner, name, call), pytest.raises(SystemExit) as stopped:
         run_script(lambda: train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "parts")]))
     printed = capsys.readouterr()
     assert stopped.value.code == status and printed.err == "" and resume.read(tmp_path / "parts").progress.step == step
@@ -387,7 +357,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(kind, status, owner, name, cal
 @pytest.mark.parametrize("owner, name, call", [(train, "accumulate_gradients", 6), (resume, "save", 3)])
 def test_a_signal_in_the_last_step_lets_the_run_finish(owner, name, call, place, whole, tmp_path):
     """There is nothing to go on with: the result is written."""
-    with signalling(signal.SIGTERM, owner, name, call):
+    with signalled(signal.SIGTERM, owner, name, call):
         train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "run")])
     assert_same(whole, tmp_path / "run")
 
@@ -397,7 +367,7 @@ def test_a_signal_that_is_ignored_stays_so(place, whole, tmp_path):
     after."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with signalling(signal.SIGINT, train, "accumulate_gradients", 3):
+        with signalled(signal.SIGINT, train, "accumulate_gradients", 3):
             train.main([*place.flags, *flags_for("lora"), "--out", str(tmp_path / "run")])
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
@@ -412,7 +382,7 @@ def test_a_signal_that_is_ignored_stays_so(place, whole, tmp_path):
 def test_ctrl_c_ends_at_once(owner, name, call, times, place, tmp_path, capsys):
     """A second Ctrl-C in the loop, and one before or after it: one line and status 130; the last checkpoint is
     there."""
-    with signalling(signal.SIGINT, owner, name, call, times):
+    with signalled(signal.SIGINT, owner, name, call, times):
         status, said = ends([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], capsys)
     assert (status, said) == (130, "error: interrupted\n")
     assert check_whole(tmp_path / "run") == {"accumulate_gradients": 2, "save": 2 if owner is resume else 6}.get(name)
@@ -420,8 +390,8 @@ def test_ctrl_c_ends_at_once(owner, name, call, times, place, tmp_path, capsys):
 
 def test_a_second_sigterm_ends_at_once(place, tmp_path):
     """As the system does it, with status 143."""
-    with signalling(signal.SIGTERM, train, "accumulate_gradients", 3, 2):
-        process = forked([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], tmp_path / "said")
+    process = forked([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], tmp_path / "said",
+                     (signal.SIGTERM, "train", "accumulate_gradients", 3, 2))
     assert ended(process) == 143 and check_whole(tmp_path / "run") == 2
 
 
@@ -684,12 +654,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(name, place, whole, tmp_path, mo
 
 def test_a_file_size_limit_is_one_line(place, tmp_path):
     """What the system itself refuses to write: the same, in a process of its own."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-        process = forked([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], tmp_path / "said")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    process = forked([*place.flags, *flags_for("lora"), "--out", tmp_path / "run"], tmp_path / "said",
+                     file_limit=50_000)
     assert ended(process) == 2 and [path.name for path in (tmp_path / "run").iterdir()] == ["log.jsonl"]
     last = (tmp_path / "said").read_text().splitlines()[-1]
     assert last.startswith(f"error: {tmp_path / 'run' / resume.FILE}: File too large; ")
