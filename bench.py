@@ -111,12 +111,14 @@ def peer_model(ours):
 # ---- train ----------------------------------------------------------------------------------------------------------
 
 def batches(args, encoded):
-    """args.steps + 1 batches of examples, the largest first: for the peer random ones, else ours of similar length."""
+    """args.steps batches of examples, and before them the largest once more, to warm up with: for the peer random ones,
+    else ours of similar length."""
     rng, lengths = random.Random(0), [len(ids) for ids, _ in encoded]
     ours = batching.endless_batches(lengths, args.batch, seed=0)
     drawn = [rng.sample(range(len(encoded)), args.batch) if args.side == "peer" else next(ours)
-             for _ in range(args.steps + 1)]
-    return [[encoded[i] for i in batch] for batch in sorted(drawn, key=lambda batch: -max(lengths[i] for i in batch))]
+             for _ in range(max(1, args.steps))]
+    largest = max(drawn, key=lambda batch: max(lengths[i] for i in batch))
+    return [[encoded[i] for i in batch] for batch in (largest, *drawn[:args.steps])]
 
 
 def our_steps(args, model, encoded):
@@ -172,8 +174,8 @@ def training_examples(args, model, tokenizer):
 
 
 def train_side(args):
-    """Tokens per second, peak memory, GFLOP/s and the machine's own; the first step, on the largest batch, is
-    not timed."""
+    """Tokens per second, peak memory, GFLOP/s and the machine's own; a first step, on the largest batch, is not
+    timed."""
     model, tokenizer = base_model(args, torch.float32 if args.side == "full" else DTYPE)
     encoded = training_examples(args, model, tokenizer)
     answer_share = batching.answer_tokens(encoded) / batching.token_count(encoded)

@@ -96,7 +96,8 @@ def test_cost_of_a_small_case():
 
 
 def test_methods_differ_in_what_is_counted():
-    """The batches of the strict peer are ours, those of the usual one are random; the largest comes first, untimed."""
+    """The batches of the strict peer are ours, those of the usual one are random; the largest comes once more, first,
+    untimed."""
     encoded = [([1] * n, 1) for n in range(2, 200)]
     args = argparse.Namespace(side="lora", batch=8, steps=5)
     ours = bench.batches(args, encoded)
@@ -107,6 +108,7 @@ def test_methods_differ_in_what_is_counted():
     spread = lambda batches: sum(max(len(ids) for ids, _ in b) - min(len(ids) for ids, _ in b) for b in batches)  # noqa: E731
     assert spread(usual) > 3 * spread(ours)
     assert all(max(len(ids) for ids, _ in usual[0]) >= max(len(ids) for ids, _ in batch) for batch in usual)
+    assert usual[0] in usual[1:] and ours[0] in ours[1:]
 
 
 FAULTS = """
