@@ -76,10 +76,11 @@ def attach(model, args):
 def random_llama(args):
     """A random Llama of --width and --layers: with Llama 3.2's proportions, from width 4096 on with Llama 2 7B's."""
     heads, large = args.width // 64, args.width >= 4096
+    key_heads = next(count for count in (heads // 4, heads // 3, 1) if count and heads % count == 0)
     config = Config(vocab_size=32_000 if large else 1024, hidden_size=args.width, head_dim=128 if large else 64,
                     intermediate_size=args.width * 43 // 16 if large else 4 * args.width,
                     num_hidden_layers=args.layers, num_attention_heads=heads // 2 if large else heads,
-                    num_key_value_heads=heads // 2 if large else max(1, heads // 4))
+                    num_key_value_heads=heads // 2 if large else key_heads)
     model = checkpoint.empty_model(config).to(DTYPE).to_empty(device=DEVICE)
     torch.manual_seed(0)
     with torch.no_grad():

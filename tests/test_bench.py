@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 import bench
 import script
@@ -92,6 +94,10 @@ def test_cost_of_a_small_case():
     assert bench.cost_side(case)["us_per_token"] > 0
     case.problems = 3
     assert bench.cost_side(case)["us_per_token"] > 0
+    for width in {case.get("width", 576) for case in bench.COST}:  # every width has a model: its heads divide
+        with torch.device("meta"), mock.patch.object(bench, "DEVICE", torch.device("meta")):
+            config = bench.random_llama(argparse.Namespace(width=width, layers=1)).config
+        assert config.num_attention_heads % config.num_key_value_heads == 0
     assert {key for case in bench.COST for key in case} == {"batch", "length", "rank", "width", "problems", "max_new"}
 
 
