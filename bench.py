@@ -309,7 +309,7 @@ def cost_side(args):
 
 
 COST = [{"batch": batch} for batch in (1, 4, 16)] + [{"length": length} for length in (64, 256, 1024)] + \
-       [{"rank": rank} for rank in (4, 16, 64, 256)] + [{"width": width} for width in (256, 512, 1024, 2048)] + \
+       [{"rank": rank} for rank in (4, 16, 64, 128)] + [{"width": width} for width in (256, 512, 1024, 2048)] + \
        [{"problems": problems, "batch": 128, "max_new": 32} for problems in (8, 32, 128, 512)]
 
 
