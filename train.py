@@ -111,6 +111,11 @@ def eagerly(compiled):
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
+def mixed_precision(args, device):
+    """A context in which products are taken in bf16 where args.autocast says so: full fine-tuning on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.autocast is not None)
+
+
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 def check_finite(steps, numbers, lr):
@@ -141,7 +146,7 @@ def train(args, model, optimizer, progress, encoded, numbers, regularize, measur
     step whose loss or gradient is not finite; on a GPU, which is not waited for, when that step is next logged.
     """
     device = model.lm_head.weight.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.autocast is not None)
+    autocast = mixed_precision(args, device)
     lengths = [len(ids) for ids, _ in encoded]
     train_gflop = gflop_per_token(model, answer_tokens(encoded) / sum(lengths))[1]
     multiple = GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1
@@ -203,7 +208,7 @@ def train(args, model, optimizer, progress, encoded, numbers, regularize, measur
 def measure(args, model, held_out, step, log):
     """The held-out loss, printed and logged with what the method's weights or routers look like."""
     device = model.lm_head.weight.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.autocast is not None)
+    autocast = mixed_precision(args, device)
     with eagerly(args.compile):
         loss = held_out_loss(model, held_out, args.micro_batch, device, autocast)
         if not math.isfinite(loss):
