@@ -37,7 +37,7 @@ import batching
 import report
 import train
 from model import Config
-from script import Parser, amount, choose_device, keep_freed_memory, positive, run_script
+from script import Parser, amount, choose_device, fast_products, keep_freed_memory, positive, run_script
 
 PEERS = ("peer", "strict")
 DEVICE, DTYPE = choose_device("auto")
@@ -491,6 +491,7 @@ def main():
         return bench(args)
     if args.side not in PEERS:
         keep_freed_memory()
+        fast_products()
     print(json.dumps(SIDES[args.what](args)))
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import time
 
 import torch
 
@@ -34,6 +35,25 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
         libc.mallopt(-2, 1 << 28)  # M_TOP_PAD: and grows by 256 MB at a time
+
+
+def fast_products():
+    """Let oneDNN multiply fp32 matrices on the CPU where it is as exact as torch's default, MKL, and clearly faster.
+
+    MKL has a slow path for CPUs that are not Intel's: on an AMD one oneDNN is twice as fast. Its switch also permits
+    rounding to bf16, which it makes use of on some CPUs: so one product is checked against fp64, and timed.
+    """
+    products = torch.backends.mkldnn.matmul
+    a = torch.rand(1024, 1024, generator=torch.Generator()) - 0.5
+    exact, times = a.double() @ a.double(), {"ieee": [], "bf16": []}
+    for precision in 4 * ("ieee", "bf16"):
+        products.fp32_precision = precision
+        started = time.perf_counter()
+        result = a @ a
+        times[precision].append(time.perf_counter() - started)
+    is_exact = (result - exact).norm() < 1e-6 * exact.norm()
+    if not is_exact or min(times["bf16"]) > 0.75 * min(times["ieee"]):
+        products.fp32_precision = "ieee"
 
 
 class Help(argparse.HelpFormatter):

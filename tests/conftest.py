@@ -5,12 +5,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402 (after the line that makes it importable)
 from tiny import tiny_metadata, tiny_tensors, write_gguf  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def products_as_they_were():
+    """What a script chooses for its process (script.fast_products) ends with the test that ran it."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 @pytest.fixture(scope="session")
