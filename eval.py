@@ -23,7 +23,7 @@ import metamath
 import prompting
 from calculator import insertion
 from model import KVCache
-from script import Parser, check_folder, choose_device, fast_products, keep_freed_memory, positive, run_script, whole, write_json
+from script import Parser, check_folder, choose_device, positive, run_script, tune_cpu, whole, write_json
 from tensorfile import atomic_write, fault, read_json
 
 BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # each with gold and score
@@ -294,8 +294,7 @@ def report(summary, path):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    keep_freed_memory()
-    fast_products()
+    tune_cpu()
     device, dtype = choose_device(args.device, args.dtype)
     if args.ask is None:
         check_folder(args.out or (run_folder(args.run) if args.run else Path("runs")), "--out")

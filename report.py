@@ -22,7 +22,9 @@ def describe(args, base, regularizer, device, source, data):
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     if args.autocast:
         dtype += f" computing in {args.autocast}"
-    hardware = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    if device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+        hardware += ", fp32 products by oneDNN"
     print(f"device    {device} ({hardware}), weights {dtype}, torch {torch.__version__}")
     if args.recipe:
         words = {key: "+".join(map(str, value)) if key == "cut" else value for key, value in args.recipe_set.items()}

@@ -26,7 +26,7 @@ from eval import complete
 from loss import answer_loss
 from report import (change_text, describe, describe_first_step, duration, expected_seconds, gflop_per_token, log_line,
                     peak_memory, spike)
-from script import choose_device, fast_products, keep_freed_memory, run_script, write_json
+from script import choose_device, run_script, tune_cpu, write_json
 from settings import (EVAL_FILES, check_out, choose_budget, choose_out, complete_options, flags_of, method_options,
                       parse_arguments)
 from tensorfile import atomic_write
@@ -255,8 +255,7 @@ def open_log(args, step):
 def main(argv=None):
     began = time.perf_counter()
     args = parse_arguments(argv)
-    keep_freed_memory()
-    fast_products()
+    tune_cpu()
     options, regularizer = method_options(args)
     device, dtype = choose_device(args.device, args.dtype)
     # Full fine-tuning keeps fp32 weights, where small steps survive, and computes in bf16 on a GPU.

@@ -16,10 +16,8 @@ from tiny import tiny_metadata, tiny_tensors, write_gguf  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def products_as_they_were():
-    """What a script chooses for its process (script.fast_products) ends with the test that ran it."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    yield
-    torch.backends.mkldnn.matmul.fp32_precision = before
+    """What a script chooses for its process (script.fast_products) is not there in the next test."""
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
 @pytest.fixture(scope="session")

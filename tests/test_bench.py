@@ -40,7 +40,7 @@ def test_training_beside_both_peers(measure):
     """Ours, the usual peer and the strict one: tokens per second, memory, our share of the machine's speed, ratios."""
     pytest.importorskip("peft")
     out, records = measure("train", "--peer", "--steps", "1", "--rounds", "1", "--batch", "4", "--rank", "4")
-    assert [record["side"] for record in records] == ["lora", "peer", "strict"]
+    assert [record["side"] for record in records] == ["lora", "peer", "strict", "tuned"]
     assert all(record["tokens_per_second"] > 0 and record["memory_gb"] > 0 and record["command"].startswith("python bench.py train") for record in records)
     assert 0 < records[0]["share"] < 1 and records[0]["parameters"] > 0 and "share" not in records[1]
     assert "lora / peer: tokens per second" in out and "lora / strict: tokens per second" in out and "memory gb" in out
