@@ -12,7 +12,8 @@ learned positions added to the embedding for RoPE, W_down gelu(W_up n(h)) for Sw
 
 Module and parameter names are those of Hugging Face's `LlamaForCausalLM`, so its checkpoints load with unchanged keys.
 The seven `nn.Linear` of a block (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; GPT-2 has no gate_proj)
-are what the methods adapt; this file knows nothing of adapters, files or tokenizers.
+are what the methods adapt; this file knows nothing of adapters, files or tokenizers. What lies between products (RoPE,
+attention, RMSNorm, SwiGLU's activation) is called by name and written out in kernels.py.
 
 Shapes: B rows, T tokens, S cached slots, d hidden_size, H query heads, K key/value heads, D head_dim, V vocab_size.
 """
@@ -24,6 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from kernels import cached_attention, causal_attention, rms_norm, rotate, swiglu
 
 
 @dataclass
@@ -70,30 +73,6 @@ def rope_tables(positions, config):
     frequencies = rope_frequencies(config, positions.device)  # (D/2,)
     angles = positions[..., None].float() * frequencies  # (..., T, D/2)
     return angles.cos(), angles.sin()
-
-
-class Rotation(torch.autograd.Function):
-    """rotate, of which nothing but the angles is kept: the gradient is turned back by them."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        first, second = x.chunk(2, dim=-1)
-        y = x * torch.cat((cos, cos), dim=-1)
-        y[..., :y.shape[-1] // 2].addcmul_(second, sin, value=-1)
-        y[..., y.shape[-1] // 2:].addcmul_(first, sin)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        cos, sin = ctx.saved_tensors
-        return rotate(g, cos, -sin), None, None
-
-
-def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i+D/2}) of x (B, heads, T, D) by its angle; cos and sin (B or 1, 1, T, D/2)."""
-    return Rotation.apply(x, cos, sin)
 
 
 class KVCache:
@@ -157,75 +136,11 @@ class KVCache:
         return part
 
 
-class CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v of q (B, H, T, D), k and v (B, K, T, D), no query looking ahead: for a CPU.
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight."""
 
-    One row of the batch comes after another, so that its scores stay in the processor's cache, and the weights P are
-    computed again in the backward pass: nothing of size T x T outlives its row. With g = dL/dy
-
-        dv = P^T g      dS = P * (g v^T - sum(g * y)) / sqrt(D)      dq = dS k      dk = dS^T q
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        y, ahead = q.new_empty(q.shape), keys_ahead(q)
-        for q_b, k_b, v_b, y_b in zip(q, k, v, y):
-            torch.matmul(attention_weights(q_b, k_b, ahead), v_b, out=folded(y_b, k_b))
-        ctx.save_for_backward(q, k, v, y)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        q, k, v, y = ctx.saved_tensors
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        ahead = keys_ahead(q)
-        for g_b, q_b, k_b, v_b, y_b, dq_b, dk_b, dv_b in zip(g, q, k, v, y, dq, dk, dv):
-            P, g_b, y_b = attention_weights(q_b, k_b, ahead), folded(g_b, k_b), folded(y_b, k_b)
-            torch.matmul(P.mT, g_b, out=dv_b)
-            dS = g_b @ v_b.mT  # (K, H/K * T, T)
-            dS.sub_((g_b * y_b).sum(-1, keepdim=True)).mul_(P).mul_(q.shape[-1] ** -0.5)
-            torch.matmul(dS, k_b, out=folded(dq_b, k_b))
-            torch.matmul(dS.mT, folded(q_b, k_b), out=dk_b)
-        return dq, dk, dv
-
-
-def folded(q, k):
-    """q (H, T, D) as further queries of the key heads that they share, k (K, T, D): (K, H/K * T, D)."""
-    return q.reshape(len(k), -1, q.shape[-1])
-
-
-def keys_ahead(q):
-    """(T, T): -inf where a key comes after its query, else 0."""
-    return q.new_full((q.shape[-2], q.shape[-2]), -math.inf).triu_(1)
-
-
-def attention_weights(q, k, ahead):
-    """softmax(q k^T / sqrt(D) + ahead) of q (H, T, D), k (K, T, D): (K, H/K * T, T)."""
-    scores = folded(q * q.shape[-1] ** -0.5, k) @ k.mT  # (K, H/K * T, T)
-    by_head = scores.view(len(q), *ahead.shape).add_(ahead)
-    torch.softmax(by_head, dim=-1, out=by_head)
-    return scores
-
-
-def cached_attention(q, k, v, mask):
-    """Attention of q (B, H, T, D) to the cached k, v (B, K, S, D) with mask (B, 1, H/K * T, S) added: (B, H, T, D).
-
-    The query heads of one key head become further queries of it: no copy of k and v, and fast kernels apply. oneDNN is
-    kept out, it would copy all of k and v.
-    """
-    products = torch.backends.mkldnn.matmul
-    before, products.fp32_precision = products.fp32_precision, "ieee"
-    y = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, k.shape[-1]), k, v, attn_mask=mask)
-    products.fp32_precision = before
-    return y.view(q.shape)
-
-
-def onednn_multiplies(x):
-    """Whether products of x are oneDNN's (script.fast_products), which is slow at the small ones of torch's attention.
-    """
-    return (x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-            and torch.backends.mkldnn.matmul.fp32_precision == "bf16")
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -242,7 +157,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.gpt2)
         self.q_norm = self.k_norm = nn.Identity()
         if config.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
         B, T, _ = x.shape
@@ -252,13 +167,11 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None and onednn_multiplies(x):
-            y = CausalAttention.apply(q, k, v)
-        elif cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        if cache is None:
+            y = causal_attention(q, k, v)  # (B, H, T, D)
         else:
             k, v = cache.update(self.layer, positions, k, v, mask.shape[-1])  # (B, K, S, D)
-            y = cached_attention(q, k, v, mask)
+            y = cached_attention(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -274,23 +187,6 @@ class GPT2MLP(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping its two inputs for the backward pass; left to itself, autograd keeps silu(gate) as well,
-    a seventh of all that a block keeps when adapters train."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        gate, up = ctx.saved_tensors
-        d_gate = torch.ops.aten.silu_backward(g * up, gate)
-        return d_gate, F.silu(gate).mul_(g)
-
-
 class MLP(nn.Module):
     """SwiGLU."""
 
@@ -301,38 +197,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-class RMSNormed(torch.autograd.Function):
-    """x / rms(x) * weight in fp32, keeping x and 1 / rms(x) alone. With g = dL/dy, u = g * weight and d the width
-
-        dx = u / rms - x sum(u * x) / (d rms^3)      d weight = sum(g * x / rms)
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        inverse = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x, weight, inverse = ctx.saved_tensors
-        u = g * weight
-        along = (u * x).sum(-1, keepdim=True).mul_(inverse ** 3 / x.shape[-1])
-        d_weight = (g * x * inverse).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return u.mul_(inverse).addcmul_(x, along, value=-1), d_weight, None
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight; a GPU has a kernel for it, a CPU would take a dozen passes over x."""
-
-    def forward(self, x):
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-            return super().forward(x)
-        return RMSNormed.apply(x, self.weight, self.eps)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def norm(config):
