@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+CACHED = 1 << 20  # numbers, 4 MB of fp32: so much stays in a processor's cache from one pass to the next
+
 
 def onednn_multiplies(x):
     """Whether products of x are oneDNN's by the choice of `script.fast_products`. It is slow at small ones, of which
@@ -36,7 +38,7 @@ class Rotation(torch.autograd.Function):
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
         first, second = x.chunk(2, dim=-1)
-        y = x * torch.cat((cos, cos), dim=-1)
+        y = torch.mul(x, torch.cat((cos, cos), dim=-1), out=x.new_empty(x.shape))  # contiguous, as x may not be
         for half, other, sign in zip(y.chunk(2, dim=-1), (second, first), (-1, 1)):
             half.addcmul_(other, sin, value=sign)
         return y
@@ -53,24 +55,24 @@ class Rotation(torch.autograd.Function):
 def causal_attention(q, k, v):
     """softmax(q k^T / sqrt(D)) v of q (B, H, T, D), k and v (B, K, T, D), no query looking ahead: (B, H, T, D)."""
     if onednn_multiplies(q):
-        return AttentionByRow.apply(q, k, v)
+        return AttentionByRows.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-class AttentionByRow(torch.autograd.Function):
-    """`causal_attention`, one row of the batch after another.
+class AttentionByRows(torch.autograd.Function):
+    """`causal_attention`, a few rows of the batch after the other.
 
-    The scores of a row stay in the processor's cache, and the weights P are computed again in the backward pass:
-    nothing of size T x T outlives its row. With g = dL/dy
+    The scores of a few rows stay in the processor's cache, and the weights P are computed again in the backward pass:
+    nothing of size T x T outlives its rows. With g = dL/dy
 
         dv = P^T g      dS = P * (g v^T - sum(g * y)) / sqrt(D)      dq = dS k      dk = dS^T q
     """
 
     @staticmethod
     def forward(ctx, q, k, v):
-        y, ahead = q.new_empty(q.shape), keys_ahead(q)
-        for q_b, k_b, v_b, y_b in zip(q, k, v, y):
-            torch.matmul(attention_weights(q_b, k_b, ahead), v_b, out=folded(y_b, k_b))
+        y = q.new_empty(q.shape)
+        for q_b, k_b, v_b, y_b in few_rows(q, k, v, y):  # b rows: (b, H, T, D), (b, K, T, D), ...
+            torch.matmul(attention_weights(q_b, k_b), v_b, out=folded(y_b, k_b))
         ctx.save_for_backward(q, k, v, y)
         return y
 
@@ -79,32 +81,33 @@ class AttentionByRow(torch.autograd.Function):
     def backward(ctx, g):
         q, k, v, y = ctx.saved_tensors
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        ahead = keys_ahead(q)
-        for g_b, q_b, k_b, v_b, y_b, dq_b, dk_b, dv_b in zip(g, q, k, v, y, dq, dk, dv):
-            P, g_b, y_b = attention_weights(q_b, k_b, ahead), folded(g_b, k_b), folded(y_b, k_b)
+        for g_b, q_b, k_b, v_b, y_b, dq_b, dk_b, dv_b in few_rows(g, q, k, v, y, dq, dk, dv):
+            P, g_b, y_b = attention_weights(q_b, k_b), folded(g_b, k_b), folded(y_b, k_b)
             torch.matmul(P.mT, g_b, out=dv_b)
-            dS = g_b @ v_b.mT  # (K, H/K * T, T)
+            dS = g_b @ v_b.mT  # (b, K, H/K * T, T)
             dS.sub_((g_b * y_b).sum(-1, keepdim=True)).mul_(P).mul_(q.shape[-1] ** -0.5)
             torch.matmul(dS, k_b, out=folded(dq_b, k_b))
             torch.matmul(dS.mT, folded(q_b, k_b), out=dk_b)
         return dq, dk, dv
 
 
+def few_rows(q, *others):
+    """Tuples of the same few rows of each tensor, as many as have about CACHED scores together; q (B, H, T, D)."""
+    rows = max(1, CACHED // (q.shape[1] * q.shape[2] ** 2))
+    return zip(*(x.split(rows) for x in (q, *others)))
+
+
 def folded(q, k):
-    """q (H, T, D) as further queries of the key heads that they share, k (K, T, D): (K, H/K * T, D)."""
-    return q.reshape(len(k), -1, q.shape[-1])
+    """q (b, H, T, D) as further queries of the key heads that they share, k (b, K, T, D): (b, K, H/K * T, D)."""
+    return q.reshape(*k.shape[:2], -1, q.shape[-1])
 
 
-def keys_ahead(q):
-    """(T, T): -inf where a key comes after its query, else 0."""
+def attention_weights(q, k):
+    """softmax(q k^T / sqrt(D)) of q (b, H, T, D), k (b, K, T, D), 0 where a key comes later: (b, K, H/K * T, T)."""
     T = q.shape[2]
-    return q.new_full((T, T), -math.inf).triu_(1)
-
-
-def attention_weights(q, k, ahead):
-    """softmax(q k^T / sqrt(D) + ahead) of q (H, T, D), k (K, T, D): (K, H/K * T, T)."""
-    scores = folded(q * q.shape[-1] ** -0.5, k) @ k.mT  # (K, H/K * T, T)
-    by_head = scores.view(len(q), *ahead.shape).add_(ahead)
+    scores = folded(q * q.shape[-1] ** -0.5, k) @ k.mT  # (b, K, H/K * T, T)
+    by_head = scores.view(*q.shape[:2], T, T)
+    by_head.add_(q.new_full((T, T), -math.inf).triu_(1))
     torch.softmax(by_head, dim=-1, out=by_head)
     return scores
 
@@ -117,7 +120,7 @@ def cached_attention(q, k, v, mask):
     """
     products = torch.backends.mkldnn.matmul
     before, products.fp32_precision = products.fp32_precision, "ieee"
-    y = F.scaled_dot_product_attention(q.reshape(*k.shape[:2], -1, k.shape[-1]), k, v, attn_mask=mask)
+    y = F.scaled_dot_product_attention(folded(q, k), k, v, attn_mask=mask)
     products.fp32_precision = before
     return y.view(q.shape)
 
