@@ -1,8 +1,8 @@
 """What the decoder computes between its matrix products, in few passes over memory.
 
-Each function here is a line or two of plain PyTorch, which its docstring gives. Left to itself, autograd would write
-down more of what lies between: on a CPU, where such passes cost as much as products do, that is a tenth of a training
-step, on a GPU it is memory and launches. The tests compare each with torch's own, gradients with finite differences.
+Each function here is a line or two of plain PyTorch, which its docstring gives, and does the same. Left to itself,
+autograd would write down and read again more of what lies between: that is memory everywhere, and time, as these passes
+have next to no arithmetic. The tests compare each with torch's own, and gradients with finite differences.
 
 Shapes: B rows, T tokens, S cached slots, H query heads, K key/value heads, D head_dim.
 """

@@ -1,5 +1,5 @@
 """What tests share: the default model (fetched once), the GSM-8K files, a tiny model in a file."""
-
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402 (after the line that makes it importable)
+from practice import practice  # noqa: E402
 from tiny import tiny_metadata, tiny_tensors, write_gguf  # noqa: E402
 
 
@@ -56,3 +57,19 @@ def gsm8k_data():
 def tiny_gguf(tmp_path_factory):
     """Path of a complete tiny Llama model (64 wide, 2 layers, 269 tokens) with seeded random weights."""
     return write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", tiny_metadata(), tiny_tensors())
+
+
+@pytest.fixture(scope="session")
+def llama2(tmp_path_factory):
+    """A folder in the shape of Llama 2 7B's: as many key heads as query heads, an own head, SentencePiece BPE, bf16."""
+    transformers = pytest.importorskip("transformers")
+    from test_huggingface import trained  # needs the tokenizers library
+    folder = tmp_path_factory.mktemp("llama2")
+    config = transformers.LlamaConfig(
+        vocab_size=1600, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4, rms_norm_eps=1e-5,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    texts = [text for example in practice("train", 100) for text in example.values()]
+    (folder / "tokenizer.json").write_text(json.dumps(trained("llama2", texts, 1600)))
+    return folder

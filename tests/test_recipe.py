@@ -15,26 +15,11 @@ import settings
 import train
 from practice import practice
 from script import run_script
-from test_huggingface import trained
 from toy import write_sums
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 peft = pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
-def llama2(tmp_path_factory):
-    """A folder in the shape of Llama 2 7B's: as many key heads as query heads, an own head, SentencePiece BPE, bf16."""
-    folder = tmp_path_factory.mktemp("llama2")
-    config = transformers.LlamaConfig(
-        vocab_size=1600, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4, rms_norm_eps=1e-5,
-        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    texts = [text for example in practice("train", 100) for text in example.values()]
-    (folder / "tokenizer.json").write_text(json.dumps(trained("llama2", texts, 1600)))
-    return folder
 
 
 def metamath_file(path, count=276):

@@ -32,7 +32,7 @@ import train
 from child import ended, forked, signalling
 from loss import IGNORE
 from script import run_script
-from test_recipe import llama2, metamath_file  # noqa: F401 (a fixture)
+from test_recipe import metamath_file
 from tiny import tiny_metadata, tiny_tensors, write_gguf
 from toy import SIZES, attach, snapshot, toy_examples, toy_model, write_sums
 
@@ -167,7 +167,7 @@ def test_a_continued_run_keeps_its_settings(variant, place, tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], ["--params", "30k", "--steps", "3"]], ids=["recipe", "recipe with a budget"])
-def test_a_continued_recipe_is_the_recipe(more, llama2, tmp_path, capsys):  # noqa: F811
+def test_a_continued_recipe_is_the_recipe(more, llama2, tmp_path, capsys):
     """--recipe paper goes on with all that it sets, and prints it as before."""
     metamath_file(tmp_path / "MetaMathQA.json", 36)
     flags = ["--method", "sorsa", "--recipe", "paper", "--model", str(llama2), "--data",
