@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 CACHED = 1 << 20  # numbers, 4 MB of fp32: so much stays in a processor's cache from one pass to the next
+QUERIES = 64  # about so many of a row are looked at together
 
 
 def onednn_multiplies(x):
@@ -55,15 +56,15 @@ class Rotation(torch.autograd.Function):
 def causal_attention(q, k, v):
     """softmax(q k^T / sqrt(D)) v of q (B, H, T, D), k and v (B, K, T, D), no query looking ahead: (B, H, T, D)."""
     if onednn_multiplies(q):
-        return AttentionByRows.apply(q, k, v)
+        return AttentionInPieces.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-class AttentionByRows(torch.autograd.Function):
-    """`causal_attention`, a few rows of the batch after the other.
+class AttentionInPieces(torch.autograd.Function):
+    """`causal_attention`, a few rows of the batch, and of long rows some of the queries, at a time.
 
-    The scores of a few rows stay in the processor's cache, and the weights P are computed again in the backward pass:
-    nothing of size T x T outlives its rows. With g = dL/dy
+    The scores of a piece stay in the processor's cache, keys that come after all its queries are left out, and the
+    weights P are computed again in the backward pass: nothing of size T x T outlives its piece. With g = dL/dy
 
         dv = P^T g      dS = P * (g v^T - sum(g * y)) / sqrt(D)      dq = dS k      dk = dS^T q
     """
@@ -71,8 +72,8 @@ class AttentionByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         y = q.new_empty(q.shape)
-        for q_b, k_b, v_b, y_b in few_rows(q, k, v, y):  # b rows: (b, H, T, D), (b, K, T, D), ...
-            torch.matmul(attention_weights(q_b, k_b), v_b, out=folded(y_b, k_b))
+        for queries, keys in pieces(q):
+            y[queries] = (attention_weights(q[queries], k[keys]) @ v[keys]).view(y[queries].shape)
         ctx.save_for_backward(q, k, v, y)
         return y
 
@@ -80,34 +81,41 @@ class AttentionByRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         q, k, v, y = ctx.saved_tensors
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        for g_b, q_b, k_b, v_b, y_b, dq_b, dk_b, dv_b in few_rows(g, q, k, v, y, dq, dk, dv):
-            P, g_b, y_b = attention_weights(q_b, k_b), folded(g_b, k_b), folded(y_b, k_b)
-            torch.matmul(P.mT, g_b, out=dv_b)
-            dS = g_b @ v_b.mT  # (b, K, H/K * T, T)
-            dS.sub_((g_b * y_b).sum(-1, keepdim=True)).mul_(P).mul_(q.shape[-1] ** -0.5)
-            torch.matmul(dS, k_b, out=folded(dq_b, k_b))
-            torch.matmul(dS.mT, folded(q_b, k_b), out=dk_b)
+        dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        for queries, keys in pieces(q):
+            P = attention_weights(q[queries], k[keys])  # (b, K, H/K * t, S)
+            q_piece, g_piece, y_piece = (folded(x[queries], k) for x in (q, g, y))  # (b, K, H/K * t, D)
+            dv[keys] += P.mT @ g_piece
+            dS = g_piece @ v[keys].mT  # (b, K, H/K * t, S)
+            dS.sub_((g_piece * y_piece).sum(-1, keepdim=True)).mul_(P).mul_(q.shape[-1] ** -0.5)
+            dq[queries] = (dS @ k[keys]).view(dq[queries].shape)
+            dk[keys] += dS.mT @ q_piece
         return dq, dk, dv
 
 
-def few_rows(q, *others):
-    """Tuples of the same few rows of each tensor, as many as have about CACHED scores together; q (B, H, T, D)."""
-    rows = max(1, CACHED // (q.shape[1] * q.shape[2] ** 2))
-    return zip(*(x.split(rows) for x in (q, *others)))
+def pieces(q):
+    """(index of b rows and t queries of each head of q (B, H, T, D), index of the keys that some of these look at)."""
+    B, H, T, _ = q.shape
+    t = -(-T // max(1, round(T / QUERIES)))
+    rows = max(1, CACHED // (H * t * T))
+    for row in range(0, B, rows):
+        for first in range(0, T, t):
+            some, last = slice(row, row + rows), min(T, first + t)
+            yield (some, slice(None), slice(first, last)), (some, slice(None), slice(last))
 
 
 def folded(q, k):
-    """q (b, H, T, D) as further queries of the key heads that they share, k (b, K, T, D): (b, K, H/K * T, D)."""
-    return q.reshape(*k.shape[:2], -1, q.shape[-1])
+    """q (b, H, t, D) as further queries of the key heads that they share, k (b, K, S, D): (b, K, H/K * t, D)."""
+    return q.reshape(len(q), k.shape[1], -1, q.shape[-1])
 
 
 def attention_weights(q, k):
-    """softmax(q k^T / sqrt(D)) of q (b, H, T, D), k (b, K, T, D), 0 where a key comes later: (b, K, H/K * T, T)."""
-    T = q.shape[2]
-    scores = folded(q * q.shape[-1] ** -0.5, k) @ k.mT  # (b, K, H/K * T, T)
-    by_head = scores.view(*q.shape[:2], T, T)
-    by_head.add_(q.new_full((T, T), -math.inf).triu_(1))
+    """softmax(q k^T / sqrt(D)) of the last t queries, q (b, H, t, D), on k (b, K, S, D), 0 where a key comes after its
+    query: (b, K, H/K * t, S)."""
+    t, S = q.shape[2], k.shape[2]
+    scores = folded(q * q.shape[-1] ** -0.5, k) @ k.mT  # (b, K, H/K * t, S)
+    by_head = scores.view(*q.shape[:2], t, S)
+    by_head.add_(q.new_full((t, S), -math.inf).triu_(1 + S - t))
     torch.softmax(by_head, dim=-1, out=by_head)
     return scores
 

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 
 import batching
+import kernels
 import script
-from kernels import AttentionByRows, RMSNorm, SwiGLU, rotate
+from kernels import AttentionInPieces, RMSNorm, SwiGLU, rotate
 from loss import answer_loss
 from model import KVCache
 from toy import attach, perturb, tokens, toy_examples, toy_model
@@ -37,13 +38,17 @@ def test_rms_norm_equals_torch():
     assert torch.autograd.gradcheck(lambda x, weight: RMSNorm.apply(x, weight, 1e-3), (x, weight))
 
 
-@pytest.mark.parametrize("heads, key_heads, T", [(6, 2, 5), (3, 3, 4), (4, 1, 1)])
-def test_attention_by_rows_equals_torch(heads, key_heads, T):
-    """Values equal torch's attention, gradients finite differences in float64; strided inputs, grouped heads or not."""
+@pytest.mark.parametrize("heads, key_heads, T, cached, queries", [
+    (6, 2, 5, 1 << 20, 64), (3, 3, 4, 96, 64), (4, 1, 1, 8, 64), (4, 2, 5, 1, 2), (2, 1, 4, 32, 2), (3, 3, 3, 1, 1)])
+def test_attention_in_pieces_equals_torch(heads, key_heads, T, cached, queries, monkeypatch):
+    """Values equal torch's attention, gradients finite differences in float64; strided inputs, grouped heads or not,
+    all rows at once or two or one, all queries or some or one."""
+    monkeypatch.setattr(kernels, "CACHED", cached)
+    monkeypatch.setattr(kernels, "QUERIES", queries)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, T, n, 4, dtype=torch.float64, requires_grad=True) for n in (heads, key_heads, key_heads))
+    q, k, v = (torch.randn(3, T, n, 4, dtype=torch.float64, requires_grad=True) for n in (heads, key_heads, key_heads))
     rows_last = lambda *x: [part.transpose(1, 2) for part in x]  # noqa: E731 (B, T, heads, D), as the model has them
-    ours = lambda q, k, v: AttentionByRows.apply(*rows_last(q, k, v))  # noqa: E731
+    ours = lambda q, k, v: AttentionInPieces.apply(*rows_last(q, k, v))  # noqa: E731
     theirs = F.scaled_dot_product_attention(*rows_last(q, k, v), is_causal=True, enable_gqa=True)
     assert torch.allclose(ours(q, k, v), theirs, rtol=1e-10)
     assert torch.autograd.gradcheck(ours, (q, k, v))
@@ -60,7 +65,7 @@ def test_the_same_loss_and_gradients_whoever_multiplies(changes):
         loss = answer_loss(model, *batch)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
-        assert ("AttentionByRows" in graph_of(loss.grad_fn)) == (precision == "bf16")
+        assert ("AttentionInPieces" in graph_of(loss.grad_fn)) == (precision == "bf16")
     for plain, fast in zip(*found):
         assert (plain - fast).norm() < 1e-5 * plain.norm()
 
