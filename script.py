@@ -47,16 +47,19 @@ def fast_products():
     """Let oneDNN multiply fp32 matrices on the CPU where it is as exact as torch's default, MKL, and clearly faster.
 
     MKL has a slow path for CPUs that are not Intel's: on an AMD one oneDNN is twice as fast. Its switch also permits
-    rounding to bf16, which it makes use of on some CPUs: so one product is checked against fp64, and timed.
+    rounding to bf16, which it makes use of on some CPUs: so one product is checked against fp64, and timed, by the time
+    of one thread alone, so that other processes do not change the choice.
     """
-    products = torch.backends.mkldnn.matmul
-    a = torch.rand(1024, 1024, generator=torch.Generator()) - 0.5
+    products, threads = torch.backends.mkldnn.matmul, torch.get_num_threads()
+    a = torch.rand(512, 512, generator=torch.Generator()) - 0.5
     exact, times = a.double() @ a.double(), {"ieee": [], "bf16": []}
-    for precision in 4 * ("ieee", "bf16"):
+    torch.set_num_threads(1)
+    for precision in 6 * ("ieee", "bf16"):
         products.fp32_precision = precision
-        started = time.perf_counter()
+        started = time.thread_time()
         result = a @ a
-        times[precision].append(time.perf_counter() - started)
+        times[precision].append(time.thread_time() - started)
+    torch.set_num_threads(threads)
     is_exact = (result - exact).norm() < 1e-6 * exact.norm()
     if not is_exact or min(times["bf16"]) > 0.75 * min(times["ieee"]):
         products.fp32_precision = "ieee"
