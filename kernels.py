@@ -15,11 +15,15 @@ CACHED = 1 << 20  # numbers, 4 MB of fp32: so much stays in a processor's cache 
 QUERIES = 64  # about so many of a row are looked at together
 
 
+def fp32_on_cpu(x):
+    """Whether x is fp32 on a CPU, and what is done with it not being compiled."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
 def onednn_multiplies(x):
     """Whether products of x are oneDNN's by the choice of `script.fast_products`. It is slow at small ones, of which
     torch's attention consists."""
-    return (x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-            and torch.backends.mkldnn.matmul.fp32_precision == "bf16")
+    return fp32_on_cpu(x) and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
 # ---- positions ------------------------------------------------------------------------------------------------------
@@ -137,7 +141,7 @@ def cached_attention(q, k, v, mask):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight for x (..., d), weight (d,)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if fp32_on_cpu(x):
         return RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)  # a GPU has one kernel for it
 

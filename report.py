@@ -9,6 +9,7 @@ import torch
 
 import adapter
 from batching import answer_tokens, endless_batches, token_count
+from kernels import onednn_multiplies
 from loss import CHUNK
 
 
@@ -23,7 +24,7 @@ def describe(args, base, regularizer, device, source, data):
     if args.autocast:
         dtype += f" computing in {args.autocast}"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    if device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+    if onednn_multiplies(model.lm_head.weight):
         hardware += ", fp32 products by oneDNN"
     print(f"device    {device} ({hardware}), weights {dtype}, torch {torch.__version__}")
     if args.recipe:

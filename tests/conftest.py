@@ -16,7 +16,7 @@ from tiny import tiny_metadata, tiny_tensors, write_gguf  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def products_as_they_were():
+def products_by_default():
     """What a script chooses for its process (script.fast_products) is not there in the next test."""
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
