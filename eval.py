@@ -1,12 +1,13 @@
-"""Greedy generation, and accuracy on GSM-8K or MATH.
+"""Accuracy on GSM-8K or MATH by greedy generation; on a file of instructions and responses, the held-out loss.
 
     python eval.py runs/sorsa                        a fine-tuned run on GSM-8K's test set
     python eval.py --model smollm2-135m --shots 4    a base model alone
     python eval.py runs/sorsa --ask "Ann has 3 bags of 4 apples and eats 2. How many are left?"
     python eval.py runs/sorsa --benchmark math --data MATH_test.jsonl
+    python eval.py runs/sorsa --benchmark loss --data FILE.jsonl     what a run on a FILE of its own is measured by
 
 Adapters are merged first where the method can be. Every prediction goes to predictions.jsonl, scored by four rules at
-once (gsm8k.py and hendrycks_math.py say which), so that the printed accuracies can be recomputed from that file.
+once (data/gsm8k.py and data/hendrycks_math.py say which), so that the printed accuracies can be recomputed from it.
 """
 import json
 import math
@@ -16,155 +17,17 @@ from pathlib import Path
 import torch
 
 import adapter
-import checkpoint
-import gsm8k
-import hendrycks_math
-import metamath
-import prompting
-from calculator import insertion
-from model import KVCache
-from script import Parser, check_folder, choose_device, positive, run_script, tune_cpu, whole, write_json
-from tensorfile import atomic_write, fault, read_json
+from data import batching, gsm8k, hendrycks_math, instructions, prompting
+from support import fast, run_folder
+from support.generate import complete
+from support.loss import mean_loss
+from support.report import duration
+from support.script import Parser, check_folder, choose_device, positive, run_script, whole, write_json
+from weights import adapter_file, base_model
+from weights.files import atomic_write, fault, read_json
 
-BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # each with gold and score
-RESULT_FILES = {"gsm8k": ("predictions.jsonl", "eval.json"), "math": ("predictions-math.jsonl", "eval-math.json")}
-CHECK_EVERY = 8  # decode steps between two looks, on a GPU, at which rows have finished: each look waits for it
-PREFILL_TOKENS = {"cpu": 2048, "cuda": 65536}  # of prompts read at once: few, of similar length, need little padding
-
-
-# ---- generation -----------------------------------------------------------------------------------------------------
-
-@torch.inference_mode()
-def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None):
-    """Greedy continuation of every prompt (lists of token ids) up to and including eos_id, or max_new tokens.
-
-    The right-padded prompts are read first, some rows at a time, then comes one token per row and step from a static KV
-    cache; rows do not see each other, so a row's text does not depend on its neighbours. Rows that have finished leave
-    the batch.
-    `is_done(ids)` may end a row early, `force(ids)` may return tokens to be taken instead of the next choices; both are
-    given the row's new tokens so far. Returns a list of token lists in the order of `prompts`.
-    """
-    device = model.lm_head.weight.device
-    cache = KVCache(model.config, len(prompts), max(map(len, prompts)) + max_new, model.lm_head.weight.dtype, device)
-    chosen = _prefill(model, prompts, cache)  # (B,)
-    new = torch.full((len(prompts), max_new), eos_id, device=device)  # (B, max_new)
-    alive = torch.arange(len(prompts), device=device)  # the prompt that each row of the cache belongs to
-    forced = [[] for _ in prompts]
-    for step in range(max_new):
-        if force is not None:
-            chosen = _forced_choice(chosen, new, alive.tolist(), step, forced, force)
-        new[alive, step] = chosen
-        if step + 1 == max_new:
-            break
-        if device.type == "cpu" or step % CHECK_EVERY == CHECK_EVERY - 1:
-            unfinished = ~(new[alive, :step + 1] == eos_id).any(dim=1)  # (rows alive,)
-            if is_done is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
-                texts_done = [is_done(ids) for ids in new[alive, :step + 1].tolist()]
-                unfinished &= ~torch.tensor(texts_done, device=device)
-            if not unfinished.any():
-                break
-            if not unfinished.all():
-                order = cache.keep(unfinished)
-                alive, chosen = alive[order], chosen[order]
-        hidden = model.model(chosen[:, None], cache)  # (rows alive, 1, d)
-        cache.advance(1, 1)
-        chosen = model.lm_head(hidden[:, 0]).argmax(-1)  # (rows alive,)
-    return [_through_first(ids, eos_id) for ids in new[:, :step + 1].tolist()]
-
-
-def _prefill(model, prompts, cache):
-    """Read the prompts into the cache, as many rows at a time as PREFILL_TOKENS allow; returns every row's choice for
-    its first token, (B,)."""
-    device, first, chosen = model.lm_head.weight.device, 0, []
-    cache.slots(max(map(len, prompts)))  # clears them, before the windows write
-    while first < len(prompts):
-        last, longest = first + 1, len(prompts[first])
-        while last < len(prompts):
-            longer = max(longest, len(prompts[last]))
-            if longer * (last + 1 - first) > PREFILL_TOKENS[device.type]:
-                break
-            last, longest = last + 1, longer
-        lengths = torch.tensor([len(prompt) for prompt in prompts[first:last]])  # (rows,)
-        tokens = torch.zeros(last - first, longest, dtype=torch.long)  # (rows, T)
-        for row, prompt in enumerate(prompts[first:last]):
-            tokens[row, :len(prompt)] = torch.tensor(prompt)
-        rows = cache.window(first, last)
-        hidden = model.model(tokens.to(device), rows)[range(last - first), lengths - 1]  # (rows, d)
-        rows.advance(lengths.to(device), longest)
-        chosen.append(model.lm_head(hidden).argmax(-1))
-        first = last
-    cache.longest = max(map(len, prompts))
-    return torch.cat(chosen)
-
-
-def _through_first(ids, eos_id):
-    """ids up to and including the first eos_id."""
-    return ids[:ids.index(eos_id) + 1] if eos_id in ids else ids
-
-
-def _forced_choice(chosen, new, alive, step, forced, force):
-    """`chosen`, with the tokens that wait in a row's queue in place of the model's; `force` fills empty queues."""
-    chosen, so_far = chosen.clone(), new[:, :step].tolist()
-    for i, row in enumerate(alive):
-        if not forced[row] and step:
-            forced[row] = list(force(so_far[row]) or ())
-        if forced[row]:
-            chosen[i] = forced[row].pop(0)
-    return chosen
-
-
-def generate(model, prompts, eos_id, max_new=256, batch=64, is_done=None, force=None, progress=None):
-    """`generate_batch` over any number of prompts, in batches of similar length, longest first.
-
-    Longest first shows at once whether memory suffices. `progress(indices, outputs)` is called after every batch.
-    Raises ValueError if a prompt leaves no room for max_new tokens in the model's context.
-    """
-    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
-    if longest + max_new > context:
-        raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones do not fit the model's context of "
-                         f"{context}: lower --max-new or --shots, or shorten the question")
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    outputs = [None] * len(prompts)
-    for start in range(0, len(order), batch):
-        indices = order[start:start + batch]
-        results = generate_batch(model, [prompts[i] for i in indices], eos_id, max_new, is_done, force)
-        for i, ids in zip(indices, results):
-            outputs[i] = ids
-        if progress is not None:
-            progress(indices, outputs)
-    return outputs
-
-
-def complete(model, tokenizer, texts, max_new=256, batch=64, calculator=False, progress=None, template="plain"):
-    """Completions of prompts (`texts`): dicts of text (cut where another question begins), new_tokens, and finish.
-
-    finish is "eos", "stop" (a next problem began, as in the template) or "cap". With `calculator`, what follows the "="
-    of an open annotation `<<48/2=` is computed instead of generated.
-    """
-    tail = CHECK_EVERY + len(prompting.TEMPLATES[template].next)  # tokens: what was there before has been looked at
-
-    def is_done(ids):
-        text = tokenizer.decode(ids[-tail:])
-        return prompting.truncate(text, template) != text
-
-    def force(ids):
-        if "=" not in tokenizer.decode(ids[-1:]):
-            return None
-        insert = insertion(tokenizer.decode(ids))
-        return tokenizer.encode(insert, start=False) if insert else None
-
-    outputs = generate(model, [tokenizer.encode(text) for text in texts], tokenizer.eos_id, max_new, batch,
-                       is_done, force if calculator else None, progress)
-    completions = []
-    for ids in outputs:
-        ended = ids[-1] == tokenizer.eos_id
-        text = tokenizer.decode(ids[:-1] if ended else ids)
-        cut = prompting.truncate(text, template)
-        finish = "stop" if cut != text else "eos" if ended else "cap"
-        # A row that began another question ran on until the next check: only what is kept counts.
-        new_tokens = len(tokenizer.encode(cut, start=False)) if finish == "stop" else len(ids)
-        completions.append({"text": cut, "new_tokens": new_tokens, "finish": finish})
-    return completions
+BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # those with answers: each has gold and score
+SHOWN_EVERY = 5  # seconds between two lines of progress
 
 
 # ---- scoring --------------------------------------------------------------------------------------------------------
@@ -197,7 +60,7 @@ def by_field(records, field):
     return {value: {"n": len(right), "accuracy": sum(right) / len(right)} for value, right in groups.items()}
 
 
-# ---- the script -----------------------------------------------------------------------------------------------------
+# ---- what is evaluated ----------------------------------------------------------------------------------------------
 
 def parse_arguments(argv):
     parser = Parser(prog="eval.py", usage="eval.py RUN [flags], or eval.py --model MODEL [flags]",
@@ -205,9 +68,10 @@ def parse_arguments(argv):
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
     parser.add_argument("--force", action="store_true", help="take the adapter although it was trained on another base")
-    parser.add_argument("--benchmark", choices=list(BENCHMARKS), default="gsm8k", help="which test")
+    parser.add_argument("--benchmark", choices=[*BENCHMARKS, "loss"], help="accuracy on gsm8k or math, or the loss per "
+                        "answer token on a file (default: gsm8k; loss for a run that was trained on a file)")
     parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data); "
-                                       "for math a .jsonl file of problems")
+                                       "for math a .jsonl file of problems; for loss a file of instructions and responses")
     parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to "
                                                                               "think step by step (default: the run's)")
     parser.add_argument("--limit", type=whole, help="first N test problems, 0 for all (default: 128 on a CPU, else 0)")
@@ -219,67 +83,154 @@ def parse_arguments(argv):
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and eval.json (default: the run)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--plain", action="store_true", help="leave off what makes it fast (support/fast.py)")
     args = parser.parse_args(argv)
     if args.run is None and args.model is None:
         parser.error("name a run (a folder that train.py made), or a base model with --model")
     if args.ask is not None and not args.ask.strip():
         parser.error("--ask is empty: write a question behind it")
-    if args.benchmark == "math":
-        if args.data is None and args.ask is None:
-            parser.error("--benchmark math needs --data FILE: a .jsonl file of problems with answers")
-        if args.shots or args.calculator:
-            parser.error("--shots and --calculator are for GSM-8K: MATH has no training problems here and no << >>")
-    args.max_new = args.max_new or {"gsm8k": 256, "math": 1024}[args.benchmark]
+    if args.benchmark == "math" and args.data is None and args.ask is None:
+        parser.error("--benchmark math needs --data FILE: a .jsonl file of problems with answers")
+    if args.benchmark in ("math", "loss") and (args.shots or args.calculator):
+        parser.error("--shots and --calculator are for GSM-8K: what is here has no training problems and no << >>")
     return args
 
 
 def load_run(run, model, device, dtype, force=False):
     """(Base with the adapter of a run attached, the method's name), on `model` or else the base that the run names.
     `force` takes an adapter that was trained on another base."""
-    path = run / "adapter.safetensors" if run.is_dir() else run
+    path = run / run_folder.ADAPTER if run.is_dir() else run
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: give a folder that a finished train.py run has left")
-    _, config, base_name, _ = adapter.read_config(path)
+    _, config, base_name, _ = adapter_file.read(path)
     if not model and (not base_name.isprintable() or not 0 < len(base_name) < 1000):
         raise fault(path, f"names no base model ({base_name[:40]!r})", "give it with --model")
     if not model and Path(base_name).is_absolute() and not Path(base_name).exists():
         raise FileNotFoundError(f"{path}: its base model {base_name} is not there any more: give it with --model")
-    base = checkpoint.load(model or base_name, dtype, device)
-    adapter.load(base.model, path, base.sha256, force)
+    base = base_model.load(model or base_name, dtype, device)
+    adapter_file.load(base.model, path, base.sha256, force)
     return base, config["method"]
 
 
 def load_for_eval(args, device, dtype):
-    """(model ready to generate, tokenizer, its name, the method's name): base, adapter, and merge where possible."""
+    """(Base that is ready to generate, the method's name): base, adapter, and merge where possible."""
     if args.run is None:
-        base = checkpoint.load(args.model, dtype, device)
-        return base.model, base.tokenizer, base.name, "none"
-    base, method = load_run(args.run, args.model, device, dtype, args.force)
+        base, method = base_model.load(args.model, dtype, device), "none"
+    else:
+        base, method = load_run(args.run, args.model, device, dtype, args.force)
     if not any(layer.unmergeable for _, layer in adapter.adapted_layers(base.model)):
         adapter.merge(base.model)
-    return base.model, base.tokenizer, base.name, method
+    base.model.eval().requires_grad_(False)
+    return base, method
 
 
-def run_folder(run):
+def folder_of(run):
     """The folder of a run, which may be named by its adapter file."""
     return run if run.is_dir() else run.parent
 
 
 def recorded(run):
-    """(data, template) of a run as the result.json beside its adapter says; ("auto", "plain") where there is none."""
-    path = run_folder(run) / "result.json" if run else None
+    """What the result.json beside a run's adapter says: {"data", "template", "held_out", ...}; {} where there is none.
+    ValueError where it is not the result of a run."""
+    path = folder_of(run) / run_folder.RESULT if run else None
     if not path or not path.is_file():
-        return "auto", "plain"
+        return {}
     fix = "name --data and --template"
     result = read_json(path, fix)
     data, template = result.get("data"), result.get("template", "plain")
     known = isinstance(data, str) and data.isprintable() and len(data) < 4096
     if not known or template not in tuple(prompting.TEMPLATES):
         raise fault(path, "not the result of a run", fix)
-    return "auto" if metamath.is_problem_file(data) else data, template
+    return result
 
 
-def report(summary, path):
+def settle(args, on_cpu):
+    """Fill in what was not given: from the run, or by what is there. Returns what the run's result.json says."""
+    run = {} if args.data and args.template else recorded(args.run)
+    of_run = run.get("data", "auto")
+    on_file = instructions.is_file(args.data or of_run)
+    args.benchmark = args.benchmark or ("loss" if on_file else "gsm8k")
+    if args.benchmark == "loss" and not on_file:
+        raise ValueError("--benchmark loss needs --data FILE, a .json or .jsonl of instructions and responses (or a run "
+                         "that was trained on one)")
+    if args.benchmark == "gsm8k" and args.data is None and on_file:
+        of_run = "auto"
+    args.data, args.template = args.data or of_run, args.template or run.get("template", "plain")
+    args.max_new = args.max_new or (1024 if args.benchmark == "math" else 256)
+    args.limit = args.limit if args.limit is not None else 128 if on_cpu else 0
+    args.batch = args.batch or (128 if on_cpu else 512)
+    args.out = args.out or (folder_of(args.run) if args.run else None)
+    check_folder(args.out or Path("runs"), "--out") if args.ask is None else None
+    return run
+
+
+# ---- answers and losses ---------------------------------------------------------------------------------------------
+
+def answer_all(args, base, examples, shots):
+    """The completions of all questions, with a line of progress every few seconds."""
+    started = shown = time.time()
+
+    def progress(done, tokens):
+        nonlocal shown
+        now = time.time()
+        if now - shown > SHOWN_EVERY or done == len(examples):
+            shown, rate = now, tokens / (now - started)
+            print(f"  {done:>5}/{len(examples)} answered  {tokens:,} new tokens, {rate:,.0f} per second  "
+                  f"{duration(now - started)}", flush=True)
+
+    texts = [prompting.prompt(example["question"], shots, args.template) for example in examples]
+    return complete(base.model, base.tokenizer, texts, args.max_new, args.batch, args.calculator, progress,
+                    args.template)
+
+
+def held_out_examples(args, base, run):
+    """(encoded examples, a description of them): those of the file that the run held out, or of another file all."""
+    examples, source = instructions.load(args.data)
+    longest, held_out = run.get("max_tokens", 512), run.get("held_out")
+    if type(longest) is not int or not 1 <= longest <= base.model.config.max_position_embeddings:
+        longest = base.model.config.max_position_embeddings
+    if run.get("data") == str(Path(args.data).resolve()) and type(held_out) is int and 0 < held_out < len(examples):
+        places = batching.split(range(len(examples)), held_out)[1]
+        source = f"{source}: the {len(places)} that the run held out"
+    else:
+        places = range(len(examples))[:args.limit or None]
+        source = f"{source}: the first {len(places)}"
+    cut = tuple(run["cut"]) if isinstance(run.get("cut"), list) else (None, None)
+    encoded = batching.encode_examples(base.tokenizer, [examples[i] for i in places], longest, args.template, cut)
+    return list(encoded.values()), source
+
+
+def evaluate_loss(args, base, run, described):
+    """The mean loss per answer token on a file of instructions and responses: a summary, printed and written."""
+    encoded, source = held_out_examples(args, base, run)
+    print(f"data      {source}; {batching.answer_tokens(encoded):,} answer tokens, prompt {args.template}")
+    loss = mean_loss(base.model, encoded, min(args.batch, 8), base.model.lm_head.weight.device)
+    print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and MATH's "
+          "answers are scored)")
+    return {**described, "source": source, "n": len(encoded), "loss": loss, "template": args.template}
+
+
+def evaluate_accuracy(args, base, described):
+    """(summary, records) of the answers to a benchmark's test problems."""
+    examples, source = hendrycks_math.load(args.data) if args.benchmark == "math" else gsm8k.load(args.data, "test")
+    total, shots = len(examples), gsm8k.load(args.data, "train")[0][:args.shots] if args.shots else ()
+    examples = examples[:args.limit or None]
+    rest = " (--limit 0 for all)" if len(examples) < total else ""
+    print(f"data      {source}; {len(examples)} of {total} problems{rest}")
+    print(f"protocol  prompt {args.template}, {args.shots} shots, greedy, at most {args.max_new} new tokens, "
+          f"batch {args.batch}, calculator {'on' if args.calculator else 'off'}", flush=True)
+    started = time.time()
+    completions = answer_all(args, base, examples, shots)
+    seconds = time.time() - started
+    records = score_all(BENCHMARKS[args.benchmark], examples, completions)
+    summary = {**described, "source": source, **summarise(records), "seconds": round(seconds, 2), "batch": args.batch,
+               "max_new": args.max_new, "template": args.template, "shots": args.shots, "calculator": args.calculator}
+    if args.benchmark == "math":
+        summary.update(by_subject=by_field(records, "subject"), by_level=by_field(records, "level"))
+    return summary, records
+
+
+def print_accuracy(summary, path):
     """Print what a user wants to know of a summary; its records are in the file `path`."""
     print(f"\naccuracy on {summary['n']} problems (standard error)")
     for rule, accuracy in summary["accuracy"].items():
@@ -292,66 +243,44 @@ def report(summary, path):
     print(f"{summary['new_tokens']:,} new tokens in {summary['seconds']:.1f} s   predictions: {path}")
 
 
+def answer_one(args, base, shown):
+    """Print the answer to --ask."""
+    shots = gsm8k.load(args.data, "train")[0][:args.shots] if args.shots else ()
+    text = prompting.prompt(args.ask, shots, args.template)
+    answer = complete(base.model, base.tokenizer, [text], args.max_new, calculator=args.calculator,
+                      template=args.template)[0]
+    print(f"{shown}\n\n{prompting.prompt(args.ask, template=args.template)}{answer['text']}")
+    if answer["finish"] == "cap":
+        print(f"[stopped after {args.max_new} tokens: --max-new allows more]")
+
+
 def main(argv=None):
     args = parse_arguments(argv)
-    tune_cpu()
     device, dtype = choose_device(args.device, args.dtype)
-    if args.ask is None:
-        check_folder(args.out or (run_folder(args.run) if args.run else Path("runs")), "--out")
-    data, template = (args.data, args.template) if args.data and args.template else recorded(args.run)
-    data, template = args.data or data, args.template or template
-    model, tokenizer, name, method = load_for_eval(args, device, dtype)
-    model.eval().requires_grad_(False)
-    shown = f"{name}, method {method}, {str(dtype).removeprefix('torch.')} on {device}"
-    shots = gsm8k.load(data, "train")[0][:args.shots] if args.shots else ()
-
+    run = settle(args, device.type == "cpu")
+    if not args.plain:
+        fast.switch_on()
+    base, method = load_for_eval(args, device, dtype)
+    precision = str(dtype).removeprefix("torch.")
+    shown = f"{base.name}, method {method}, {precision} on {device}"
     if args.ask is not None:
-        text = prompting.prompt(args.ask, shots, template)
-        answer = complete(model, tokenizer, [text], args.max_new, calculator=args.calculator, template=template)[0]
-        print(f"{shown}\n\n{prompting.prompt(args.ask, template=template)}{answer['text']}")
-        if answer["finish"] == "cap":
-            print(f"[stopped after {args.max_new} tokens: --max-new allows more]")
-        return None
+        return answer_one(args, base, shown)
 
-    examples, source = hendrycks_math.load(data) if args.benchmark == "math" else gsm8k.load(data, "test")
-    total = len(examples)
-    limit = args.limit if args.limit is not None else 128 if device.type == "cpu" else 0
-    examples = examples[:limit or None]
-    batch = args.batch or (128 if device.type == "cpu" else 512)
     print(f"model     {shown}")
-    rest = " (--limit 0 for all)" if len(examples) < total else ""
-    print(f"data      {source}; {len(examples)} of {total} problems{rest}")
-    print(f"protocol  prompt {template}, {args.shots} shots, greedy, at most {args.max_new} new tokens, "
-          f"batch {batch}, calculator {'on' if args.calculator else 'off'}")
-
-    started, done = time.time(), 0
-
-    def progress(indices, outputs):
-        nonlocal done
-        done += len(indices)
-        seconds = time.time() - started
-        tokens = sum(len(ids) for ids in outputs if ids is not None)
-        rate = tokens / seconds
-        print(f"  {done:>5}/{len(examples)} problems  {rate:,.0f} new tokens/s  {seconds:.0f} s", flush=True)
-
-    texts = [prompting.prompt(example["question"], shots, template) for example in examples]
-    completions = complete(model, tokenizer, texts, args.max_new, batch, args.calculator, progress, template)
-    seconds = time.time() - started
-    records = score_all(BENCHMARKS[args.benchmark], examples, completions)
-    summary = {"model": name, "method": method, "benchmark": args.benchmark, "data": str(data), "source": source,
-               **summarise(records), "seconds": round(seconds, 2), "batch": batch, "max_new": args.max_new,
-               "template": template, "shots": args.shots, "calculator": args.calculator,
-               "dtype": str(dtype).removeprefix("torch."), "device": str(device), "torch": torch.__version__}
-    if args.benchmark == "math":
-        summary.update(by_subject=by_field(records, "subject"), by_level=by_field(records, "level"))
-
-    out = args.out or (run_folder(args.run) if args.run else Path("runs") / f"base-{Path(name).stem}")
+    described = {"model": base.name, "method": method, "benchmark": args.benchmark, "data": str(args.data),
+                 "dtype": precision, "device": str(device), "torch": torch.__version__}
+    out = args.out or Path("runs") / f"base-{Path(base.name).stem}"
+    *predictions, result = run_folder.EVAL_FILES[args.benchmark]
+    if args.benchmark == "loss":
+        summary = evaluate_loss(args, base, run, described)
+    else:
+        summary, records = evaluate_accuracy(args, base, described)
     out.mkdir(parents=True, exist_ok=True)
-    predictions, result = RESULT_FILES[args.benchmark]
-    with atomic_write(out / predictions) as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+    for name in predictions:
+        with atomic_write(out / name) as file:
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+        print_accuracy(summary, out / name)
     write_json(out / result, summary)
-    report(summary, out / predictions)
     return summary
 
 

@@ -9,14 +9,16 @@ adapter file is the whole model. Precision: fp32 weights; small steps would vani
 import adapter
 
 
-def attach(model, targets=None, saved=None):
+def attach(model, targets: list | None = None):
     """Make all of `model` train, or only the matrices named by `targets`. Nothing is replaced.
 
-    `saved` is part of every attach (the tensors of an adapter file); nothing here is computed from the weights, so it
-    is not needed. Raises ValueError on an unknown target or a second attach.
+    Raises ValueError on an unknown target or a second attach.
     """
     linears = adapter.find_linears(model, targets or ())
     adapter.freeze(model)
     for trained in [linear for _, linear in linears] if targets else [model]:
         trained.requires_grad_(True)
     adapter.record(model, "full", targets=list(targets) if targets else None)
+
+
+METHODS = {"full": adapter.Method(attach, learning_rate=1e-4)}

@@ -3,34 +3,39 @@
 The changes of many layers, stacked, are one tensor of low rank: all layers of a group share an input factor A and an
 output factor B, and each layer owns only a small r x r core between them:
 
-    h   = W_s x + c B G_s^T A^T x,      c = alpha / r,      s = the layer's number in its group
-    change_s[i, j] = c sum_pq B[i, q] G_s[p, q] A[j, p]        (G_s is transposed in it, and its rank is at most r)
+    h   = W_s x + (alpha / r) B G_s^T A^T x,      s = the layer's number in its group
+    change_s[i, j] = (alpha / r) sum_pq B[i, q] G_s[p, q] A[j, p]      (G_s is transposed in it; its rank is at most r)
 
-    letter   attribute   shape      start                                 trains          belongs to
-    W_s      weight      (out, in)  pretrained                            no              the layer
-    A        A           (in, r)    N(0, 1)                               yes             the group
-    B        B           (out, r)   N(0, 1)                               yes             the group
-    G_s      G           (r, r)     zeros, so that step 0 is the base     yes             the layer
+    letter      attribute   shape      start                                 trains      belongs to
+    W_s         weight      (out, in)  pretrained                            no          the layer
+    A           A           (in, r)    N(0, 1)                               yes         the group
+    B           B           (out, r)   N(0, 1)                               yes         the group
+    G_s         G           (r, r)     zeros, so that step 0 is the base     yes         the layer
+    alpha / r   scale       a number   3 / (r sqrt(in))                      no          the group
     with core_only=True A and B stay frozen at their random start
 
-Trainable parameters of a group of M layers: r (in + out) + M r^2, core only M r^2. Merge: W_s + c B G_s^T A^T.
-First step (d: the gradient of the loss): G = 0 makes dA = dB = 0, while dG_s = c A^T dW_s^T B is not; then all three
-move. The factors are not unique (A P, B Q and P^-1 G_s Q^-T give the same change): compare delta() between runs,
+Trainable parameters of a group of M layers: r (in + out) + M r^2, core only M r^2.
+Merge: W_s + (alpha / r) B G_s^T A^T.
+First step (d: the gradient of the loss): G = 0 makes dA = dB = 0, while dG_s = scale A^T dW_s^T B is not; then all
+three move. The factors are not unique (A P, B Q and P^-1 G_s Q^-T give the same change): compare delta() between runs,
 never the factors.
 
 Sources: the paper's abstract, the first author's slides and the official code; the paper's text was not at hand.
 What that leaves open, and what we chose:
-- alpha = 3 / sqrt(in), per group. The first Adam step then changes a layer's output about as much as LoRA's does at
-  equal learning rate lr: by alpha lr sqrt(in) = 3 lr here, by sqrt(r / 3) lr there (2.3 lr at r = 16, 3.3 at r = 32).
-  alpha = 1, the official default, makes it 8 to 13 times as large on the default model. For width 768 our rule gives
-  0.11; the authors' own scan is best at 0.1;
-- a group is a projection's name, over all layers: k does not compete with v, and grouped-query attention fits. The
-  official code shares A and B among all targets of one shape: group_by="shape";
-- core_only: the abstract names the idea, the protocol is our reading; no weight decay on A and B (train.py), it would
-  pull the N(0, 1) factors to zero; A, B, G in fp32: a step of 1e-4 on an entry of size 1 is lost in bf16;
+- a group is all targets of one shape, as in the official code: the parameter counts that the authors publish come out
+  only with query and value in one group. group_by="name" gives each projection a group of its own over all layers, so
+  that key does not compete with value;
+- alpha = 3 / sqrt(in). The first Adam step then changes a layer's output about as much as LoRA's does at equal learning
+  rate lr: by alpha lr sqrt(in) = 3 lr here, by sqrt(r / 3) lr there (2.3 lr at r = 16, 3.3 at r = 32). alpha = 1, the
+  official default, makes it 8 to 13 times as large on the default model. For width 768 our rule gives 0.11; the
+  authors' own scan is best at 0.1;
+- core_only: the abstract names the idea, the protocol is our reading;
+- no weight decay on A and B in train.py: it would pull the N(0, 1) factors to zero;
 - each G_s is stored with its layer, not as one tensor (M, r, r): the same numbers, and backward through a slice of the
   whole would touch all M cores in every layer.
 """
+from typing import Literal
+
 import torch
 import torch.nn as nn
 
@@ -46,14 +51,14 @@ class LoTRFactors(nn.Module):
 
 
 class LoTRLinear(adapter.AdaptedLinear):
-    """weight + c B G^T A^T, for one `nn.Linear`: A and B are the group's, in its LoTRFactors; G is the layer's own."""
+    """weight + scale B G^T A^T, for one `nn.Linear`: A and B are the group's, in its LoTRFactors; G is the layer's."""
 
     def __init__(self, linear, shared, alpha):
         super().__init__(linear)
         self.shared = (shared,)  # in a tuple, so that it is not registered here again: see adapter.Shared
         rank = shared.A.shape[1]
-        self.G = nn.Parameter(torch.zeros(rank, rank, dtype=torch.float32, device=self.weight.device))  # (r, r)
-        self.c = alpha / rank
+        self.G = self.factor(torch.zeros(rank, rank))  # (r, r)
+        self.scale = alpha / rank
 
     @property
     def A(self):
@@ -66,32 +71,31 @@ class LoTRLinear(adapter.AdaptedLinear):
         return self.shared[0].B
 
     def forward(self, x):
-        return self.plus(x, *self.factors())  # W_s x + c B G_s^T A^T x, (..., out)
-
-    def factors(self):
-        """What forward multiplies by, beside `weight`: G_s^T A^T (r, in), once for all tokens, and c B (out, r)."""
-        return (self.A.to(self.G) @ self.G).T, self.c * self.B  # on G's device: the group may span several
+        A, B, G = self.A.to(x), self.B.to(x), self.G.to(x)
+        return self.base(x) + self.scale * (x @ (A @ G)) @ B.T  # (..., out); A G (in, r) is the same for all tokens
 
     def delta(self):
         """(out, in): what forward adds to `weight`."""
-        return self.c * (self.B @ self.G.T @ self.A.T)
+        return self.scale * self.B @ self.G.T @ self.A.T
 
     def lora_factors(self):
         """(down (r, in), up (out, r)): up @ down is the change against the original weight."""
-        return self.A.T, self.c * (self.B @ self.G.T)
+        return self.A.T, self.scale * self.B @ self.G.T
 
 
-def attach(model, rank=64, alpha=None, targets=adapter.TARGETS, group_by="name", core_only=False, seed=0, saved=None):
+def attach(model, rank: int = 64, alpha: float | None = None, targets: list = adapter.TARGETS,
+           group_by: Literal["shape", "name"] = "shape", core_only: bool = False, seed: int = 0):
     """Replace every target linear by a LoTRLinear, in place, and register the groups' A and B as `model.lotr`.
 
-    `alpha=None` means 3 / sqrt(in) per group. `group_by` is "name" (a projection, over all layers) or "shape". `seed`
-    draws A and B, on the CPU. `saved` is part of every attach (the tensors of an adapter file); nothing here needs it.
+    `alpha=None` means 3 / sqrt(in) per group. `group_by` is "shape" (all targets of one shape) or "name" (a projection,
+    over all layers). `seed` draws A and B, on the CPU.
     Raises ValueError on an unknown target or grouping, a rank outside 1 .. min(out, in), a group whose layers have not
     all one shape, or a second attach.
     """
     linears = adapter.find_linears(model, targets, rank)
-    groups = make_groups(linears, group_by)
+    adapter.scaling(alpha, rank)  # ValueError unless it is above 0
     generator, shared = torch.Generator().manual_seed(seed), {}
+    groups = make_groups(linears, group_by)
     for key, members in groups.items():
         weight = members[0][1].weight
         A, B = (torch.randn(size, rank, generator=generator) for size in weight.T.shape)  # (in, r), (out, r)
@@ -107,12 +111,12 @@ def attach(model, rank=64, alpha=None, targets=adapter.TARGETS, group_by="name",
 
 
 def make_groups(linears, group_by):
-    """{key: [(name, linear)]}: the layers that share A and B, by their projection's name or by their shape."""
-    if group_by not in ("name", "shape"):
-        raise ValueError(f"unknown group_by {group_by!r}: choose name or shape")
+    """{key: [(name, linear)]}: the layers that share A and B, by their shape or by their projection's name."""
+    if group_by not in ("shape", "name"):
+        raise ValueError(f"unknown group_by {group_by!r}: choose shape or name")
 
     def key(name, linear):
-        return name.rpartition(".")[2] if group_by == "name" else f"{linear.in_features}x{linear.out_features}"
+        return f"{linear.in_features}x{linear.out_features}" if group_by == "shape" else name.rpartition(".")[2]
 
     groups = adapter.grouped(linears, key)
     for key, members in groups.items():
@@ -123,7 +127,7 @@ def make_groups(linears, group_by):
     return groups
 
 
-def fit(model, params, targets=adapter.TARGETS, group_by="name", core_only=False):
+def fit(model, params, targets=adapter.TARGETS, group_by="shape", core_only=False):
     """{"rank": r}: the rank whose r (in + out) + M r^2 parameters per group of M come nearest to `params` in all."""
     linears = adapter.find_linears(model, targets, rank=1)
     groups = make_groups(linears, group_by).values()
@@ -131,5 +135,12 @@ def fit(model, params, targets=adapter.TARGETS, group_by="name", core_only=False
     return adapter.nearest_rank(linears, params, lambda rank: ends * rank + len(linears) * rank ** 2)
 
 
+METHODS = {"lotr": adapter.Method(attach, learning_rate=3e-3, fit=fit, help={
+    "group_by": "which layers share A and B", "core_only": "freeze A and B at their random start, train the cores"})}
+
 if __name__ == "__main__":
-    adapter.demonstrate(attach, rank=4)
+    adapter.demonstrate(attach, lambda q, k, v, later: [
+        f"q_proj of both blocks has the same A and B: {q.A is later.A and q.B is later.B}; a core of its own: "
+        f"{q.G is not later.G}",
+        f"k_proj and v_proj, of one shape, share theirs too: {k.A is v.A}; q_proj's are others: {q.A is not k.A}"],
+        rank=8, learning_rate=3e-2)

@@ -6,14 +6,13 @@ A block reads its input twice, each time through a norm, and adds what it comput
     y = h + W_down (silu(W_gate n(h)) * W_up n(h))               SwiGLU
 
 Queries and keys are rotated by their position (RoPE, half-split layout: feature i is paired with feature
-i + head_dim/2, as in Hugging Face checkpoints). Several query heads share one key/value head (grouped-query attention).
+i + head_dim/2, as in Hugging Face's weights). Several query heads share one key/value head (grouped-query attention).
 Qwen2 adds biases to q, k and v, Qwen3 norms each head's q and k. GPT-2 is the same block with LayerNorm for RMSNorm,
 learned positions added to the embedding for RoPE, W_down gelu(W_up n(h)) for SwiGLU, and biases everywhere.
 
-Module and parameter names are those of Hugging Face's `LlamaForCausalLM`, so its checkpoints load with unchanged keys.
+Module and parameter names are those of Hugging Face's `LlamaForCausalLM`, so its weights load with unchanged keys.
 The seven `nn.Linear` of a block (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; GPT-2 has no gate_proj)
-are what the methods adapt; this file knows nothing of adapters, files or tokenizers. What lies between products (RoPE,
-attention, RMSNorm, SwiGLU's activation) is called by name and written out in kernels.py.
+are what the methods adapt; this file knows nothing of adapters, files or tokenizers.
 
 Shapes: B rows, T tokens, S cached slots, d hidden_size, H query heads, K key/value heads, D head_dim, V vocab_size.
 """
@@ -25,8 +24,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from kernels import cached_attention, causal_attention, rms_norm, rotate, swiglu
 
 
 @dataclass
@@ -73,6 +70,12 @@ def rope_tables(positions, config):
     frequencies = rope_frequencies(config, positions.device)  # (D/2,)
     angles = positions[..., None].float() * frequencies  # (..., T, D/2)
     return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i+D/2}) of x (B, heads, T, D) by its angle; cos and sin (B or 1, 1, T, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class KVCache:
@@ -136,11 +139,25 @@ class KVCache:
         return part
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight."""
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, for x (..., d); the root is taken in fp32."""
+
+    def __init__(self, d, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        h = x.float()
+        return (h * (h.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype) * self.weight
+
+
+def attention(q, k, v, seen=None):
+    """softmax(q k^T / sqrt(D)) v of q (B, H, T, D), k and v (B, K, S, D): (B, H, T, D). H / K query heads share a key.
+
+    A query sees the keys where seen (B, 1, T, S) is True; without `seen`, where S = T, those up to its own position.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Attention(nn.Module):
@@ -159,7 +176,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
-    def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
+    def forward(self, x, cos, sin, cache=None, positions=None, seen=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -167,11 +184,9 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if cos is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None:
-            y = causal_attention(q, k, v)  # (B, H, T, D)
-        else:
-            k, v = cache.update(self.layer, positions, k, v, mask.shape[-1])  # (B, K, S, D)
-            y = cached_attention(q, k, v, mask)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, positions, k, v, seen.shape[-1])  # (B, K, S, D)
+        y = attention(q, k, v, seen)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -197,7 +212,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def norm(config):
@@ -215,8 +230,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm(config)
         self.mlp = GPT2MLP(config) if config.gpt2 else MLP(config)
 
-    def forward(self, x, cos, sin, cache=None, positions=None, mask=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, positions, mask)
+    def forward(self, x, cos, sin, cache=None, positions=None, seen=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, positions, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -231,7 +246,7 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = norm(config)
-        self.checkpointing = False  # True: training keeps each block's input only, and runs the block again in backward
+        self.recompute = False  # True: training keeps each block's input only, and runs the block again in backward
 
     def forward(self, tokens, cache=None):
         """Without a cache the T tokens are whole rows; with one they follow what each row holds.
@@ -239,15 +254,13 @@ class Decoder(nn.Module):
         Prefill and decoding are the same call: T is the prompt's length or 1. The caller then says how many of the T
         tokens were real with `cache.advance`. Right padding needs no mask: causal attention never looks ahead.
         """
-        T, mask = tokens.shape[1], None
+        T, seen = tokens.shape[1], None
         if cache is None:
             positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         else:
             positions = cache.positions(T)  # (B, T)
-            seen = torch.arange(cache.slots(T), device=tokens.device) <= positions[:, :, None]  # (B, T, S)
-            mask = torch.zeros(seen.shape, dtype=cache.k.dtype, device=tokens.device).masked_fill_(~seen, -math.inf)
-            group = self.config.num_attention_heads // self.config.num_key_value_heads
-            mask = mask.repeat(1, group, 1)[:, None]  # (B, 1, H/K * T, S), as attention folds its queries
+            slots = torch.arange(cache.slots(T), device=tokens.device)  # (S,)
+            seen = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
         x = self.embed_tokens(tokens)  # (B, T, d)
         if self.config.gpt2:
             x, cos, sin = x + self.embed_positions(positions), None, None
@@ -255,10 +268,10 @@ class Decoder(nn.Module):
             cos, sin = rope_tables(positions, self.config)
             cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (B or 1, 1, T, D/2)
         for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, cache, positions, mask)
+                x = layer(x, cos, sin, cache, positions, seen)
         return self.norm(x)
 
 

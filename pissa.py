@@ -17,10 +17,12 @@ As a LoRA on the original W the change is B A - B_0 A_0, a product of rank 2r.
 What is left open, and what we chose: scale 1, no alpha; the exact triplets (a randomised SVD is only nearly principal
 on these slowly decaying spectra); the residual is formed from the factors as stored, so their rounding costs nothing.
 """
+from typing import Literal
+
 import torch
 
 import adapter
-from lora import LoRALinear, fit  # noqa: F401 (a rank for a budget: the count is LoRA's)
+from lora import LoRALinear, fit
 
 
 class PiSSALinear(LoRALinear):
@@ -37,11 +39,11 @@ class PiSSALinear(LoRALinear):
         return torch.cat((self.A, self.A0)), torch.cat((self.B, -self.B0), dim=1)
 
 
-def attach(model, rank=16, targets=adapter.TARGETS, svd="gram", saved=None):
+def attach(model, rank: int = 16, targets: list = adapter.TARGETS, svd: Literal["gram", "exact"] = "gram", saved=None):
     """Replace every target linear of `model` by a PiSSALinear, in place; only the A and B train afterwards.
 
-    `svd` is "gram" or "exact" (see `adapter.principal_triplets`). `saved`, the tensors of an adapter file, gives A0 and
-    B0 in place of an SVD. Raises ValueError on an unknown target, a rank outside 1 .. min(out, in), or a second attach.
+    `svd` is "gram" or "exact" (see `adapter.principal_triplets`). `saved`, an `adapter.state`, gives A0 and B0 in place
+    of an SVD. Raises ValueError on an unknown target, a rank outside 1 .. min(out, in), or a second attach.
     """
     linears = adapter.find_linears(model, targets, rank)
     starts = [start(name, linear, rank, svd, saved) for name, linear in linears]
@@ -52,7 +54,7 @@ def attach(model, rank=16, targets=adapter.TARGETS, svd="gram", saved=None):
 
 
 def start(name, linear, rank, svd, saved):
-    """A (r, in) and B (out, r) at step 0, from the weight or from an adapter file's tensors."""
+    """A (r, in) and B (out, r) at step 0, from the weight or from a saved state."""
     if saved is not None:
         return (adapter.saved_tensor(saved, f"{name}.A0", (rank, linear.in_features)),
                 adapter.saved_tensor(saved, f"{name}.B0", (linear.out_features, rank)))
@@ -60,5 +62,9 @@ def start(name, linear, rank, svd, saved):
     return S.sqrt()[:, None] * Vt, U * S.sqrt()
 
 
+METHODS = {"pissa": adapter.Method(attach, learning_rate=3e-4, fit=fit, help={"svd": "how the start is computed"})}
+
 if __name__ == "__main__":
-    adapter.demonstrate(attach, rank=4)
+    adapter.demonstrate(attach, lambda q, k, v, later: [
+        f"singular values in q_proj's factors at the start: {' '.join(f'{s:.2f}' for s in q.A0.norm(dim=1) ** 2)}",
+        f"largest one left in the residual: {torch.linalg.svdvals(q.weight)[0]:.2f}"], rank=4)

@@ -7,7 +7,7 @@ values that make up the share m (`threshold`) of the sum of all r = min(out, in)
 
 SARA adds a product with a diagonal in the middle. W0 stays whole, nothing is subtracted from it:
 
-    y = W0 x + b + s B diag(lam) A x,        s = 1 (alpha / k if alpha is given)
+    y = W0 x + B diag(lam) A x        (times alpha / k if alpha is given)
 
     letter   attribute   shape      start: init="lam"   init="lora"             trains
     W0       weight      (out, in)  pretrained          pretrained              no
@@ -15,15 +15,13 @@ SARA adds a product with a diagonal in the middle. W0 stays whole, nothing is su
     lam      lam         (k,)       zeros               ones                    yes
     B        B           (out, k)   N(0, 0.02^2)        zeros                   yes
 
-Trainable parameters: k (in + out + 1) per adapted linear. Merge: W0 + s B diag(lam) A. At step 0 only the tensor of
+Trainable parameters: k (in + out + 1) per adapted linear. Merge: W0 + B diag(lam) A. At step 0 only the tensor of
 zeros has a gradient, the others follow; two tensors of zeros would stay so for ever, so no start has two.
 
 Mo-SARA freezes the k leading singular vectors of W0 and trains n sets of singular values (`sets`) between them, mixed
-for each token by a router that sees the token in these k coordinates:
+for each token by a router that sees the token in these k coordinates (* is elementwise):
 
-    h = V^T x,    g = softmax(h W_g1 W_g2),    y = W0 x + b + v * U (g Lam * h)
-
-(* is elementwise; h and g are rows or columns as each product needs them)
+    h = V^T x,    g = softmax(h W_g1 W_g2),    y = W0 x + v * U (g Lam * h)
 
     letter   attribute   shape      start                          trains
     U        U           (out, k)   left singular vectors of W0    no
@@ -33,31 +31,28 @@ for each token by a router that sees the token in these k coordinates:
     W_g1     W_g1        (k, q)     N(0, 1/k) (variance)           yes, absent for n = 1, where g = 1
     W_g2     W_g2        (q, n)     N(0, 1/q) (variance)           yes, absent for n = 1
 
-Trainable parameters: n k + out + q (k + n), for n = 1 k + out; q is `router_rank`. Beside them U and V^T cost
-k (in + out) frozen numbers per linear, in memory and in the file (q_proj and v_proj of a 7B model at m = 0.5: some 0.5
-to 0.9 billion, an estimate).
-Mixing first and multiplying once by V^T and once by U equals the sum over n updates, whatever n is. The update is
-diag(v) U diag(Lam^T g(x)) V^T, another one for every token, so for n > 1 there is nothing to merge.
-At step 0 only v has a gradient, the others follow. Equal rows of Lam would leave the router without one.
-With q = 1 the logits are one number per token times W_g2, so only the sets with the largest and the smallest entry of
-W_g2 can ever have the top gate; q >= 2 lifts this.
+Trainable parameters: n k + out + q (k + n), for n = 1 k + out, and k (in + out) frozen numbers beside them; q is
+`router_rank`. The update diag(v) U diag(Lam^T g(x)) V^T is another one for every token: for n > 1 there is no merge.
+At step 0 only v has a gradient; equal rows of Lam would leave the router without one for ever. With q = 1 only the sets
+with the largest and the smallest entry of W_g2 can ever have the top gate; q >= 2 lifts this.
 
 Evidence. The paper's text was not at hand and no official code is known to us: this is a reconstruction. From the
 abstract and a caption come the rank rule on sigma (not sigma^2), the truncated diagonal form beside the weights, and
 several parallel sets of singular values behind a router; from secondary summaries the frozen bases; from one unofficial
 implementation random A and B, n = 5, the router's shape, the vector v, the targets q_proj and v_proj. Our own choice:
 - the whole spectrum in fp64 with one k per weight matrix, reached exactly (>=, with 1e-9 of slack), never 0;
-- the starts above; s = 1, as lam learns the scale; no load-balancing loss, no top-k;
-- m = 0.05 for SARA (about LoRA's r = 7 on the default model; 4096-wide models: 0.01) and m = 0.5 for Mo-SARA;
+- the starts above; no scale, as lam learns it; no load-balancing loss, no top-k;
+- m = 0.05 for SARA (about LoRA's r = 7 on the default model; 4096-wide models: 0.01) and m = 0.5 for Mo-SARA, the
+  default of that implementation's class, of low to medium confidence: elsewhere in it Mo-SARA is given 0.01;
 - v scales the branch alone; v_mode="output", the implementation's reading, scales the whole output (1 + v) and does
   not start at the base model: an ablation;
 - the signs of U, V^T are fixed and both are saved: a flipped v_i would leave the update alone but not the router.
 """
 import bisect
 import math
+from typing import Literal
 
 import torch
-import torch.nn as nn
 
 import adapter
 
@@ -72,8 +67,10 @@ def spectrum(weight):
 
     They are the square roots of the eigenvalues of the smaller of W W^T and W^T W. What is within that product's
     rounding of zero, below about 1e-7 of the largest singular value, is set to zero (their sum hardly notices): without
-    this floor a rank-8 matrix of width 64 would seem to have rank 32.
+    this floor a rank-8 matrix of width 64 would seem to have rank 32. ValueError for weights that are not finite.
     """
+    if not weight.isfinite().all():
+        raise ValueError("a weight that is not finite has no spectrum to read a rank from")
     with adapter.full_precision(weight.device.type):
         W = weight.double()
         eigenvalues = torch.linalg.eigvalsh(W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W).flip(0)  # (r,)
@@ -87,33 +84,11 @@ def choose_rank(sigma, threshold):
     return 1 + int((cumulative < threshold * cumulative[-1] * (1 - 1e-9)).sum())
 
 
-def choose_ranks(linears, threshold, ks, norms):
-    """({name: k}, {name: |W0|_F}) of the linears: by the rule, or as given, from an adapter file.
-
-    Raises ValueError for a threshold outside 0 < m <= 1, weights that are not finite, given ones that are not those of
-    these linears, a k that is no rank of its weight, or a norm that the weight does not have (to 1e-3): the adapter
-    then belongs to another base.
-    """
+def choose_ranks(linears, threshold):
+    """{name: k} of the linears. ValueError for a threshold outside 0 < m <= 1 or a weight that is not finite."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold:g} is out of range: it is a share, above 0 and at most 1")
-    found = {name: torch.linalg.vector_norm(linear.weight.double()).item() for name, linear in linears}
-    for what, given in (("ks", ks), ("norms", norms)):
-        wrong = [] if given is None else [f"missing {name}" for name in found if name not in given]
-        wrong += [] if given is None else [f"unexpected {name}" for name in given if name not in found]
-        if wrong:
-            raise ValueError(f"{what} does not fit this model and these targets: {wrong[0]}")
-    for name, norm in found.items():
-        if not math.isfinite(norm):
-            raise ValueError(f"{name} has weights that are not finite: it has no spectrum to read a rank from")
-        if norms is not None and not abs(norms[name] - norm) <= 1e-3 * norm:
-            raise ValueError(f"{name} has norm {norm:.6g}, but the adapter was made for one of norm {norms[name]:.6g}: "
-                             "it belongs to another base model")
-    if ks is None:
-        return {name: choose_rank(spectrum(linear.weight), threshold) for name, linear in linears}, found
-    for name, linear in linears:
-        if type(ks[name]) is not int or not 1 <= ks[name] <= min(linear.weight.shape):
-            raise ValueError(f"ks gives {name} the rank {ks[name]!r}: it must be 1 .. {min(linear.weight.shape)}")
-    return ks, found
+    return {name: choose_rank(spectrum(linear.weight), threshold) for name, linear in linears}
 
 
 def rank_table(model):
@@ -122,50 +97,48 @@ def rank_table(model):
     for name, k in model.adapter_config["ks"].items():
         rows.setdefault(name.rpartition(".")[2], []).append(k)
     width = max(len(str(k)) for ks in rows.values() for k in ks)
-    return [f"{row:<10} " + " ".join(f"{k:>{width}}" for k in ks) + f"   mean {sum(ks) / len(ks):.1f}"
-            for row, ks in rows.items()]
+    return ["ranks k, layer by layer"] + [
+        f"{row:<10} " + " ".join(f"{k:>{width}}" for k in ks) + f"   mean {sum(ks) / len(ks):.1f}"
+        for row, ks in rows.items()]
 
 
 # ---- SARA -----------------------------------------------------------------------------------------------------------
 
 class SARALinear(adapter.AdaptedLinear):
-    """weight + s B diag(lam) A, for one `nn.Linear`."""
+    """weight + scale B diag(lam) A, for one `nn.Linear`."""
 
-    def __init__(self, linear, A, lam, B, s=1.0):
+    def __init__(self, linear, A, lam, B, scale=1.0):
         super().__init__(linear)
-        A, lam, B = (factor.float().to(self.weight.device) for factor in (A, lam, B))  # (k, in), (k,), (out, k)
-        self.A, self.lam, self.B = nn.Parameter(A), nn.Parameter(lam), nn.Parameter(B)
-        self.s = s
+        self.A, self.lam, self.B = self.factor(A), self.factor(lam), self.factor(B)  # (k, in), (k,), (out, k)
+        self.scale = scale  # alpha / k, or 1
 
     def forward(self, x):
-        return self.plus(x, self.A, self.s * (self.B * self.lam))  # W x + s B diag(lam) A x, (..., out)
-
-    def factors(self):
-        """What forward multiplies by, beside `weight`."""
-        return self.A, self.B
+        A, lam, B = self.A.to(x), self.lam.to(x), self.B.to(x)
+        return self.base(x) + self.scale * (x @ A.T * lam) @ B.T  # W0 x + B diag(lam) A x, (..., out)
 
     def delta(self):
         """(out, in): what forward adds to `weight`."""
-        return self.s * ((self.B * self.lam) @ self.A)
+        return self.scale * (self.B * self.lam) @ self.A
 
     def lora_factors(self):
         """(down (k, in), up (out, k)): up @ down is the change against the original weight."""
-        return self.A, self.s * (self.B * self.lam)
+        return self.A, self.scale * (self.B * self.lam)
 
 
-def attach(model, threshold=0.05, targets=TARGETS, init="lam", alpha=None, seed=0, ks=None, norms=None, saved=None):
+def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Literal["lam", "lora"] = "lam",
+           alpha: float | None = None, seed: int = 0, ks: dict | None = None, norms: dict | None = None):
     """Replace every target linear of `model` by a SARALinear of its own rank, in place; A, lam and B train afterwards.
 
-    `init` names the start, "lam" or "lora". `alpha=None` means s = 1. `seed` draws the factors, on the CPU. `ks` and
-    `norms`, {name: k} and {name: |W0|_F} from an adapter file, take the place of an SVD and check the base. `saved` is
-    part of every attach (the tensors of an adapter file); SARA's start needs none of it.
+    `init` names the start, "lam" or "lora". `alpha=None` means no scale. `seed` draws the factors, on the CPU. `ks` and
+    `norms`, {name: k} and {name: |W0|_F} of an earlier attach, take the place of an SVD and check the base.
     Raises ValueError on an unknown target or init, a threshold outside 0 < m <= 1, `ks` or `norms` that do not fit this
     model, or a second attach.
     """
     if init not in ("lam", "lora"):
         raise ValueError(f"unknown init {init!r}: choose lam or lora")
     linears = adapter.find_linears(model, targets, rank=1)
-    ks, norms = choose_ranks(linears, threshold, ks, norms)
+    ks, norms = checked(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
+    scales = {k: adapter.scaling(alpha, k) for k in ks.values()}
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in linears:
@@ -175,7 +148,7 @@ def attach(model, threshold=0.05, targets=TARGETS, init="lam", alpha=None, seed=
             lam = torch.zeros(k)
         else:
             A, lam, B = adapter.uniform_factor(k, inner, generator), torch.ones(k), torch.zeros(out, k)
-        adapter.replace(model, name, SARALinear(linear, A, lam, B, 1.0 if alpha is None else alpha / k))
+        adapter.replace(model, name, SARALinear(linear, A, lam, B, scales[k]))
     adapter.record(model, "sara", threshold=threshold, targets=list(targets), init=init, alpha=alpha, seed=seed, ks=ks,
                    norms=norms)
 
@@ -189,9 +162,8 @@ class MoSARALinear(adapter.AdaptedLinear):
         super().__init__(linear)
         self.register_buffer("U", U.to(self.weight))  # (out, k)
         self.register_buffer("Vt", Vt.to(self.weight))  # (k, in)
-        trained = [None if factor is None else nn.Parameter(factor.float().to(self.weight.device))
-                   for factor in (Lam, v, W_g1, W_g2)]
-        self.Lam, self.v, self.W_g1, self.W_g2 = trained  # (n, k), (out,), (k, q), (q, n); no router for n = 1
+        self.Lam, self.v = self.factor(Lam), self.factor(v)  # (n, k), (out,)
+        self.W_g1, self.W_g2 = (None if W is None else self.factor(W) for W in (W_g1, W_g2))  # (k, q), (q, n)
         self.v_mode = v_mode
         if v_mode == "output":
             self.unmergeable = "v_mode='output' scales the base's output and bias too, which no delta can express"
@@ -206,15 +178,12 @@ class MoSARALinear(adapter.AdaptedLinear):
             return (h.to(self.W_g1.dtype) @ self.W_g1 @ self.W_g2).softmax(dim=-1)
 
     def forward(self, x):
+        v = self.v.to(x)
         h = x @ self.Vt.T  # (..., k)
-        mix = (self.gates(h) @ self.Lam).to(x.dtype)  # (..., k)
+        mix = (self.gates(h) @ self.Lam).to(x.dtype)  # g Lam (..., k): one U and one V^T, whatever n is
         if self.v_mode == "output":
-            return (1 + self.v.to(x.dtype)) * (self.base(x) + (mix * h) @ self.U.T)  # (..., out)
-        return self.base(x) + (mix * h) @ (self.v.to(x.dtype)[:, None] * self.U).T  # (..., out)
-
-    def factors(self):
-        """What forward multiplies by, beside `weight`."""
-        return (self.Vt, self.U, self.Lam) + (() if self.W_g1 is None else (self.W_g1, self.W_g2))
+            return (1 + v) * (self.base(x) + (mix * h) @ self.U.T)  # (..., out)
+        return self.base(x) + (mix * h) @ (v[:, None] * self.U).T  # W0 x + v * U (g Lam * h), (..., out)
 
     def delta(self, gates=None):
         """(out, in): diag(v) U diag(Lam^T gates) Vt for gates (n,). Without gates ValueError, but for n = 1."""
@@ -234,13 +203,14 @@ class MoSARALinear(adapter.AdaptedLinear):
         return self.Vt.to(self.Lam.dtype), self.v[:, None] * self.U.to(self.Lam.dtype) * (gates @ self.Lam)
 
 
-def attach_mosara(model, threshold=0.5, targets=TARGETS, sets=5, router_rank=1, v_mode="branch", seed=0, ks=None,
-                  norms=None, saved=None):
+def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: int = 5, router_rank: int = 1,
+                  v_mode: Literal["branch", "output"] = "branch", seed: int = 0, ks: dict | None = None,
+                  norms: dict | None = None, saved=None):
     """Replace every target linear of `model` by a MoSARALinear, in place; Lam, v and the router train afterwards.
 
     `sets` is n, `router_rank` q, `v_mode` "branch" or "output". `seed` draws Lam and the router, on the CPU. `ks` and
-    `norms`, {name: k} and {name: |W0|_F} from an adapter file, take the place of the rank rule and check the base;
-    `saved`, its tensors, gives U and Vt in place of an SVD.
+    `norms`, {name: k} and {name: |W0|_F} of an earlier attach, take the place of the rank rule and check the base;
+    `saved`, an `adapter.state`, gives U and Vt in place of an SVD.
     Raises ValueError on an unknown target or v_mode, a threshold outside 0 < m <= 1, less than one set, a router rank
     below 1, `ks` or `norms` that do not fit this model, or a second attach.
     """
@@ -249,12 +219,8 @@ def attach_mosara(model, threshold=0.5, targets=TARGETS, sets=5, router_rank=1, 
     if sets < 1 or router_rank < 1:
         raise ValueError(f"sets {sets} and router_rank {router_rank} must be at least 1")
     linears = adapter.find_linears(model, targets, rank=1)
-    ks, norms = choose_ranks(linears, threshold, ks, norms)
-    bases = [singular_bases(name, linear, ks[name], saved) for name, linear in linears]
-    for name, _ in linears if saved is not None else ():  # before sets and router_rank are believed
-        adapter.saved_tensor(saved, f"{name}.Lam", (sets, ks[name]))
-        if sets > 1:
-            adapter.saved_tensor(saved, f"{name}.W_g1", (ks[name], router_rank))
+    ks, norms = checked(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
+    bases = [singular_bases(name, linear, ks[name], sets, router_rank, saved) for name, linear in linears]
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for (name, linear), (U, Vt) in zip(linears, bases):
@@ -269,13 +235,16 @@ def attach_mosara(model, threshold=0.5, targets=TARGETS, sets=5, router_rank=1, 
                    v_mode=v_mode, seed=seed, ks=ks, norms=norms)
 
 
-def singular_bases(name, linear, k, saved):
-    """U (out, k) and Vt (k, in) of the weight, signs fixed, or those of an adapter file."""
-    if saved is not None:
-        return (adapter.saved_tensor(saved, f"{name}.U", (linear.out_features, k)),
-                adapter.saved_tensor(saved, f"{name}.Vt", (k, linear.in_features)))
-    U, _, Vt = adapter.principal_triplets(linear.weight, k)
-    return U, Vt
+def singular_bases(name, linear, k, sets, router_rank, saved):
+    """U (out, k) and Vt (k, in) of the weight, signs fixed, or those of a saved state."""
+    if saved is None:
+        U, _, Vt = adapter.principal_triplets(linear.weight, k)
+        return U, Vt
+    adapter.saved_tensor(saved, f"{name}.Lam", (sets, k))  # before memory is taken for so many sets
+    if sets > 1:
+        adapter.saved_tensor(saved, f"{name}.W_g1", (k, router_rank))
+    return (adapter.saved_tensor(saved, f"{name}.U", (linear.out_features, k)),
+            adapter.saved_tensor(saved, f"{name}.Vt", (k, linear.in_features)))
 
 
 @torch.no_grad()
@@ -338,6 +307,46 @@ def _fit(model, params, targets, count):
     return {"threshold": best / 1000, "ks": ranks(best)}
 
 
+# ---- a saved state on the right base --------------------------------------------------------------------------------
+
+def checked(linears, ks, norms):
+    """(ks, {name: |W0|_F}) of the linears, whose names `ks` and, where given, `norms` must have.
+
+    Raises ValueError for a k that is no rank of its weight, or a norm that its weight does not have (to 1e-3).
+    """
+    found = {name: torch.linalg.vector_norm(linear.weight.double()).item() for name, linear in linears}
+    for what, given in (("ks", ks), ("norms", found if norms is None else norms)):
+        odd = sorted(given.keys() ^ found.keys())
+        if odd:
+            raise ValueError(f"{what} does not fit this model and these targets: "
+                             f"{'missing' if odd[0] in found else 'unexpected'} {odd[0]}")
+    for name, linear in linears:
+        if type(ks[name]) is not int or not 1 <= ks[name] <= min(linear.weight.shape):
+            raise ValueError(f"ks gives {name} the rank {ks[name]!r}: it must be 1 .. {min(linear.weight.shape)}")
+        if norms is not None and not math.isclose(norms[name], found[name], rel_tol=1e-3):
+            raise ValueError(f"{name} has norm {found[name]:.6g}, but the adapter was made for one of norm "
+                             f"{norms[name]:.6g}: it belongs to another base model")
+    return ks, found
+
+
+METHODS = {
+    "sara": adapter.Method(attach, learning_rate=3e-2, fit=fit, table=rank_table, help={
+        "threshold": "m: a layer's rank is how many leading singular values make up this share of their sum",
+        "init": "which factor starts at zero: lam, or B as in LoRA"}),
+    "mosara": adapter.Method(attach_mosara, learning_rate=1e-1, fit=fit_mosara, table=rank_table, watch=gate_statistics,
+                             help={"sets": "n, sets of singular values", "router_rank": "q, inner width of the router",
+                                   "v_mode": "what v scales; output does not start at the base"})}
+
 if __name__ == "__main__":
-    adapter.demonstrate(attach, threshold=0.2)
-    adapter.demonstrate(attach_mosara, threshold=0.5)
+    def rule(q, k, v, later):
+        share = spectrum(q.weight).cumsum(0) / spectrum(q.weight).sum()  # (r,)
+        return [f"q_proj: {len(q.A)} singular values make up {share[len(q.A) - 1]:.3f} of the sum, one less "
+                f"{share[len(q.A) - 2]:.3f}; m = 0.2",
+                f"ranks k of q_proj, k_proj, v_proj: {len(q.A)}, {len(k.A)}, {len(v.A)}"]
+
+    def routes(q, k, v, later):
+        gates = q.gates(torch.randn(3, 32, generator=torch.Generator().manual_seed(1)) @ q.Vt.T)  # (3, n)
+        return ["gates of 3 tokens: " + ", ".join(" ".join(f"{gate:.2f}" for gate in token) for token in gates)]
+
+    adapter.demonstrate(attach, rule, threshold=0.2, learning_rate=3e-2)
+    adapter.demonstrate(attach_mosara, routes, threshold=0.5, sets=3, learning_rate=3e-2)

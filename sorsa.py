@@ -20,16 +20,17 @@ Trainable parameters: r (in + out + 1) per adapted linear. Merge: W_r + U diag(S
 As a LoRA on the original W the change is U diag(S) V^T - U_0 diag(S_0) V_0^T, a product of rank 2r.
 
 What the paper leaves open to us (we worked from its abstract, figures and code), and what we chose:
-- the penalty is the mean over all 2L norms, as in the authors' code; the sum that they write is 2L times stronger and,
-  with the published gamma, freezes the vectors: `reduction="sum"`;
+- the penalty is the mean over all 2L norms, as in the authors' code; the sum that they write (`reduction="sum"`) is 2L
+  times stronger and, with the published gamma, freezes the vectors;
 - its gradient joins that of the training loss after clipping, once per optimizer step however the batch is cut;
 - norms that are not squared pull with constant strength: the gradient of ||E||_F has length about 2 however small E is,
   so near orthonormality it follows rounding noise, and R settles at a floor that falls with the learning rate. AdamW
   normalises the sum of both gradients, which makes gamma / peak_lr a relative weight;
 - exact triplets, signs fixed, scale 1, no dropout, factors in fp32 whatever the model's dtype; S is not penalised.
 """
+from typing import Literal
+
 import torch
-import torch.nn as nn
 
 import adapter
 
@@ -39,19 +40,15 @@ class SORSALinear(adapter.AdaptedLinear):
 
     def __init__(self, linear, U, S, Vt):
         super().__init__(linear)
-        U, S, Vt = (factor.to(self.weight.device, torch.float32) for factor in (U, S, Vt))  # (out, r), (r,), (r, in)
-        self.U, self.S, self.Vt = nn.Parameter(U), nn.Parameter(S), nn.Parameter(Vt)
-        self.register_buffer("U0", U.clone())
-        self.register_buffer("S0", S.clone())
-        self.register_buffer("Vt0", Vt.clone())
+        self.U, self.S, self.Vt = self.factor(U), self.factor(S), self.factor(Vt)  # (out, r), (r,), (r, in)
+        self.register_buffer("U0", self.U.detach().clone())
+        self.register_buffer("S0", self.S.detach().clone())
+        self.register_buffer("Vt0", self.Vt.detach().clone())
         adapter.subtract(self.weight, self.delta())
 
     def forward(self, x):
-        return self.plus(x, self.Vt, self.U * self.S)  # W_r x + U diag(S) Vt x, (..., out)
-
-    def factors(self):
-        """What forward multiplies by, beside `weight`."""
-        return self.Vt, self.U
+        U, S, Vt = self.U.to(x), self.S.to(x), self.Vt.to(x)
+        return self.base(x) + (x @ Vt.T * S) @ U.T  # W_r x + U diag(S) V^T x, (..., out)
 
     def delta(self):
         """(out, in): the principal part W_p, what forward adds to `weight`. Not zero at step 0."""
@@ -62,12 +59,11 @@ class SORSALinear(adapter.AdaptedLinear):
         return torch.cat((self.Vt, self.Vt0)), torch.cat((self.U * self.S, -self.U0 * self.S0), dim=1)
 
 
-def attach(model, rank=16, targets=adapter.TARGETS, svd="gram", saved=None):
+def attach(model, rank: int = 16, targets: list = adapter.TARGETS, svd: Literal["gram", "exact"] = "gram", saved=None):
     """Replace every target linear of `model` by a SORSALinear, in place; only the U, S and Vt train afterwards.
 
-    `svd` is "gram" or "exact" (see `adapter.principal_triplets`). `saved`, the tensors of an adapter file, gives U0, S0
-    and Vt0 in place of an SVD. Raises ValueError on an unknown target, a rank outside 1 .. min(out, in), or a second
-    attach.
+    `svd` is "gram" or "exact" (see `adapter.principal_triplets`). `saved`, an `adapter.state`, gives U0, S0 and Vt0 in
+    place of an SVD. Raises ValueError on an unknown target, a rank outside 1 .. min(out, in), or a second attach.
     """
     linears = adapter.find_linears(model, targets, rank)
     starts = [start(name, linear, rank, svd, saved) for name, linear in linears]
@@ -78,7 +74,7 @@ def attach(model, rank=16, targets=adapter.TARGETS, svd="gram", saved=None):
 
 
 def start(name, linear, rank, svd, saved):
-    """U (out, r), S (r,) and Vt (r, in) at step 0, from the weight or from an adapter file's tensors."""
+    """U (out, r), S (r,) and Vt (r, in) at step 0, from the weight or from a saved state."""
     if saved is not None:
         return (adapter.saved_tensor(saved, f"{name}.U0", (linear.out_features, rank)),
                 adapter.saved_tensor(saved, f"{name}.S0", (rank,)),
@@ -94,62 +90,71 @@ def fit(model, params, targets=adapter.TARGETS):
 
 # ---- the orthonormal regularizer ------------------------------------------------------------------------------------
 
-def _stacks(model):
-    """The 2L matrices M that should have orthonormal rows, U^T and Vt, in lists of equal shape (r, d).
+def regularizer(model, reduction: Literal["mean", "sum"] = "mean"):
+    """R by its definition, an fp32 scalar that autograd can follow: ||M M^T - I||_F over every M = U^T and V^T.
 
-    Each is a pair (parameter, transpose), where M = parameter.T if transpose else parameter.
+    Raises ValueError where no SORSA layer is attached or `reduction` is unknown.
     """
-    stacks = {}
+    check(model, reduction)
+    norms = []
     for _, layer in adapter.adapted_layers(model):
-        stacks.setdefault(layer.U.T.shape, []).append((layer.U, True))
-        stacks.setdefault(layer.Vt.shape, []).append((layer.Vt, False))
-    return list(stacks.values())
-
-
-def _deviation(stack):
-    """M (n, r, d) and E = M M^T - I (n, r, r): how far the rows of each M are from orthonormal."""
-    M = torch.stack([parameter.T if transpose else parameter for parameter, transpose in stack])  # (n, r, d)
-    return M, torch.bmm(M, M.mT) - torch.eye(M.shape[1], device=M.device)
-
-
-def _share(stacks, reduction):
-    """What one norm counts in R: 1/2L for the mean over all matrices, 1 for the sum."""
-    if not stacks:
-        raise ValueError("this model has no SORSA layers: attach them first with sorsa.attach(model)")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"unknown reduction {reduction!r}: choose mean or sum")
-    return 1 / sum(map(len, stacks)) if reduction == "mean" else 1.0
-
-
-def regularizer(model, reduction="mean"):
-    """R, an fp32 scalar that autograd can follow: the readable form. Training uses the closed form below."""
-    stacks = _stacks(model)
-    share = _share(stacks, reduction)
-    with adapter.full_precision(stacks[0][0][0].device.type):
-        norms = [torch.linalg.vector_norm(_deviation(stack)[1], dim=(1, 2)) for stack in stacks]  # (n,) each
-        return share * torch.cat(norms).sum()
+        for M in (layer.U.T, layer.Vt):  # (r, out) and (r, in): rows that should be orthonormal
+            with adapter.full_precision(M.device.type):
+                E = M @ M.T - torch.eye(len(M), device=M.device)  # (r, r)
+                norms.append(torch.linalg.matrix_norm(E))
+    return sum(norms) / len(norms) if reduction == "mean" else sum(norms)
 
 
 @torch.no_grad()
-def add_regularizer_grad(model, coefficient, reduction="mean"):
-    """Add coefficient * dR to the `.grad` of every U and Vt, and return R (a tensor, so that nothing waits for a GPU).
+def add_regularizer_grad(model, coefficient, reduction: Literal["mean", "sum"] = "mean"):
+    """Add coefficient * dR to the `.grad` of every U and Vt, and return R (a tensor: nothing waits for a GPU).
 
-    The gradient of ||E||_F for E = M M^T - I is 2 E M / ||E||_F, and 0 where E = 0. Call it once per optimizer step,
-    after clipping, with coefficient = gamma / peak_lr.
+    The closed form of the gradient of `regularizer`, matrices of one shape at a time, several times faster: for
+    E = M M^T - I the gradient of ||E||_F is 2 E M / ||E||_F, and 0 where E = 0. Call it once per optimizer step, after
+    clipping, with coefficient = gamma / peak_lr. Raises ValueError as `regularizer` does.
     """
-    stacks = _stacks(model)
-    share, R = _share(stacks, reduction), 0.0
-    with adapter.full_precision(stacks[0][0][0].device.type):
-        for stack in stacks:
-            M, E = _deviation(stack)
+    check(model, reduction)
+    stacks = {}  # shape of M: [(U, M is its transpose) or (Vt, M is itself)]
+    for _, layer in adapter.adapted_layers(model):
+        stacks.setdefault(layer.U.T.shape, []).append((layer.U, True))
+        stacks.setdefault(layer.Vt.shape, []).append((layer.Vt, False))
+    share = 1 / sum(map(len, stacks.values())) if reduction == "mean" else 1.0  # 1/2L, or 1
+    R = 0.0
+    for stack in stacks.values():
+        M = torch.stack([factor.T if turned else factor for factor, turned in stack])  # (n, r, d)
+        with adapter.full_precision(M.device.type):
+            E = torch.bmm(M, M.mT) - torch.eye(M.shape[1], device=M.device)  # (n, r, r)
             norm = torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True)  # (n, 1, 1)
-            R = R + share * norm.sum()
-            factor = torch.where(norm > 0, 2 * share * coefficient / norm, 0.0)  # (n, 1, 1)
-            for (parameter, transpose), dM in zip(stack, torch.bmm(factor * E, M)):
-                gradient = dM.T if transpose else dM
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+            dM = torch.bmm(torch.where(norm > 0, 2 * share * coefficient / norm, 0.0) * E, M)  # (n, r, d)
+        R = R + share * norm.sum()
+        for (factor, turned), gradient in zip(stack, dM):
+            gradient = gradient.T if turned else gradient
+            factor.grad = gradient.clone() if factor.grad is None else factor.grad.add_(gradient)
     return R
 
 
+def regularize(model, peak_lr, gamma: float = 4e-4, reduction: Literal["mean", "sum"] = "mean"):
+    """Add (gamma / peak_lr) dR to the gradients and return R; None for gamma = 0, which leaves the gradients alone."""
+    return add_regularizer_grad(model, gamma / peak_lr, reduction) if gamma else None
+
+
+def check(model, reduction):
+    """ValueError unless there are SORSA layers, and `reduction` is one of the two."""
+    if not any(isinstance(layer, SORSALinear) for _, layer in adapter.adapted_layers(model)):
+        raise ValueError("this model has no SORSA layers: attach them first with sorsa.attach(model)")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"unknown reduction {reduction!r}: choose mean or sum")
+
+
+METHODS = {"sorsa": adapter.Method(
+    attach, learning_rate=1e-4, fit=fit, regularize=regularize,
+    help={"svd": "how the start is computed", "gamma": "weight of the regularizer, 0 is off",
+          "reduction": "of the regularizer's norms"})}
+
 if __name__ == "__main__":
-    adapter.demonstrate(attach, rank=4)
+    for gamma in (0.0, 4e-4):
+        print(f"gamma = {gamma:g}")
+        adapter.demonstrate(attach, lambda q, k, v, later: [
+            f"q_proj's S: {' '.join(f'{s:.2f}' for s in q.S0)} -> {' '.join(f'{s:.2f}' for s in q.S)}",
+            f"R of q_proj, how far U and V are from orthonormal: {regularizer(q):.1e}"],
+            regularize=lambda model: regularize(model, 1e-2, gamma), rank=4)

@@ -8,7 +8,7 @@ import signal
 import sys
 
 import train
-from script import run_script
+from support.script import run_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train"])

@@ -10,14 +10,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402 (after the line that makes it importable)
-from practice import practice  # noqa: E402
-from tiny import tiny_metadata, tiny_tensors, write_gguf  # noqa: E402
+from weights import base_model  # noqa: E402 (after the line that makes it importable)
+from data.practice import practice  # noqa: E402
+from tests.tiny import tiny_metadata, tiny_tensors, write_gguf  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def products_by_default():
-    """What a script chooses for its process (script.fast_products) is not there in the next test."""
+    """What a script chooses for its process (fast.fast_products) is not there in the next test."""
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
@@ -25,7 +25,7 @@ def products_by_default():
 def real_gguf():
     """Path of the default model's GGUF file. Without a connection: skipped, but failed in CI."""
     try:
-        return checkpoint.default_model()
+        return base_model.default_model()
     except ConnectionError as error:
         if os.environ.get("CI"):
             raise
@@ -35,7 +35,7 @@ def real_gguf():
 @pytest.fixture(scope="session")
 def real_base(real_gguf):
     """The default model, loaded once for all tests: do not change it, `copy.deepcopy` it first."""
-    return checkpoint.load(checkpoint.DEFAULT_MODEL)
+    return base_model.load(base_model.DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")

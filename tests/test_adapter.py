@@ -12,8 +12,11 @@ import torch.nn as nn
 import adapter
 from lora import LoRALinear
 from model import Config, Model
-from tensorfile import read_safetensors, write_safetensors
-from toy import ATTACHED, MERGEABLE, RANKED, attach, perturb, snapshot, tokens, toy_model
+from weights.safetensors import read_safetensors, write_safetensors
+from tests.toy import ATTACHED, MERGEABLE, RANKED, attach, perturb, snapshot, tokens, toy_model
+from methods import METHODS
+from weights import adapter_file
+from support import report
 
 SUM_IN, SUM_OUT, LAYERS = 2 * (32 * 6 + 48), 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32), 14  # of the toy model's 14 linears
 TRAINED = {"lora": "A B", "pissa": "A B", "sorsa": "U S Vt", "sara": "A lam B", "mosara": "Lam v W_g1 W_g2", "cora": "A",
@@ -72,10 +75,10 @@ def test_trainable_names_and_count(method):
     assert {name.rpartition(".")[2] for name in names} == set(own)
     assert len(names) == (LAYERS + 2 * 7 if method == "lotr" else LAYERS * len(own))
     assert sum(p.numel() for p in names.values()) == count
-    lines = [line for line in adapter.parameter_table(model) if line.startswith("all ")]
+    lines = [line for line in report.parameter_table(model) if line.startswith("all ")]
     assert len(lines) == 1 and f" {count:,}  (" in lines[0]
-    added = sum(tensor.numel() for tensor in adapter.adapter_tensors(model).values()) - count
-    frozen = [line for line in adapter.parameter_table(model) if line.startswith("frozen")]
+    added = sum(tensor.numel() for tensor in adapter.state(model).values()) - count
+    frozen = [line for line in report.parameter_table(model) if line.startswith("frozen")]
     assert len(frozen) == (added > 0) and all(line.endswith(f" {added:,}") for line in frozen)
 
 
@@ -126,14 +129,14 @@ def test_lora_factors_are_the_change_against_the_original_weight(method):
 def test_save_then_load_in_a_fresh_process(method, tmp_path):
     """A fresh process that builds the same base and loads the file computes the same logits to the last bit."""
     model = perturb(attach(toy_model(), method), scale=0.05)
-    adapter.save(model, tmp_path / "a.safetensors", "toy", "abc")
+    adapter_file.save(model, tmp_path / "a.safetensors", "toy", "abc")
     write_safetensors(tmp_path / "logits.safetensors", {"logits": model(tokens())})
     code = ("import sys; sys.path[:0] = ['.', 'tests']\n"
             "import torch, adapter, toy, tensorfile\n"
             "for name in ('svd', 'svdvals', 'eigh', 'eigvalsh', 'qr'):  # loading must not need a decomposition\n"
             "    setattr(torch.linalg, name, None)\n"
             "model = toy.toy_model()\n"
-            f"config = adapter.load(model, {str(tmp_path / 'a.safetensors')!r}, 'abc')\n"
+            f"config = adapter_file.load(model, {str(tmp_path / 'a.safetensors')!r}, 'abc')\n"
             f"assert config['method'] == {method!r}\n"
             f"expected = tensorfile.read_safetensors({str(tmp_path / 'logits.safetensors')!r})[0]['logits']\n"
             "assert torch.equal(model(toy.tokens()), expected)\n")
@@ -146,9 +149,9 @@ def test_a_loaded_adapter_is_the_saved_one_in_every_tensor(method, tmp_path):
     """Loading fills starts and trained factors from the file, each its own: saving again writes the same tensors, and
     lora_factors() give the same change."""
     model, fresh = perturb(attach(toy_model(), method), scale=0.05), toy_model()
-    adapter.save(model, tmp_path / "a.safetensors")
-    adapter.load(fresh, tmp_path / "a.safetensors")
-    adapter.save(fresh, tmp_path / "b.safetensors")
+    adapter_file.save(model, tmp_path / "a.safetensors")
+    adapter_file.load(fresh, tmp_path / "a.safetensors")
+    adapter_file.save(fresh, tmp_path / "b.safetensors")
     first, second = (read_safetensors(tmp_path / name)[0] for name in ("a.safetensors", "b.safetensors"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     for (_, layer), (_, loaded) in zip(adapter.adapted_layers(model), adapter.adapted_layers(fresh)):
@@ -236,7 +239,7 @@ def test_the_rank_for_a_budget_is_the_nearest(method, params):
     """fit's rank has a count at least as near to the budget as that of every other rank."""
     def count(rank):
         return sum(p.numel() for p in adapter.trainable(attach(toy_model(), method, rank=rank)).values())
-    rank = adapter.method_function(method, "fit")(toy_model(), params)["rank"]
+    rank = METHODS[method].fit(toy_model(), params)["rank"]
     assert abs(count(rank) - params) == min(abs(count(rank) - params) for rank in range(1, 17))
 
 
@@ -299,21 +302,21 @@ def test_merge_refuses_an_unmergeable_layer_before_changing_anything():
 
 def test_adapter_of_another_base_is_refused(tmp_path):
     """An adapter remembers its base's checksum, and is refused on another."""
-    adapter.save(attach(toy_model(), "lora"), tmp_path / "a.safetensors", "toy", "1" * 64)
+    adapter_file.save(attach(toy_model(), "lora"), tmp_path / "a.safetensors", "toy", "1" * 64)
     with pytest.raises(ValueError, match="trained on another base model .toy, sha256 111111111111"):
-        adapter.load(toy_model(), tmp_path / "a.safetensors", "2" * 64)
+        adapter_file.load(toy_model(), tmp_path / "a.safetensors", "2" * 64)
 
 
 @pytest.mark.parametrize("method", ATTACHED)
 def test_an_adapter_of_another_base_can_be_forced(method, tmp_path):
     """The refusal names the flag; with force it loads, also where the other base has other norms."""
-    adapter.save(perturb(attach(toy_model(), method)), tmp_path / "a.safetensors", "toy", "1" * 64)
+    adapter_file.save(perturb(attach(toy_model(), method)), tmp_path / "a.safetensors", "toy", "1" * 64)
     with pytest.raises(ValueError, match="load that base, or force it on this one .--force."):
-        adapter.load(toy_model(seed=5), tmp_path / "a.safetensors", "2" * 64)
+        adapter_file.load(toy_model(seed=5), tmp_path / "a.safetensors", "2" * 64)
     forced = toy_model(seed=5)
-    adapter.load(forced, tmp_path / "a.safetensors", "2" * 64, force=True)
+    adapter_file.load(forced, tmp_path / "a.safetensors", "2" * 64, force=True)
     saved = read_safetensors(tmp_path / "a.safetensors")[0]
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in adapter.adapter_tensors(forced).items())
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in adapter.state(forced).items())
 
 
 @pytest.mark.parametrize("method, settings, message", [
@@ -338,18 +341,18 @@ def test_settings_that_cannot_be_are_refused(method, settings, message, tmp_path
     """A setting of another type, or a size that the file's tensors do not have: one line with the file's name, before
     anything is allocated."""
     path = tmp_path / "a.safetensors"
-    adapter.save(attach(toy_model(), method), path)
+    adapter_file.save(attach(toy_model(), method), path)
     tensors, metadata = read_safetensors(path)
     config = json.dumps({**json.loads(metadata["adapter"]), **settings})
     write_safetensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, {**metadata, "adapter": config})
     with pytest.raises(ValueError, match=message) as error:
-        adapter.load(toy_model(), path)
+        adapter_file.load(toy_model(), path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_every_setting_has_a_kind():
     """What any method records is a setting that `read_config` knows."""
-    for method in adapter.METHODS:
+    for method in METHODS:
         assert attach(toy_model(), method).adapter_config.keys() <= {"method", *adapter.SETTINGS}
 
 
@@ -357,20 +360,20 @@ def test_every_setting_has_a_kind():
 def test_adapter_that_does_not_fit_is_refused(method, tmp_path):
     """A file for a wider model, one with a missing tensor, and a file that is no adapter: each raises, naming the tensor."""
     path = tmp_path / "a.safetensors"
-    adapter.save(attach(toy_model(), method), path)
+    adapter_file.save(attach(toy_model(), method), path)
     with pytest.raises(ValueError, match="has shape|does not fit|another base"):
-        adapter.load(toy_model(hidden_size=40, head_dim=10), path)
+        adapter_file.load(toy_model(hidden_size=40, head_dim=10), path)
     with pytest.raises(ValueError, match="no tensor .*layers.2|missing model.layers.2"):
-        adapter.load(toy_model(num_hidden_layers=3), path)
+        adapter_file.load(toy_model(num_hidden_layers=3), path)
     with pytest.raises(ValueError, match="unexpected .*layers.1"):
-        adapter.load(toy_model(num_hidden_layers=1), path)
+        adapter_file.load(toy_model(num_hidden_layers=1), path)
     tensors, metadata = read_safetensors(path)
     write_safetensors(path, tensors, {**metadata, "adapter": metadata["adapter"].replace('"targets"', '"rang"')})
     with pytest.raises(ValueError, match=f"{method} has no setting rang; was it written by another version"):
-        adapter.load(toy_model(), path)
+        adapter_file.load(toy_model(), path)
     write_safetensors(path, tensors, {})
     with pytest.raises(ValueError, match="not an adapter file"):
-        adapter.load(toy_model(), path)
+        adapter_file.load(toy_model(), path)
 
 
 @pytest.mark.parametrize("svd", ["gram", "exact"])
@@ -461,14 +464,14 @@ def test_a_shared_weight_is_refused(method):
 @pytest.mark.parametrize("method", ["pissa", "sorsa"])
 def test_a_load_that_fails_early_leaves_a_usable_base(method, tmp_path):
     """A file without one of the initial factors is refused before the model is touched; an unknown svd likewise."""
-    adapter.save(attach(toy_model(), method), tmp_path / "a.safetensors")
+    adapter_file.save(attach(toy_model(), method), tmp_path / "a.safetensors")
     tensors, metadata = read_safetensors(tmp_path / "a.safetensors")
     missing = [name for name in tensors if name.endswith("0")][-1]
     write_safetensors(tmp_path / "a.safetensors", {k: v for k, v in tensors.items() if k != missing}, metadata)
     model = toy_model()
     before = snapshot(model)
     with pytest.raises(ValueError, match=f"no tensor {missing}"):
-        adapter.load(model, tmp_path / "a.safetensors")
+        adapter_file.load(model, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="unknown svd 'fast': choose exact or gram"):
         attach(model, method, svd="fast")
     assert all(p.requires_grad for p in model.parameters()) and before.keys() == model.state_dict().keys()
@@ -479,7 +482,7 @@ def test_a_load_that_fails_early_leaves_a_usable_base(method, tmp_path):
 def test_there_is_nothing_to_save_without_an_adapter(tmp_path):
     """Saving a base or merged model as an adapter is refused."""
     with pytest.raises(ValueError, match="nothing is attached"):
-        adapter.save(toy_model(), tmp_path / "a.safetensors")
+        adapter_file.save(toy_model(), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("method", ["pissa", "sorsa"])
@@ -529,7 +532,7 @@ def test_method_file_runs_as_a_demonstration(file):
     done = subprocess.run([sys.executable, f"{file}.py"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parts = done.stdout.strip().split("\n\n")
-    assert [part.split()[0] for part in parts] == [name for name, (owner, _) in adapter.METHODS.items() if owner == file]
+    assert [part.split()[0] for part in parts] == [name for name, (owner, _) in METHODS.items() if owner == file]
     for part in parts:
         *_, start, trained, merged = part.splitlines()
         assert float(start.split()[-1]) < 1e-6 < 1e-2 < float(trained.split()[-1])
@@ -566,16 +569,16 @@ def readme_counts():
     """{method: parameters} of the method table in the README."""
     rows = [line.split("|") for line in (Path(__file__).parent.parent / "README.md").read_text().splitlines() if line.startswith("| `")]
     return {row[1].strip(" `"): int(row[5].split()[0].replace(",", "")) for row in rows
-            if len(row) == 8 and row[1].strip(" `") in adapter.METHODS}
+            if len(row) == 8 and row[1].strip(" `") in METHODS}
 
 
-@pytest.mark.parametrize("method", adapter.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_readme_states_the_counts_of_the_default_sizes(method, default_shapes, real_base):
     """The method table's parameters are those of attach with its defaults on the default model (for SARA, of its weights)."""
     if "sara" in method:
         default_shapes = Model(real_base.model.config)
         default_shapes.load_state_dict(real_base.model.state_dict(), assign=True)
-    adapter.method_function(method, "attach")(default_shapes)
+    METHODS[method].attach(default_shapes)
     assert readme_counts()[method] == sum(p.numel() for p in adapter.trainable(default_shapes).values())
 
 

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 
-import bench
+from tools import bench
 import eval as evaluation
-import export
-import gsm8k
-import sweep
+from tools import export
+from data import gsm8k
+from tools import compare
 import train
-from script import run_script
-from tensorfile import read_safetensors, write_safetensors
-from tiny import tiny_metadata, tiny_tensors, write_gguf
-from toy import write_sums
+from support.script import run_script
+from weights.safetensors import read_safetensors, write_safetensors
+from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
+from tests.toy import write_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"train": train.main, "eval": evaluation.main, "export": export.main, "bench": bench.main,
-         "sweep": lambda: sweep.main(sys.argv[1:])}
+         "sweep": lambda: compare.main(sys.argv[1:])}
 USUAL = {"train": "--method lora --model {gguf} --data {data} --held-out 8 --steps 1 --device cpu --no-sample "
                   "--out {here}/out",
          "eval": "--device cpu --limit 2 --max-new 4", "export": "", "bench": "", "sweep": "--data {data}"}

@@ -10,8 +10,11 @@ import cora
 from cora import CoRALinear
 from lora import LoRALinear
 from model import Config, Model
-from tensorfile import read_safetensors
-from toy import attach, perturb, snapshot, tokens, toy_model
+from weights.safetensors import read_safetensors
+from tests.toy import attach, perturb, snapshot, tokens, toy_model
+from methods import METHODS
+from weights import adapter_file
+from support import report
 
 BOTH = ["cora", "cora-init"]
 REST = [["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
@@ -166,9 +169,9 @@ def test_basis_of_a_deficient_weight_is_orthonormal(scale, out, inner):
 # ---- sharing --------------------------------------------------------------------------------------------------------
 
 def saved_and_loaded(model, folder):
-    adapter.save(model, folder / "a.safetensors")
+    adapter_file.save(model, folder / "a.safetensors")
     fresh = toy_model()
-    adapter.load(fresh, folder / "a.safetensors")
+    adapter_file.load(fresh, folder / "a.safetensors")
     return fresh
 
 
@@ -403,11 +406,11 @@ def test_save_then_load_without_a_decomposition(method, options, tmp_path, monke
     if "extra" in options:
         options = {**options, "extra": {"other": toy_model(seed=5).state_dict()}}
     model = perturb(attach(toy_model(), method, **options))
-    adapter.save(model, tmp_path / "a.safetensors", "toy")
+    adapter_file.save(model, tmp_path / "a.safetensors", "toy")
     for name in ("svd", "eigh", "qr"):
         monkeypatch.setattr(torch.linalg, name, refuse)
     loaded = toy_model()
-    config = adapter.load(loaded, tmp_path / "a.safetensors")
+    config = adapter_file.load(loaded, tmp_path / "a.safetensors")
     expected = {"method": method, "rank": 4, "alpha": None, "targets": list(adapter.TARGETS), "basis": "weights",
                 "a_init": "zeros", "seed": 0, **options, "extra": list(options.get("extra", []))}
     assert config == loaded.adapter_config == expected
@@ -421,7 +424,7 @@ def test_save_then_load_without_a_decomposition(method, options, tmp_path, monke
 def test_a_file_holds_the_factors_and_nothing_else(tmp_path):
     """cora: one A per layer and one B per group; cora-init: one A and one B per layer; all fp32, no base weight."""
     for method, factors in (("cora", 14 + 10), ("cora-init", 14 + 14)):
-        adapter.save(attach(toy_model(), method), tmp_path / "a.safetensors")
+        adapter_file.save(attach(toy_model(), method), tmp_path / "a.safetensors")
         tensors, _ = read_safetensors(tmp_path / "a.safetensors")
         assert len(tensors) == factors and {name.rpartition(".")[2] for name in tensors} == {"A", "B"}
         assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
@@ -433,10 +436,10 @@ def test_a_file_without_a_basis_is_refused(tmp_path):
     init.adapter_config["method"], frozen.adapter_config["rank"] = "cora", 4
     for model, message in ((init, "no tensor cora.model/layers/0/self_attn/qkv/32.B"),
                            (frozen, "has shape .32, 3. .*expected .32, 4.")):
-        adapter.save(model, tmp_path / "a.safetensors")
+        adapter_file.save(model, tmp_path / "a.safetensors")
         base = toy_model()
         with pytest.raises(ValueError, match=message):
-            adapter.load(base, tmp_path / "a.safetensors")
+            adapter_file.load(base, tmp_path / "a.safetensors")
         assert untouched(base, toy_model().state_dict())
 
 
@@ -460,8 +463,8 @@ def test_published_counts_on_the_default_model(targets, rank, frozen, init, half
     def counts(method, rank):
         model = attach(copy.deepcopy(base), method, rank=rank, targets=targets)
         trained = sum(p.numel() for p in adapter.trainable(model).values())
-        beside = sum(tensor.numel() for tensor in adapter.adapter_tensors(model).values()) - trained
-        table = "\n".join(adapter.parameter_table(model))
+        beside = sum(tensor.numel() for tensor in adapter.state(model).values()) - trained
+        table = "\n".join(report.parameter_table(model))
         assert f"{trained:,}" in table and (beside == 0 or f"{beside:,}" in table)
         return trained, beside
     assert counts("cora", rank) == (frozen, stored)
@@ -473,7 +476,7 @@ def test_published_counts_on_the_default_model(targets, rank, frozen, init, half
 @pytest.mark.parametrize("method", BOTH)
 def test_fit_finds_the_nearest_rank(method, targets):
     """For any budget, no rank that attach accepts has a trainable count nearer to it than the one `fit` returns."""
-    fit, base = adapter.method_function(method, "fit"), toy_model()
+    fit, base = METHODS[method].fit, toy_model()
     assert fit is (cora.fit if method == "cora" else cora.fit_init)
     counts = {}
     for rank in range(1, (32 if list(targets) == ["q_proj"] else 16) + 1):
@@ -655,9 +658,9 @@ def test_a_second_attach_is_refused(first, method):
 @pytest.mark.parametrize("method", BOTH)
 def test_an_adapter_saved_from_a_cast_model_is_fp32_again_and_merges(method, dtype, tmp_path):
     """Factors are fp32 after loading whatever dtype the file has, so that delta() can be formed."""
-    adapter.save(perturb(attach(toy_model(), method)).to(dtype), tmp_path / "a.safetensors")
+    adapter_file.save(perturb(attach(toy_model(), method)).to(dtype), tmp_path / "a.safetensors")
     fresh = toy_model().to(dtype)
-    adapter.load(fresh, tmp_path / "a.safetensors")
+    adapter_file.load(fresh, tmp_path / "a.safetensors")
     assert all(factor.dtype == torch.float32 for layer in layers_of(fresh).values() for factor in layer.factors())
     expected = fresh(tokens())
     adapter.merge(fresh)

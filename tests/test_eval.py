@@ -6,13 +6,14 @@ import torch
 
 import adapter
 import eval as evaluation
-import export
-import gsm8k
-import prompting
+from tools import export
+from data import gsm8k
+from data import prompting
 import train
-from script import run_script
-from tensorfile import read_safetensors, write_safetensors
-from toy import attach, perturb, tokens, toy_model, write_sums
+from support.script import run_script
+from weights.safetensors import read_safetensors, write_safetensors
+from tests.toy import attach, perturb, tokens, toy_model, write_sums
+from support import generate
 
 EOS = 0
 
@@ -36,14 +37,14 @@ def toy_prompts(count=13):
 def test_batched_cached_generation_equals_the_naive_loop(batch, at_once, monkeypatch):
     """Token for token the text of an uncached one-row loop, for rows of different lengths that end at different times,
     however many prompts are read at once."""
-    monkeypatch.setitem(evaluation.PREFILL_TOKENS, "cpu", at_once)
+    monkeypatch.setitem(generate.PREFILL_TOKENS, "cpu", at_once)
     model, prompts = toy_model(seed=3), toy_prompts()
     expected = [naive_greedy(model, prompt, 60, EOS) for prompt in prompts]
     ends = [len(ids) for ids in expected]
     eos = max(set(t for ids in expected for t in ids), key=lambda t: sum(t in ids for ids in expected))  # one that many rows reach
     expected = [naive_greedy(model, prompt, 60, eos) for prompt in prompts]
     assert len({len(ids) for ids in expected}) > 3 and max(ends) == 60  # rows do leave the batch at different steps
-    assert evaluation.generate(model, prompts, eos, max_new=60, batch=batch) == expected
+    assert generate.generate(model, prompts, eos, max_new=60, batch=batch) == expected
 
 
 def test_rows_that_ended_leave_at_once(monkeypatch):
@@ -54,7 +55,7 @@ def test_rows_that_ended_leave_at_once(monkeypatch):
     lengths = [len(naive_greedy(model, prompt, 30, eos)) for prompt in prompts]
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda tokens, cache=None: (rows.append(tuple(tokens.shape)), forward(tokens, cache))[1])
-    evaluation.generate_batch(model, prompts, eos, max_new=30)
+    generate.generate_batch(model, prompts, eos, max_new=30)
     steps = [size for size, T in rows if T == 1 and size <= len(prompts)][-max(lengths) + 1:]
     assert len(set(lengths)) > 2 and steps == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
 
@@ -65,7 +66,7 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     last = naive_greedy(model, prompts[-1], 1, -1)
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda tokens, cache=None: (rows.append(len(tokens)), forward(tokens, cache))[1])
-    evaluation.generate_batch(model, prompts, EOS, max_new=40, is_done=lambda ids: ids[:1] != last)
+    generate.generate_batch(model, prompts, EOS, max_new=40, is_done=lambda ids: ids[:1] != last)
     assert rows[0] == len(prompts) and rows[-1] < len(prompts) / 2
 
 
@@ -73,7 +74,7 @@ def test_forced_tokens_enter_the_row():
     """What `force` returns is taken in place of the model's choices, and the model goes on from there."""
     model, prompt = toy_model(seed=3), toy_prompts()[3]
     free = naive_greedy(model, prompt, 12, -1)
-    forced = evaluation.generate(model, [prompt, prompt], -1, max_new=12, force=lambda ids: [11, 12] if len(ids) == 3 else None)[0]
+    forced = generate.generate(model, [prompt, prompt], -1, max_new=12, force=lambda ids: [11, 12] if len(ids) == 3 else None)[0]
     assert forced[:3] == free[:3] and forced[3:5] == [11, 12]
     assert forced[5:] == naive_greedy(model, prompt + forced[:5], 7, -1)
 
@@ -81,15 +82,15 @@ def test_forced_tokens_enter_the_row():
 def test_adapted_and_merged_models_generate_the_same():
     """Merging changes the weights' form, not the text."""
     model = perturb(attach(toy_model(seed=3), "sorsa"), 0.05)
-    before = evaluation.generate(model, toy_prompts(), EOS, max_new=20)
+    before = generate.generate(model, toy_prompts(), EOS, max_new=20)
     adapter.merge(model)
-    assert evaluation.generate(model, toy_prompts(), EOS, max_new=20) == before
+    assert generate.generate(model, toy_prompts(), EOS, max_new=20) == before
 
 
 def test_a_prompt_longer_than_the_context_is_refused():
     """A prompt must leave room for the new tokens."""
     with pytest.raises(ValueError, match="a prompt of 250 tokens and 20 new ones do not fit the model's context of 256"):
-        evaluation.generate(toy_model(), [[1] * 250], EOS, max_new=20)
+        generate.generate(toy_model(), [[1] * 250], EOS, max_new=20)
 
 
 def test_golden_generation_on_the_real_model(real_base):
@@ -97,14 +98,14 @@ def test_golden_generation_on_the_real_model(real_base):
     questions = ["What is 3 plus 4?", "Tom has 12 eggs. He eats 2 each day for 3 days. How many eggs are left?", "How many legs do 5 dogs have?"]
     asked = [real_base.tokenizer.encode(prompting.prompt(question)) for question in questions]
     expected = [naive_greedy(real_base.model, ids, 16, real_base.tokenizer.eos_id) for ids in asked]
-    assert evaluation.generate(real_base.model, asked, real_base.tokenizer.eos_id, max_new=16) == expected
+    assert generate.generate(real_base.model, asked, real_base.tokenizer.eos_id, max_new=16) == expected
 
 
 def test_calculator_on_the_real_model(real_base):
     """With the calculator, what follows '=' inside << >> is computed, not generated."""
     shots = [{"question": "Sam has 4 bags with 6 figs each. How many figs?", "answer": "Sam has 4*6 = <<4*6=24>>24 figs.\n#### 24"}] * 2
     prompt = prompting.prompt("Eve has 137 boxes with 68 pens each. How many pens does she have?", shots)
-    with_it, without = (evaluation.complete(real_base.model, real_base.tokenizer, [prompt], max_new=40, calculator=on)[0]["text"] for on in (True, False))
+    with_it, without = (generate.complete(real_base.model, real_base.tokenizer, [prompt], max_new=40, calculator=on)[0]["text"] for on in (True, False))
     assert "<<137*68=9316>>" in with_it and "<<137*68=9316>>" not in without
 
 
@@ -118,7 +119,7 @@ def test_a_completion_ends_where_another_question_begins(real_base, monkeypatch)
         told.extend([is_done(ids), is_done(real_base.tokenizer.encode(" 3+4=7\n#### 7"))])
         return [ids, real_base.tokenizer.encode(" 7") + [eos_id], real_base.tokenizer.encode(" 7")]
     monkeypatch.setattr(evaluation, "generate", generated)
-    stopped, ended, capped = evaluation.complete(real_base.model, real_base.tokenizer, ["a", "b", "c"])
+    stopped, ended, capped = generate.complete(real_base.model, real_base.tokenizer, ["a", "b", "c"])
     assert told == [True, False]
     assert stopped == {"text": " 3+4=7\n#### 7", "new_tokens": len(real_base.tokenizer.encode(" 3+4=7\n#### 7")), "finish": "stop"}
     assert ended == {"text": " 7", "new_tokens": 3, "finish": "eos"} and capped == {"text": " 7", "new_tokens": 2, "finish": "cap"}

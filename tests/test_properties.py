@@ -14,9 +14,9 @@ from fractions import Fraction
 import pytest
 
 import eval as evaluation
-import gsm8k
-import hendrycks_math
-from calculator import calculate, insertion
+from data import gsm8k
+from data import hendrycks_math
+from data.calculator import calculate, insertion
 
 LONG = pytest.mark.long
 CASES = pytest.mark.parametrize("cases", [2000, pytest.param(200_000, marks=LONG)])

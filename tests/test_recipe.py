@@ -6,16 +6,18 @@ import pytest
 import torch
 
 import adapter
-import checkpoint
+from weights import base_model
 import eval as evaluation
-import export
-import prompting
-import batching
-import settings
+from tools import export
+from data import prompting
+from data import batching
+from support import flags
 import train
-from practice import practice
-from script import run_script
-from toy import write_sums
+from data.practice import practice
+from support.script import run_script
+from tests.toy import write_sums
+from methods import METHODS
+from support import generate
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -44,7 +46,7 @@ RATES = {"sorsa": 3e-5, "pissa": 2e-5, "lora": 2e-5, "full": 2e-5}
 @pytest.mark.parametrize("method", ["lora", "pissa"])
 def test_the_recipe_of_the_baselines(method):
     """The same, at the baselines' rate and without a regularizer; not run again for each."""
-    args = settings.parse_arguments(["--recipe", "paper", "--method", method])
+    args = flags.parse_arguments(["--recipe", "paper", "--method", method])
     assert (args.lr, args.rank, args.batch, args.cut, args.limit) == (RATES[method], 128, 128, (512, 512), 100_000)
     assert args.gamma is None and args.reduction is None
 
@@ -81,7 +83,7 @@ def test_what_is_given_beside_the_recipe_counts(llama2, tmp_path, capsys):
     assert result["held_out_after"] < result["held_out_before"]
 
 
-@pytest.mark.parametrize("method", sorted(set(adapter.METHODS) - set(RATES)))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(RATES)))
 def test_no_recipe_is_made_up(method, tmp_path, capsys):
     """The other papers trained on other tasks: one line says so."""
     with pytest.raises(SystemExit) as stopped:
@@ -95,7 +97,7 @@ def test_tokens_are_those_of_the_hugging_face_tokenizer(llama2, tmp_path):
     """Start token, Alpaca prompt, answer without a space before it, end token: ids as tokenizers gives them for both texts."""
     theirs = tokenizers.Tokenizer.from_file(str(llama2 / "tokenizer.json"))
     records = metamath_file(tmp_path / "data.json", 30)
-    ours = checkpoint.load(str(llama2)).tokenizer
+    ours = base_model.load(str(llama2)).tokenizer
     examples, _ = batching.load_examples(str(tmp_path / "data.json"))
     for record, (ids, length) in zip(records, batching.encode_examples(ours, examples, 1024, "alpaca", (512, 512)).values()):
         text = prompting.INSTRUCTION + record["query"] + "\n\n### Response:"
@@ -124,7 +126,7 @@ def test_from_training_to_both_accuracies_and_out(llama2, tmp_path, capsys):
     """A run of the recipe is evaluated with its own prompt, on GSM-8K and on MATH, and leaves as a LoRA of rank 256."""
     paper("sorsa", llama2, tmp_path, "--steps", "1", "--batch", "8", count=40)
     data, run = write_sums(tmp_path / "gsm8k"), tmp_path / "run"
-    seen, complete = [], evaluation.complete
+    seen, complete = [], generate.complete
 
     def watched(model, tokenizer, texts, *rest, **more):
         seen.append(texts)

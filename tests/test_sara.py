@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 import adapter
 import sara
-from tensorfile import write_safetensors
-from toy import perturb, snapshot, tokens, toy_model
+from weights.safetensors import write_safetensors
+from tests.toy import perturb, snapshot, tokens, toy_model
+from weights import adapter_file
 
 SHAPES = [(24, 24), (40, 24), (24, 40)]
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.5)
@@ -588,7 +589,7 @@ def test_reload_in_a_fresh_process_without_any_decomposition(tmp_path):
     for form, (attach, options) in forms.items():
         model = toy_model()
         attach(model, **options)
-        adapter.save(perturb(model), tmp_path / f"{form}.safetensors")
+        adapter_file.save(perturb(model), tmp_path / f"{form}.safetensors")
         logits[form] = model(tokens())
     assert not any(torch.equal(found, toy_model()(tokens())) for found in logits.values())
     write_safetensors(tmp_path / "logits.safetensors", logits)
@@ -599,13 +600,13 @@ def test_reload_in_a_fresh_process_without_any_decomposition(tmp_path):
             f"folder = {str(tmp_path)!r}\n"
             "for form, expected in tensorfile.read_safetensors(folder + '/logits.safetensors')[0].items():\n"
             "    model, other = toy.toy_model(), toy.toy_model()\n"
-            "    config = adapter.load(model, f'{folder}/{form}.safetensors')\n"
+            "    config = adapter_file.load(model, f'{folder}/{form}.safetensors')\n"
             "    assert config == model.adapter_config, form\n"
             "    assert torch.equal(model(toy.tokens()), expected), form\n"
             "    for parameter in other.parameters():\n"
             "        parameter.data *= 1.01\n"
             "    try:\n"
-            "        adapter.load(other, f'{folder}/{form}.safetensors')\n"
+            "        adapter_file.load(other, f'{folder}/{form}.safetensors')\n"
             "    except ValueError as error:\n"
             "        assert 'belongs to another base model' in str(error), error\n"
             "    else:\n"
@@ -623,8 +624,8 @@ def test_mosara_bases_come_from_the_file_not_from_a_decomposition(tmp_path):
     for _, layer in adapter.adapted_layers(model):
         layer.U[:, 0] *= -1
         layer.Vt[0] *= -1
-    adapter.save(model, tmp_path / "a.safetensors")
-    adapter.load(loaded, tmp_path / "a.safetensors")
+    adapter_file.save(model, tmp_path / "a.safetensors")
+    adapter_file.load(loaded, tmp_path / "a.safetensors")
     assert torch.equal(model(tokens()), loaded(tokens()))
     fixed = toy_model()
     sara.attach_mosara(fixed)

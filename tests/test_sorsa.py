@@ -5,7 +5,7 @@ import torch.nn as nn
 
 import adapter
 import sorsa
-from toy import attach, perturb, snapshot, tokens, toy_model
+from tests.toy import attach, perturb, snapshot, tokens, toy_model
 
 
 def reference_regularizer(model, reduction):

@@ -8,18 +8,22 @@ import pytest
 import torch
 
 import adapter
-import resume
-import sweep
-import batching
-import settings
-import report
+from support import resume
+from tools import compare
+from data import batching
+from support import flags
+from support import report
 import train
-from loss import answer_loss
-from script import run_script
-from tiny import tiny_metadata, tiny_tensors, write_gguf
-from toy import SIZES, attach, perturb, toy_examples, toy_model, write_sums
+from support.loss import answer_loss
+from support.script import run_script
+from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
+from tests.toy import SIZES, attach, perturb, toy_examples, toy_model, write_sums
+from methods import METHODS
+from weights import adapter_file
+from support import fast
+from support import loss
 
-METHODS = list(adapter.METHODS)
+METHODS = list(METHODS)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 
 
@@ -142,7 +146,7 @@ def test_checkpointing_keeps_the_gradients_and_less_memory(method):
     batch, results = toy_examples(8), []
     for checkpointing in (False, True):
         model, saved = perturb(attach(toy_model(num_hidden_layers=4), method), 0.02), {}
-        model.model.checkpointing = checkpointing
+        model.model.recompute = checkpointing
 
         def keep(tensor):
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -201,12 +205,12 @@ def test_flop_count_of_shared_and_frozen_factors():
 def test_help_lists_a_flag_under_the_methods_that_take_it(method, capsys):
     """Each flag of a method stands in --help in a group that names the method, and in no other method's."""
     with pytest.raises(SystemExit):
-        settings.parse_arguments(["--help"])
+        flags.parse_arguments(["--help"])
     for section in capsys.readouterr().out.split("\n\n"):
         title = section.splitlines()[0].rstrip(":")
         flags = {word.lstrip("-").rstrip(",").replace("-", "_") for line in section.splitlines()[1:] for word in line.split()[:1]}
-        for flag in flags & set(settings.METHOD_FLAGS) - {"targets", "params"}:
-            assert (flag in settings.own_flags(method)) == (method in title.split(", ")), (title, flag)
+        for flag in flags & set(flags.METHOD_FLAGS) - {"targets", "params"}:
+            assert (flag in flags.own_flags(method)) == (method in title.split(", ")), (title, flag)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def test_a_run_learns_and_leaves_its_files(method, run, tiny_gguf, tmp_path, cap
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 2, 4, 6]
     assert ("regularizer" in lines[1]) == (method == "sorsa")
-    tensors, config, name, _ = adapter.read_config(tmp_path / "run" / "adapter.safetensors")
+    tensors, config, name, _ = adapter_file.read(tmp_path / "run" / "adapter.safetensors")
     assert config["method"] == method and name == str(tiny_gguf)
     trained = result["trainable_parameters"]
     stored = sum(t.numel() for t in tensors.values())
@@ -274,7 +278,7 @@ def test_further_checkpoints_join_the_basis(run, tiny_gguf, tmp_path):
     for extra in ([], ["--extra", str(tiny_gguf)], ["--extra", f"{other},{tiny_gguf}"]):
         result = run("run", "--method", "cora", "--rank", "4", "--steps", "1", "--overwrite", *extra)
         assert result["adapter"]["extra"] == (extra[1].split(",") if extra else [])
-        bases.append(adapter.read_config(tmp_path / "run" / "adapter.safetensors")[0]["cora.model/layers/0/mlp/gate_up/96.B"])
+        bases.append(adapter_file.read(tmp_path / "run" / "adapter.safetensors")[0]["cora.model/layers/0/mlp/gate_up/96.B"])
     overlap = [torch.linalg.svdvals(bases[0].T @ B).min() for B in bases[1:]]
     assert overlap[0] > 1 - 1e-5 and overlap[1] < 0.99
 
@@ -285,13 +289,13 @@ def test_a_sweep_records_every_run(tiny_gguf, tmp_path, monkeypatch, capsys):
     flags = ["--data", str(data), "--results", str(results), "--", "--model", str(tiny_gguf), "--steps", "2", "--batch", "4",
              "--held-out", "8", "--device", "cpu"]
     monkeypatch.chdir(tmp_path)
-    sweep.main(["--methods", "lora", "--lrs", "1e-2", "1e30", "--params", "5k", *flags])
+    compare.main(["--methods", "lora", "--lrs", "1e-2", "1e30", "--params", "5k", *flags])
     good, bad = [json.loads(line) for line in results.read_text().splitlines()]
     assert good["held_out_after"] < good["held_out_before"] and good["adapter"]["rank"] == 3
     assert bad["held_out_after"] is None and "lower --lr" in bad["error"]
     assert "| `lora` | r 3 | 0.01 | " in capsys.readouterr().out
     with pytest.raises(ValueError, match="lora: --gamma does not belong to lora"):
-        sweep.main(["--methods", "lora", *flags, "--gamma", "1"])
+        compare.main(["--methods", "lora", *flags, "--gamma", "1"])
 
 
 def test_same_seed_same_losses(run, tmp_path):
@@ -308,7 +312,7 @@ def test_gamma_zero_is_training_without_a_regularizer(run, tmp_path, monkeypatch
     """With gamma 0 the saved factors are bit for bit those of a SORSA that has no regularizer at all."""
     def factors(name, *flags):
         run(name, "--method", "sorsa", "--rank", "4", *flags)
-        return adapter.read_config(tmp_path / name / "adapter.safetensors")[0]
+        return adapter_file.read(tmp_path / name / "adapter.safetensors")[0]
     off = factors("off", "--gamma", "0")
     monkeypatch.delattr(adapter.method_module("sorsa"), "add_regularizer_grad")
     absent = factors("absent")
@@ -357,7 +361,7 @@ def test_held_out_loss_is_the_mean_over_answer_tokens(micro_batch):
         losses = torch.nn.functional.cross_entropy(model(torch.tensor([ids]))[0, :-1], torch.tensor(ids[1:]), reduction="none")
         total += losses[prompt_length - 1:].sum().item()
     expected = total / sum(len(ids) - prompt_length for ids, prompt_length in data)
-    assert train.held_out_loss(model, data, micro_batch, "cpu", NO_AUTOCAST) == pytest.approx(expected, rel=1e-5)
+    assert loss.mean_loss(model, data, micro_batch, "cpu", NO_AUTOCAST) == pytest.approx(expected, rel=1e-5)
 
 
 def test_flags_that_change_the_data(run, tmp_path, capsys):
@@ -368,11 +372,11 @@ def test_flags_that_change_the_data(run, tmp_path, capsys):
     assert "annotations removed" in capsys.readouterr().out and stripped["tokens"] < everything["tokens"]
     run("limited", "--method", "lora", "--rank", "4", "--limit", "12")
     assert "12 to train on, 8 held out" in capsys.readouterr().out
-    args = settings.parse_arguments(["--epochs", "2.5", "--batch", "8"])
-    settings.choose_budget(args, torch.device("cpu"), 100)
+    args = flags.parse_arguments(["--epochs", "2.5", "--batch", "8"])
+    flags.choose_budget(args, torch.device("cpu"), 100)
     assert args.steps == 30
-    args = settings.parse_arguments([])
-    settings.choose_budget(args, torch.device("cuda"), 3200)
+    args = flags.parse_arguments([])
+    flags.choose_budget(args, torch.device("cuda"), 3200)
     assert (args.steps, args.batch, args.log_every, args.eval_every) == (100, 32, 10, 25)
 
 
@@ -404,21 +408,21 @@ def test_a_second_run_gets_its_own_folder(tiny_gguf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = []
     for _ in range(2):
-        args = settings.parse_arguments(["--method", "lora"])
-        settings.choose_out(args)
+        args = flags.parse_arguments(["--method", "lora"])
+        flags.choose_out(args)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "log.jsonl").write_text("x")
         folders.append(str(args.out))
     assert folders == ["runs/lora", "runs/lora-2"]
     with pytest.raises(ValueError, match="--out runs/lora already holds a run"):
-        settings.check_out(settings.parse_arguments(["--out", "runs/lora"]))
-    args = settings.parse_arguments(["--out", "runs/lora", "--overwrite"])
-    settings.check_out(args)
-    settings.choose_out(args)
+        flags.check_out(flags.parse_arguments(["--out", "runs/lora"]))
+    args = flags.parse_arguments(["--out", "runs/lora", "--overwrite"])
+    flags.check_out(args)
+    flags.choose_out(args)
     assert str(args.out) == "runs/lora"
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="--out file is a file"):
-        settings.check_out(settings.parse_arguments(["--out", "file"]))
+        flags.check_out(flags.parse_arguments(["--out", "file"]))
 
 
 BAD = [
@@ -505,7 +509,7 @@ def test_compiled_blocks_give_the_same_gradients(backend, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, mode: compile_block(block, backend=backend))
     plain = perturb(attach(toy_model(num_hidden_layers=8), "sara", threshold=0.5))
     compiled = copy.deepcopy(plain)
-    train.compile_blocks(compiled, "default")
+    fast.compile_blocks(compiled, "default")
     before = graphs["unique_graphs"]
     for rows in (3, 5):
         encoded, losses = toy_examples(rows, seed=rows), []
@@ -517,8 +521,8 @@ def test_compiled_blocks_give_the_same_gradients(backend, monkeypatch):
             assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-6)
     after = graphs["unique_graphs"]
     assert 1 <= after - before < 8
-    with train.eagerly(True):
-        train.held_out_loss(compiled, toy_examples(7), 7, torch.device("cpu"), NO_AUTOCAST)
+    with fast.eagerly(True):
+        loss.mean_loss(compiled, toy_examples(7), 7, torch.device("cpu"), NO_AUTOCAST)
     assert graphs["unique_graphs"] == after
 
 
@@ -537,4 +541,4 @@ def test_compiling_without_a_compiler_says_so(monkeypatch):
     """Before anything is trained: which compiler is missing, and the ways out."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"C\+\+ compiler.*no-such-compiler.*leave --compile out"):
-        train.compile_blocks(toy_model(), "default")
+        fast.compile_blocks(toy_model(), "default")

@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 
-from tokenizer import byte_alphabet
+from weights.tokenizer import byte_alphabet
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ t", "h e", "i n", "Ġt he", "a n", "e r", "Ġ a", "Ġa n", "Ġan d", "Ġ Ġ"]

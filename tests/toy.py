@@ -6,8 +6,9 @@ import torch.nn as nn
 
 import adapter
 from model import Config, Model
+from methods import METHODS
 
-ATTACHED = [method for method in adapter.METHODS if method != "full"]  # methods that replace linears
+ATTACHED = [method for method in METHODS if method != "full"]  # methods that replace linears
 MERGEABLE = [method for method in ATTACHED if method != "mosara"]
 RANKED = [method for method in ATTACHED if method not in ("sara", "mosara")]  # methods with one rank for all layers
 SIZES = {"full": {}, "sara": {"threshold": 0.4}, "mosara": {"threshold": 0.4}}  # the others: rank 4
@@ -29,7 +30,7 @@ def toy_model(seed=0, **changes):
 def attach(model, method, **options):
     """Attach by name to all seven projections, at a size that fits the toy model."""
     targets = {} if method == "full" else {"targets": adapter.TARGETS}
-    adapter.method_function(method, "attach")(model, **{**SIZES.get(method, {"rank": 4}), **targets, **options})
+    METHODS[method].attach(model, **{**SIZES.get(method, {"rank": 4}), **targets, **options})
     return model
 
 

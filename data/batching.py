@@ -1,0 +1,137 @@
+"""What train.py trains on: encoded examples, pairs of (ids, prompt_length), and batches of them.
+
+An example is the prompt and the answer; the loss counts ids[prompt_length:] only. A batch has rows of similar length.
+"""
+import array
+import hashlib
+import itertools
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import gsm8k
+from data import instructions
+from data import prompting
+
+IGNORE = -100  # the target of a position without loss: the question, and padding
+SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
+
+
+def load_examples(data):
+    """(examples, source): the training problems that --data names, a file or one of gsm8k.load's kinds."""
+    return instructions.load(data) if instructions.is_file(data) else gsm8k.load(data, "train")
+
+
+def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None)):
+    """{place in examples: (ids, prompt_length)} of those of at most max_tokens tokens; ValueError if none is."""
+    encoded = [prompting.encode(tokenizer, example, template, cut) for example in examples]
+    kept = {place: pair for place, pair in enumerate(encoded) if len(pair[0]) <= max_tokens}
+    if not kept:
+        raise ValueError(f"all {len(encoded)} examples have more than {max_tokens} tokens: raise --max-tokens")
+    return kept
+
+
+def split(examples, held_out, limit=None):
+    """(examples to train on, `held_out` examples kept apart): the same split whatever the seed of the run.
+
+    With a limit, the ones to train on are the first of the data that are not held out.
+    """
+    if held_out >= len(examples):
+        raise ValueError(f"--held-out {held_out} leaves nothing to train on: the data has {len(examples)} examples")
+    order = random.Random(SPLIT_SEED).sample(range(len(examples)), len(examples))
+    last = sorted(order[held_out:])[:limit][-1]
+    return ([examples[i] for i in order[held_out:] if i <= last], [examples[i] for i in order[:held_out]])
+
+
+class Data(NamedTuple):
+    """What a run trains on and measures with: encoded examples are pairs (ids, prompt_length)."""
+    train: list
+    numbers: list  # which records of the data these are, from 1
+    held_out: list
+    example: dict  # a held-out one, as text
+    left_out: int  # how many were too long
+    sha256: str  # of train and held_out
+
+
+def encode_data(args, examples, base):
+    """Data from all examples: those that are held out apart, those that are too long left out."""
+    if args.strip_annotations:
+        examples = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
+    args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), base.model.config.max_position_embeddings)
+    places, apart = split(range(len(examples)), args.held_out, args.limit)
+    encoded, held_out = (encode_examples(base.tokenizer, [examples[i] for i in part], args.max_tokens, args.template,
+                                         args.cut or (None, None)) for part in (places, apart))
+    kept, held_out = list(encoded.values()), list(held_out.values())
+    return Data(kept, [1 + places[i] for i in encoded], held_out, examples[apart[0]],
+                len(places) + len(apart) - len(kept) - len(held_out), examples_sha256(kept, held_out))
+
+
+def data_name(given, source):
+    """What --data named, so that it is found again from any folder: a kind of data, or an absolute path."""
+    name = {"auto": "practice" if source.startswith("practice") else "gsm8k"}.get(given, given)
+    return name if name in ("practice", "gsm8k") else str(Path(name).resolve())
+
+
+def epoch_batches(lengths, batch, seed, epoch, window=32):
+    """Lists of `batch` indices that cover an epoch, with little padding: shuffle, sort windows by length, cut, shuffle.
+
+    The order depends on (seed, epoch) alone. Examples that would not fill a batch are left out of this epoch.
+    """
+    rng = random.Random(f"{seed} {epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    order = order[:len(order) // batch * batch] or order
+    batches = []
+    for start in range(0, len(order), window * batch):
+        by_length = sorted(order[start:start + window * batch], key=lambda i: lengths[i])
+        batches += [by_length[i:i + batch] for i in range(0, len(by_length), batch)]
+    return rng.sample(batches, len(batches))
+
+
+def endless_batches(lengths, batch, seed):
+    """The batches of epoch after epoch."""
+    for epoch in itertools.count():
+        yield from epoch_batches(lengths, batch, seed, epoch)
+
+
+def collate(encoded, device, multiple=1):
+    """Tokens (B, T) on `device` and targets (B, T) on the CPU, where the loss counts them: the next tokens, IGNORE
+    outside answers. Padded on the right, to a T that is a multiple of `multiple`."""
+    T = padded_length(encoded, multiple)
+    tokens = torch.zeros(len(encoded), T, dtype=torch.long)  # (B, T)
+    targets = torch.full((len(encoded), T), IGNORE)  # (B, T)
+    for row, (ids, prompt_length) in enumerate(encoded):
+        tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[row, prompt_length - 1:len(ids) - 1] = torch.tensor(ids[prompt_length:])
+    return tokens.to(device, non_blocking=True), targets
+
+
+def padded_length(encoded, multiple=1):
+    """T of a batch: its longest row without the last token, which is a target only, rounded up to a multiple."""
+    return -(-(max(len(ids) for ids, _ in encoded) - 1) // multiple) * multiple
+
+
+def padded_tokens(encoded, micro_batch, multiple=1):
+    """How many tokens a batch has with its padding, cut into micro-batches."""
+    parts = [encoded[i:i + micro_batch] for i in range(0, len(encoded), micro_batch)]
+    return sum(len(part) * (1 + padded_length(part, multiple)) for part in parts)
+
+
+def token_count(encoded):
+    """How many tokens these examples have, padding not counted."""
+    return sum(len(ids) for ids, _ in encoded)
+
+
+def answer_tokens(encoded):
+    """How many tokens of these examples carry loss."""
+    return sum(len(ids) - prompt_length for ids, prompt_length in encoded)
+
+
+def examples_sha256(*sets):
+    """A checksum of encoded examples: their tokens, where the answers begin, and their order."""
+    digest = hashlib.sha256()
+    for examples in sets:
+        for ids, prompt_length in examples:
+            digest.update(array.array("q", [len(ids), prompt_length, *ids]).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,343 @@
+"""What makes it fast, beside the plain text: train.py and eval.py switch it on, --plain leaves it off.
+
+`switch_on` puts the functions of this file in the places of the plain ones in model.py and loss.py, and sets the process
+up for a CPU. Both forms give the same losses to rounding; the tests hold each function here against the plain one,
+forward and gradient.
+
+WHAT IT BUYS
+
+Shapes: B rows, T tokens, S cached slots, H query heads, K key/value heads, D head_dim, d hidden_size, V vocab_size.
+"""
+import contextlib
+import ctypes
+import math
+import os
+import shutil
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import model as decoder
+from support import loss
+
+CACHED = 1 << 20  # numbers, 4 MB of fp32: so much stays in a processor's cache from one pass to the next
+QUERIES = 64  # about so many of a row are looked at together
+GRAPH_MULTIPLE = 64  # CUDA graphs are recorded anew for every shape: rows are padded to a multiple of so many tokens
+CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 100 MB
+
+
+def switch_on(names=None):
+    """From here on, in this process, what is in NAMES is used: all of it, or what is given."""
+    names = NAMES if names is None else names
+    for name, (owner, attribute, _, fast) in FORMS.items():
+        if name in names:
+            setattr(owner, attribute, fast)
+    if "malloc" in names:
+        keep_freed_memory()
+    if "onednn" in names:
+        fast_products()
+
+
+def switch_off():
+    """The plain forms again, and products by torch's default. (What malloc was told, it keeps.)"""
+    for owner, attribute, plain, _ in FORMS.values():
+        setattr(owner, attribute, plain)
+    if has_onednn_switch():
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+
+
+# ---- the process ----------------------------------------------------------------------------------------------------
+
+def keep_freed_memory():
+    """Tell glibc's malloc to keep what is freed, for the next tensor, instead of giving it back to the system.
+
+    By default every large tensor is a mapping of its own, and the kernel clears and maps its pages one by one as they
+    are written for the first time: a sixth of a training step on a CPU. The peak stays as it is. Elsewhere than on
+    Linux with glibc nothing happens.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.mallopt(-2, 1 << 28)  # M_TOP_PAD: and grows by 256 MB at a time
+
+
+def has_onednn_switch():
+    """Whether torch can be told who multiplies fp32 matrices on a CPU: from 2.9 on."""
+    return hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
+
+
+@contextlib.contextmanager
+def onednn(precision):
+    """A block in which oneDNN multiplies fp32 matrices on a CPU ("bf16") or not ("ieee"); what was set is set again."""
+    if not has_onednn_switch():
+        yield
+        return
+    products = torch.backends.mkldnn.matmul
+    before, products.fp32_precision = products.fp32_precision, precision
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def fast_products():
+    """Let oneDNN multiply fp32 matrices on the CPU where it is as exact as torch's default, MKL, and clearly faster.
+
+    MKL has a slow path for CPUs that are not Intel's: on an AMD one oneDNN is twice as fast. Its switch also permits
+    rounding to bf16, which it makes use of on some CPUs: so one product is checked against fp64, and timed, by the time
+    of one thread alone, so that other processes do not change the choice.
+    """
+    if not has_onednn_switch():
+        return
+    a = torch.rand(512, 512, generator=torch.Generator()) - 0.5
+    exact, times, threads = a.double() @ a.double(), {"ieee": [], "bf16": []}, torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for precision in 6 * ("ieee", "bf16"):
+            with onednn(precision):
+                started = time.thread_time()
+                result = a @ a
+                times[precision].append(time.thread_time() - started)
+    finally:
+        torch.set_num_threads(threads)
+    is_exact = (result - exact).norm() < 1e-6 * exact.norm()
+    is_faster = min(times["bf16"]) <= 0.75 * min(times["ieee"])
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if is_exact and is_faster else "ieee"
+
+
+def plain_fp32(x):
+    """Whether x is fp32 on a CPU, in code that torch.compile is not looking at."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def onednn_multiplies(x):
+    """Whether `fast_products` gave the products of x to oneDNN. It is slow at small ones, of which torch's attention
+    consists."""
+    return plain_fp32(x) and has_onednn_switch() and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+def rotate(x, cos, sin):
+    """model.rotate in two passes."""
+    return Rotation.apply(x, cos, sin)
+
+
+class Rotation(torch.autograd.Function):
+    """`rotate`. The gradient is turned back by the same angles: nothing else is kept."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        first, second = x.chunk(2, dim=-1)
+        y = torch.mul(x, torch.cat((cos, cos), dim=-1), out=x.new_empty(x.shape))  # contiguous, as x may not be
+        for half, other, sign in zip(y.chunk(2, dim=-1), (second, first), (-1, 1)):
+            half.addcmul_(other, sin, value=sign)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        cos, sin = ctx.saved_tensors
+        return rotate(g, cos, -sin), None, None
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+def attention(q, k, v, seen=None):
+    """model.attention: in pieces where torch's own would be slow; over a cache with the heads of one key side by side.
+
+    There the query heads of one key head become further queries of it: no copy of k and v is made for them, and fast
+    kernels apply. oneDNN would copy the parts of the cache to multiply them, so it is kept out.
+    """
+    if seen is None:
+        return AttentionInPieces.apply(q, k, v) if onednn_multiplies(q) else FORMS["attention"][2](q, k, v)
+    if seen.shape[2] > 1:
+        seen = seen.repeat(1, 1, q.shape[1] // k.shape[1], 1)  # (B, 1, H/K * T, S)
+    with onednn("ieee"):
+        return F.scaled_dot_product_attention(folded(q, k), k, v, attn_mask=seen).view(q.shape)
+
+
+class AttentionInPieces(torch.autograd.Function):
+    """`causal_attention`, a few rows of the batch, and of long rows some of the queries, at a time.
+
+    The scores of a piece stay in the processor's cache, keys that come after all its queries are left out, and the
+    weights P are computed again in the backward pass: nothing of size T x T outlives its piece. With g = dL/dy
+
+        dv = P^T g      dS = P * (g v^T - sum(g * y)) / sqrt(D)      dq = dS k      dk = dS^T q
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = q.new_empty(q.shape)
+        for queries, keys in pieces(q):
+            y[queries] = (attention_weights(q[queries], k[keys]) @ v[keys]).view(y[queries].shape)
+        ctx.save_for_backward(q, k, v, y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        q, k, v, y = ctx.saved_tensors
+        dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        for queries, keys in pieces(q):
+            P = attention_weights(q[queries], k[keys])  # (b, K, H/K * t, S)
+            q_piece, g_piece, y_piece = (folded(x[queries], k) for x in (q, g, y))  # (b, K, H/K * t, D)
+            dv[keys] += P.mT @ g_piece
+            dS = g_piece @ v[keys].mT  # (b, K, H/K * t, S)
+            dS.sub_((g_piece * y_piece).sum(-1, keepdim=True)).mul_(P).mul_(q.shape[-1] ** -0.5)
+            dq[queries] = (dS @ k[keys]).view(dq[queries].shape)
+            dk[keys] += dS.mT @ q_piece
+        return dq, dk, dv
+
+
+def pieces(q):
+    """(index of b rows and t queries of each head of q (B, H, T, D), index of the keys that some of these look at)."""
+    B, H, T, _ = q.shape
+    t = -(-T // max(1, round(T / QUERIES)))
+    rows = max(1, CACHED // (H * t * T))
+    for row in range(0, B, rows):
+        for first in range(0, T, t):
+            some, last = slice(row, row + rows), min(T, first + t)
+            yield (some, slice(None), slice(first, last)), (some, slice(None), slice(last))
+
+
+def folded(q, k):
+    """q (b, H, t, D) as further queries of the key heads that they share, k (b, K, S, D): (b, K, H/K * t, D)."""
+    return q.reshape(len(q), k.shape[1], -1, q.shape[-1])
+
+
+def attention_weights(q, k):
+    """softmax(q k^T / sqrt(D)) of the last t queries, q (b, H, t, D), on k (b, K, S, D), 0 where a key comes after its
+    query: (b, K, H/K * t, S)."""
+    t, S = q.shape[2], k.shape[2]
+    scores = folded(q * q.shape[-1] ** -0.5, k) @ k.mT  # (b, K, H/K * t, S)
+    by_head = scores.view(*q.shape[:2], t, S)
+    by_head.add_(q.new_full((t, S), -math.inf).triu_(1 + S - t))
+    torch.softmax(by_head, dim=-1, out=by_head)
+    return scores
+
+
+# ---- norm, activation, loss -----------------------------------------------------------------------------------------
+
+def norm_forward(self, x):
+    """model.RMSNorm's forward."""
+    if plain_fp32(x):
+        return LeanRMSNorm.apply(x, self.weight, self.eps)
+    return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # a GPU has one kernel for it
+
+
+class LeanRMSNorm(torch.autograd.Function):
+    """RMSNorm in fp32, keeping x and 1 / rms alone. With g = dL/dy and u = g * weight
+
+        dx = u / rms - x sum(u * x) / (d rms^3)      d weight = sum(g * x / rms)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight, inverse = ctx.saved_tensors
+        u = g * weight
+        along = (u * x).sum(-1, keepdim=True).mul_(inverse ** 3 / x.shape[-1])  # (..., 1)
+        d_weight = (g * x * inverse).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return u.mul_(inverse).addcmul_(x, along, value=-1), d_weight, None
+
+
+def mlp_forward(self, x):
+    """model.MLP's forward."""
+    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping these two alone; autograd would keep silu(gate) as well, a seventh of all that a block
+    keeps when adapters train."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.silu_backward(g * up, gate)
+        return d_gate, F.silu(gate).mul_(g)
+
+
+def head_loss(hidden, head, targets):
+    """loss.head_loss by chunks of answer tokens; where the head is frozen, with its gradient taken at once."""
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        return FrozenHeadLoss.apply(hidden, head.weight, targets)
+    return sum(F.cross_entropy(head(h).float(), t, reduction="sum")
+               for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)))
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross entropy of hidden (n, d) under a frozen head (V, d).
+
+    The gradient of a token's loss with respect to its logits is softmax - onehot, known as soon as the logits are:
+    taken at once and multiplied by the head, it leaves (n, d) numbers to keep instead of (n, V).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets):
+        loss, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)  # (), (n, d)
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = (hidden[rows] @ head.T).float()  # (chunk, V)
+            logits -= logits.amax(dim=1, keepdim=True)
+            at_target = logits.gather(1, targets[rows, None])  # (chunk, 1)
+            total = logits.exp_().sum(dim=1, keepdim=True)  # (chunk, 1)
+            loss += (total.log() - at_target).sum()
+            if ctx.needs_input_grad[0]:
+                logits.div_(total).scatter_add_(1, targets[rows, None], torch.full_like(total, -1.0))
+                gradient[rows] = logits.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradient, = ctx.saved_tensors
+        return upstream * gradient, None, None
+
+
+FORMS = {name: (owner, attribute, getattr(owner, attribute), fast) for name, owner, attribute, fast in (
+    ("rotate", decoder, "rotate", rotate), ("attention", decoder, "attention", attention),
+    ("norm", decoder.RMSNorm, "forward", norm_forward), ("swiglu", decoder.MLP, "forward", mlp_forward),
+    ("head", loss, "head_loss", head_loss))}  # name: (where, under what name, the plain form, the fast one)
+NAMES = (*FORMS, "malloc", "onednn")
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+def compile_blocks(model, mode):
+    """torch.compile every block of the decoder, in place: one compilation serves all, whatever the ranks of layers.
+
+    A first one is for the shapes of the first batch, a second one for any; mode "reduce-overhead" records CUDA graphs.
+    The rest of a step stays as it is: the head's loss depends on how many answer tokens there are. Raises ValueError
+    where a CPU has no C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if model.lm_head.weight.device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(f"--compile on a CPU needs a C++ compiler, and there is no {compiler} here: install one, name "
+                         "it in $CXX, or leave --compile out")
+    torch._dynamo.config.force_parameter_static_shapes = False  # else SARA's layers would each be compiled
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    for block in model.model.layers:
+        block.compile(mode=mode)
+    if mode == "reduce-overhead":  # graphs write their results to the same memory again: say where a pass begins
+        model.model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+
+
+def eagerly(compiled):
+    """A context in which compiled blocks run as they are written: what has shapes of its own is not worth compiling."""
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

@@ -1,0 +1,149 @@
+"""Greedy generation in batches, from a KV cache."""
+import torch
+
+from data import prompting
+from data.calculator import insertion
+from model import KVCache
+
+CHECK_EVERY = 8  # decode steps between two looks, on a GPU, at which rows have finished: each look waits for it
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 65536}  # of prompts read at once: few, of similar length, need little padding
+
+
+@torch.inference_mode()
+def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None, progress=None):
+    """Greedy continuation of every prompt (lists of token ids) up to and including eos_id, or max_new tokens.
+
+    The right-padded prompts are read first, some rows at a time, then comes one token per row and step from a static KV
+    cache; rows do not see each other, so a row's text does not depend on its neighbours. Rows that have finished leave
+    the batch.
+    `is_done(ids)` may end a row early, `force(ids)` may return tokens to be taken instead of the next choices; both are
+    given the row's new tokens so far. `progress(finished, tokens)` hears now and then how many rows have finished and
+    how many tokens were made. Returns a list of token lists in the order of `prompts`.
+    """
+    device = model.lm_head.weight.device
+    cache = KVCache(model.config, len(prompts), max(map(len, prompts)) + max_new, model.lm_head.weight.dtype, device)
+    chosen = _prefill(model, prompts, cache)  # (B,)
+    new = torch.full((len(prompts), max_new), eos_id, device=device)  # (B, max_new)
+    alive = torch.arange(len(prompts), device=device)  # the prompt that each row of the cache belongs to
+    forced, tokens = [[] for _ in prompts], 0
+    for step in range(max_new):
+        if force is not None:
+            chosen = _forced_choice(chosen, new, alive.tolist(), step, forced, force)
+        new[alive, step] = chosen
+        tokens += len(alive)
+        if step + 1 == max_new:
+            break
+        if progress is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
+            progress(len(prompts) - len(alive), tokens)
+        if device.type == "cpu" or step % CHECK_EVERY == CHECK_EVERY - 1:
+            unfinished = ~(new[alive, :step + 1] == eos_id).any(dim=1)  # (rows alive,)
+            if is_done is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
+                texts_done = [is_done(ids) for ids in new[alive, :step + 1].tolist()]
+                unfinished &= ~torch.tensor(texts_done, device=device)
+            if not unfinished.any():
+                break
+            if not unfinished.all():
+                order = cache.keep(unfinished)
+                alive, chosen = alive[order], chosen[order]
+        hidden = model.model(chosen[:, None], cache)  # (rows alive, 1, d)
+        cache.advance(1, 1)
+        chosen = model.lm_head(hidden[:, 0]).argmax(-1)  # (rows alive,)
+    return [_through_first(ids, eos_id) for ids in new[:, :step + 1].tolist()]
+
+
+def _prefill(model, prompts, cache):
+    """Read the prompts into the cache, as many rows at a time as PREFILL_TOKENS allow; returns every row's choice for
+    its first token, (B,)."""
+    device, first, chosen = model.lm_head.weight.device, 0, []
+    cache.slots(max(map(len, prompts)))  # clears them, before the windows write
+    while first < len(prompts):
+        last, longest = first + 1, len(prompts[first])
+        while last < len(prompts):
+            longer = max(longest, len(prompts[last]))
+            if longer * (last + 1 - first) > PREFILL_TOKENS[device.type]:
+                break
+            last, longest = last + 1, longer
+        lengths = torch.tensor([len(prompt) for prompt in prompts[first:last]])  # (rows,)
+        tokens = torch.zeros(last - first, longest, dtype=torch.long)  # (rows, T)
+        for row, prompt in enumerate(prompts[first:last]):
+            tokens[row, :len(prompt)] = torch.tensor(prompt)
+        rows = cache.window(first, last)
+        hidden = model.model(tokens.to(device), rows)[range(last - first), lengths - 1]  # (rows, d)
+        rows.advance(lengths.to(device), longest)
+        chosen.append(model.lm_head(hidden).argmax(-1))
+        first = last
+    cache.longest = max(map(len, prompts))
+    return torch.cat(chosen)
+
+
+def _through_first(ids, eos_id):
+    """ids up to and including the first eos_id."""
+    return ids[:ids.index(eos_id) + 1] if eos_id in ids else ids
+
+
+def _forced_choice(chosen, new, alive, step, forced, force):
+    """`chosen`, with the tokens that wait in a row's queue in place of the model's; `force` fills empty queues."""
+    chosen, so_far = chosen.clone(), new[:, :step].tolist()
+    for i, row in enumerate(alive):
+        if not forced[row] and step:
+            forced[row] = list(force(so_far[row]) or ())
+        if forced[row]:
+            chosen[i] = forced[row].pop(0)
+    return chosen
+
+
+def generate(model, prompts, eos_id, max_new=256, batch=64, is_done=None, force=None, progress=None):
+    """`generate_batch` over any number of prompts, in batches of similar length, longest first.
+
+    Longest first shows at once whether memory suffices. `progress(finished, tokens)` hears now and then how many
+    prompts are answered and how many tokens were made.
+    Raises ValueError if a prompt leaves no room for max_new tokens in the model's context.
+    """
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + max_new > context:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new} new ones do not fit the model's context of "
+                         f"{context}: lower --max-new or --shots, or shorten the question")
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    outputs, tokens = [None] * len(prompts), 0
+    for start in range(0, len(order), batch):
+        indices = order[start:start + batch]
+        inner = progress and (lambda finished, more: progress(start + finished, tokens + more))
+        results = generate_batch(model, [prompts[i] for i in indices], eos_id, max_new, is_done, force, inner)
+        for i, ids in zip(indices, results):
+            outputs[i] = ids
+        tokens += sum(map(len, results))
+        if progress is not None:
+            progress(start + len(indices), tokens)
+    return outputs
+
+
+def complete(model, tokenizer, texts, max_new=256, batch=64, calculator=False, progress=None, template="plain"):
+    """Completions of prompts (`texts`): dicts of text (cut where another question begins), new_tokens, and finish.
+
+    finish is "eos", "stop" (a next problem began, as in the template) or "cap". With `calculator`, what follows the "="
+    of an open annotation `<<48/2=` is computed instead of generated.
+    """
+    tail = CHECK_EVERY + len(prompting.TEMPLATES[template].next)  # tokens: what was there before has been looked at
+
+    def is_done(ids):
+        text = tokenizer.decode(ids[-tail:])
+        return prompting.truncate(text, template) != text
+
+    def force(ids):
+        if "=" not in tokenizer.decode(ids[-1:]):
+            return None
+        insert = insertion(tokenizer.decode(ids))
+        return tokenizer.encode(insert, start=False) if insert else None
+
+    outputs = generate(model, [tokenizer.encode(text) for text in texts], tokenizer.eos_id, max_new, batch,
+                       is_done, force if calculator else None, progress)
+    completions = []
+    for ids in outputs:
+        ended = ids[-1] == tokenizer.eos_id
+        text = tokenizer.decode(ids[:-1] if ended else ids)
+        cut = prompting.truncate(text, template)
+        finish = "stop" if cut != text else "eos" if ended else "cap"
+        # A row that began another question ran on until the next check: only what is kept counts.
+        new_tokens = len(tokenizer.encode(cut, start=False)) if finish == "stop" else len(ids)
+        completions.append({"text": cut, "new_tokens": new_tokens, "finish": finish})
+    return completions

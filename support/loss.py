@@ -1,0 +1,30 @@
+"""The loss: cross entropy on answer tokens. Only positions that carry loss reach the head."""
+import torch
+import torch.nn.functional as F
+
+from data.batching import IGNORE, answer_tokens, collate
+
+
+def answer_loss(model, tokens, targets):
+    """Summed cross entropy over the positions of `targets` (B, T) that are not IGNORE, for tokens (B, T).
+
+    How many there are decides shapes, for which the host would wait if a GPU counted: targets may stay on the CPU.
+    """
+    answers = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,)
+    targets = targets.flatten()[answers].to(tokens.device)  # (n,)
+    hidden = model.model(tokens).flatten(0, 1).index_select(0, answers.to(tokens.device))  # (n, d)
+    return head_loss(hidden, model.lm_head, targets)
+
+
+def head_loss(hidden, head, targets):
+    """Summed cross entropy of hidden (n, d) under the head, for targets (n,)."""
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+@torch.no_grad()
+def mean_loss(model, encoded, batch, device):
+    """Mean loss per answer token over a fixed set of examples, the longest first."""
+    by_length, total = sorted(encoded, key=lambda example: -len(example[0])), 0.0
+    for start in range(0, len(by_length), batch):
+        total += answer_loss(model, *collate(by_length[start:start + batch], device)).item()
+    return total / answer_tokens(encoded)

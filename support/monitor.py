@@ -1,0 +1,89 @@
+"""What goes on beside the mathematics of a training step: finite numbers, the log, held-out losses, saving, signals."""
+import collections
+import json
+import math
+import time
+
+import torch
+
+from data.batching import padded_tokens, token_count
+from support import report
+
+
+class Monitor:
+    """Watches over a run: `check` before the optimizer moves anything, `after` when it has.
+
+    numbers: which records of the data the examples `encoded` are. progress: a resume.Progress, kept up to date.
+    held_out(step) measures and returns the held-out loss, save() writes a checkpoint, log is a text file, signals the
+    list of resume.noted_signals.
+    """
+
+    def __init__(self, args, model, optimizer, data, progress, held_out, save, log, signals):
+        self.args, self.optimizer, self.data, self.progress = args, optimizer, data, progress
+        self.held_out, self.save, self.log, self.signals = held_out, save, log, signals
+        self.device = model.lm_head.weight.device
+        self.gflop = report.gflop_per_token(model, data.train)[1]
+        # A fused optimizer on a GPU can be told to stand still; any other is waited for.
+        self.waits = self.device.type == "cpu" or not optimizer.defaults.get("fused")
+        self.usual = collections.deque(maxlen=20)  # the latest logged losses
+        self.since = []  # (step, indices, numbers) of the steps after the last logged one
+        self.started = time.perf_counter()
+
+    def check(self, step, indices, numbers):
+        """FloatingPointError, before the weights move, if a number of this step is not finite. On a GPU that need not be
+        waited for all steps from here on leave the weights alone, and `after` raises when it next logs."""
+        self.since.append((step, indices, numbers))
+        if self.waits:
+            self.check_finite(self.since[-1:])
+        else:
+            values = [value for value in numbers.values() if isinstance(value, torch.Tensor)]
+            bad = (~torch.stack([torch.isfinite(value) for value in values]).all()).float()
+            self.optimizer.found_inf = torch.maximum(getattr(self.optimizer, "found_inf", torch.zeros_like(bad)), bad)
+
+    def check_finite(self, steps):
+        """FloatingPointError for the first of `steps` whose numbers are not all finite, with the records it saw."""
+        for step, indices, numbers in steps:
+            if not all(math.isfinite(value) for value in numbers.values()):
+                records = [str(self.data.numbers[i]) for i in indices]
+                more = f" and {len(records) - 16} more" if len(records) > 16 else ""
+                said = ", ".join(f"{report.WORDS.get(name, name)} {value:g}" for name, value in numbers.items()
+                                 if isinstance(value, torch.Tensor))
+                raise FloatingPointError(f"step {step}: {said}, on records {', '.join(records[:16])}{more} of the data; "
+                                         f"the weights are as they were before: lower --lr, now {self.args.lr:g}")
+
+    def after(self, step):
+        """Log, measure and save where it is due. SystemExit, saved, where a signal has come."""
+        args, last = self.args, step == self.args.steps
+        to_measure = step % args.eval_every == 0 or last
+        to_stop = bool(self.signals) and not last  # a signal from here on is for the next step
+        to_save = step % args.save_every == 0 or last or to_stop
+        if not (step % args.log_every == 0 or to_measure or to_save):
+            return
+        self.check_finite(self.since)  # waits for a GPU to finish
+        self.write_line(step)
+        if to_measure:
+            self.progress.held_out[step] = self.held_out(step)
+        if to_save:
+            self.save()
+        if to_stop:
+            print(f"\nstopped by {self.signals[0].name} after step {step} of {args.steps}; to go on: "
+                  f"python train.py --resume {args.out}", flush=True)
+            raise SystemExit(128 + self.signals[0])
+        self.since, self.started = [], time.perf_counter()
+
+    def write_line(self, step):
+        """Log and print the latest step's numbers, with the speed since the last line."""
+        elapsed = time.perf_counter() - self.started
+        batches = [[self.data.train[i] for i in indices] for _, indices, _ in self.since]
+        tokens = sum(map(token_count, batches))
+        padded = sum(padded_tokens(batch, self.args.micro_batch, self.args.multiple) for batch in batches)
+        line = {"step": step, **{name: float(value) for name, value in self.since[-1][2].items()},
+                **report.spike([float(numbers["loss"]) for _, _, numbers in self.since], self.usual),
+                "tokens_per_second": tokens / elapsed, "padding": 1 - tokens / padded,
+                "gflops": tokens * self.gflop / elapsed, "memory_gb": report.peak_memory(self.device)}
+        self.usual.append(line["loss"])
+        self.progress.step, self.progress.tokens = step, self.progress.tokens + tokens
+        self.progress.seconds_in_steps += elapsed
+        self.log.write(json.dumps(line) + "\n")
+        left = self.progress.seconds_in_steps / step * (self.args.steps - step)
+        print(report.log_line(line, self.args.steps, left), flush=True)

@@ -1,0 +1,232 @@
+"""What train.py tells: the plan before anything is spent, a line per logged step, what a step costs."""
+import itertools
+import math
+import resource
+import statistics
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import adapter
+from data.batching import answer_tokens, endless_batches, token_count
+from methods import METHODS
+from support.fast import CHUNK, onednn_multiplies
+
+WORDS = {"loss": "loss", "grad_norm": "gradient norm", "regularizer": "R"}  # for the names in the log
+
+
+def describe(args, base, optimizer, regularizer, device, source, data):
+    """Print everything that was chosen, before anything is spent."""
+    model, encoded, held_out = base.model, data.train, data.held_out
+    settings, targets = {**model.adapter_config, **regularizer}, model.adapter_config["targets"]
+    hidden, unset = ("method", "targets", "seed", "ks", "norms"), (None, [], False)
+    shown = [f"{key} {value}" for key, value in settings.items() if key not in hidden and value not in unset]
+    tokens, answers = token_count(encoded) / len(encoded), answer_tokens(encoded) / len(encoded)
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    if args.autocast:
+        dtype += f" computing in {args.autocast}"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    if onednn_multiplies(model.lm_head.weight):
+        hardware += ", fp32 products by oneDNN"
+    print(f"device    {device} ({hardware}), weights {dtype}, torch {torch.__version__}")
+    if args.recipe:
+        words = {key: "+".join(map(str, value)) if key == "cut" else value for key, value in args.recipe_set.items()}
+        print(f"recipe    {args.recipe} sets {', '.join(f'{key} {value}' for key, value in words.items())}")
+    print(f"model     {base.name}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
+    print(f"data      {source}")
+    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {data.left_out} left out "
+          f"(longer than {args.max_tokens} tokens)")
+    print(f"          prompt {args.template}; {tokens:.0f} tokens per example, {answers:.0f} of them answer, "
+          f"calculator annotations {'removed' if args.strip_annotations else 'kept'}")
+    if args.cut:
+        cut = sum(ids[-1] != base.tokenizer.eos_id for ids, _ in encoded)
+        print(f"          prompts cut at {args.cut[0]} tokens, answers at {args.cut[1]} ({cut} of them were longer)")
+    print(f"method    {', '.join([args.method, *shown])}; targets {', '.join(targets or ['every parameter'])}")
+    if args.params:
+        total = sum(p.numel() for p in adapter.trainable(model).values())
+        size = "threshold" if "threshold" in settings else "rank"
+        print(f"          nearest to --params {args.params:,}: {size} {settings[size]} with {total:,}")
+    own_table = METHODS[args.method].table
+    for line in [*(own_table(model) if own_table else []), *parameter_table(model)]:
+        print(f"          {line}")
+    epochs = args.steps * args.batch / len(encoded)
+    print(f"plan      {args.steps} steps of {args.batch} examples ({epochs:.2f} epochs), "
+          f"{args.micro_batch} per forward pass{', blocks recomputed' * args.recompute}"
+          f"{f', compiled ({args.compile})' if args.compile else ''}; "
+          f"{gflop_per_token(model, encoded)[1]:.2f} GFLOP per token")
+    print(f"          {type(optimizer).__name__}, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
+          f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
+    if regularizer.get("gamma"):
+        print(f"          regularizer times gamma / peak lr = {regularizer['gamma'] / args.lr:g}, after clipping")
+    saves = "" if args.save_every == args.eval_every else f", a checkpoint every {args.save_every}"
+    print(f"out       {args.out}; held-out loss every {args.eval_every} steps{saves}", flush=True)
+
+
+def parameter_table(model):
+    """Lines of text: what trains, a line per kind of module (equal names but for layer numbers, equal shapes)."""
+    modules = {}
+    for name, parameter in adapter.trainable(model).items():
+        module, _, last = name.rpartition(".")
+        modules.setdefault(module, {})[last] = parameter
+    kinds = {}
+    for module, parameters in modules.items():
+        kind = ".".join(part for part in module.split(".") if not part.isdigit() and part not in ("model", "layers"))
+        kinds.setdefault((kind, tuple(parameters)), []).append([parameter.shape for parameter in parameters.values()])
+    total, everything = (sum(p.numel() for p in some) for some in (adapter.trainable(model).values(), model.parameters()))
+    shapes = ["  ".join(f"{name} {shape_range(shapes)}" for name, shapes in zip(names, zip(*layers)))
+              for (_, names), layers in kinds.items()]
+    width = max([37] + [len(text) + 2 for text in shapes])
+    lines = [f"{'module':<26}{'trains':<{width}}{'layers':>7}{'parameters':>14}"]
+    for ((kind, _), layers), text in zip(kinds.items(), shapes):
+        lines.append(f"{kind:<26}{text:<{width}}{len(layers):>7}{sum(map(math.prod, sum(layers, []))):>14,}")
+    lines.append(f"{'all':<{width + 33}}{total:>14,}  ({100 * total / everything:.2f} % of {everything:,})")
+    frozen = sum(tensor.numel() for tensor in adapter.state(model).values()) - total
+    if frozen:
+        lines.append(f"{'frozen, added and saved beside them':<{width + 33}}{frozen:>14,}")
+    return lines
+
+
+def shape_range(shapes):
+    """[[2, 64], [9, 64]] -> [2-9, 64]."""
+    ends = [(min(sizes), max(sizes)) for sizes in zip(*shapes)]
+    return "[" + ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ends) + "]"
+
+
+def activation_bytes(model, tokens, recompute):
+    """About how many bytes of activations one forward pass over `tokens` tokens keeps for the backward pass."""
+    config, size = model.config, model.lm_head.weight.element_size()
+    d, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    # x, n(x), h, n(h); queries, what attention gives, twice; keys, values; gate, up, their product
+    block = 4 * d + 3 * q + 2 * kv + 3 * ffn
+    return tokens * size * (layers * d + block if recompute else layers * block)
+
+
+def describe_first_step(args, base, data, step):
+    """Print what --dry-run shows: the memory the run will take, and the batch after `step` steps, with its answers in
+    [[ ]]."""
+    model, lengths = base.model, [len(ids) for ids, _ in data.train]
+    longest = max(lengths)
+    weights, trained = (sum(p.numel() * p.element_size() for p in some)
+                        for some in (model.parameters(), adapter.trainable(model).values()))
+    head = 2 * 4 * CHUNK * model.config.vocab_size  # logits and their gradient, a chunk at a time
+    activations = activation_bytes(model, args.micro_batch * longest, args.recompute) + head
+    if model.lm_head.weight.device.type == "cpu":
+        activations *= 1.25  # measured: so much more lies between tensors, where malloc finds no use for it
+    total = weights + 3 * trained + activations
+    print(f"memory    about {total / 1e9:.1f} GB and the program itself: {weights / 1e9:.2f} weights, "
+          f"{3 * trained / 1e9:.2f} gradients and moments, {activations / 1e9:.2f} activations of {args.micro_batch} "
+          f"rows of {longest} tokens, the longest")
+    batches = itertools.islice(endless_batches(lengths, args.batch, args.seed), step, args.steps)
+    batch = next(batches, [])  # none where all steps are made
+    tokens = token_count([data.train[i] for i in batch])
+    print(f"\nthe batch of step {step + 1}, {tokens} tokens; what carries loss is in [[ ]]" if batch else
+          f"\nall {step} steps are made")
+    for i in batch:
+        ids, start = data.train[i]
+        question, answer = base.tokenizer.decode(ids[:start]), base.tokenizer.decode(ids[start:])
+        print(f"\n--- record {data.numbers[i]} of the data, {len(ids)} tokens, {len(ids) - start} of them answer\n"
+              f"{question}[[{answer}]]")
+    print("\na dry run: nothing was trained, nothing was written")
+
+
+def gflop_per_token(model, encoded):
+    """(forward, training) GFLOP per token of matrix products, for examples like `encoded`.
+
+    torch counts those of the decoder on a few tokens, where attention's own products are next to nothing. The head is
+    used at answer tokens only: per weight 2 forward, 2 for the gradient of its input, 2 more if it trains.
+    """
+    tokens = torch.zeros(1, 8, dtype=torch.long, device=model.lm_head.weight.device)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.model(tokens)
+    with FlopCounterMode(display=False) as both:
+        model.model(tokens).sum().backward()
+    for parameter in adapter.trainable(model).values():
+        parameter.grad = None
+    head = model.lm_head.weight
+    share = answer_tokens(encoded) / token_count(encoded) * head.numel()
+    return (1e-9 * (forward.get_total_flops() / tokens.numel() + 2 * share),
+            1e-9 * (both.get_total_flops() / tokens.numel() + (6 if head.requires_grad else 4) * share))
+
+
+def expected_seconds(args, model, data, forward_seconds):
+    """How long training should take, held-out losses included, from how long one held-out loss took."""
+    encoded, held_out = data.train, data.held_out
+    forward_gflop, train_gflop = gflop_per_token(model, encoded)
+    tokens = args.steps * args.batch * token_count(encoded) / len(encoded)
+    per_token = forward_seconds / token_count(held_out) * train_gflop / forward_gflop
+    return tokens * per_token + math.ceil(args.steps / args.eval_every) * forward_seconds
+
+
+def log_line(line, steps, left):
+    """One dense line of text for a logged step; numbers that have no place of their own come behind R."""
+    step, R = f"{line['step']:>{len(str(steps))}}/{steps}", line.get("regularizer")
+    known = ("step", "loss", "lr", "grad_norm", "regularizer", "tokens_per_second", "padding", "gflops", "memory_gb",
+             "loss_max", "spike")
+    more = "".join(f"  {name} {value:.4g}" for name, value in line.items() if name not in known)
+    return (f"step {step}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  |g| {line['grad_norm']:.2f}"
+            + ("" if R is None else f"  R {R:.1e}") + more
+            + f"  {line['tokens_per_second']:,.0f} tok/s  pad {100 * line['padding']:.0f}%"
+              f"  {line['gflops']:,.0f} GFLOP/s  {line['memory_gb']:.2f} GB  {duration(left)} left"
+            + (f"  <- loss spike, {line['spike']:.1f} times the usual" if "spike" in line else ""))
+
+
+def spike(losses, recent):
+    """{"loss_max", "spike"} where they say something: the highest of the losses since the last line, if there were
+    several, and what multiple it is of the median of the `recent` ones, if that is 2 or more."""
+    line = {"loss_max": max(losses)} if len(losses) > 1 else {}
+    usual = statistics.median(recent) if len(recent) >= 5 else math.inf
+    return {**line, "spike": max(losses) / usual} if max(losses) >= 2 * usual else line
+
+
+def change_text(line):
+    """What a held-out line of the log says about the weights, in words."""
+    text = "" if line.get("change") is None else f"  |dW|/|W| {line['change']:.1e}"
+    if "gates" in line:
+        text += f"  top gate {line['top_gate']:.2f}, sets used {' '.join(f'{gate:.2f}' for gate in line['gates'])}"
+    known = ("step", "held_out_loss", "change", "top_gate", "gates")
+    return text + "".join(f"  {name} {value:.4g}" for name, value in line.items() if name not in known)
+
+
+def result_of(args, regularizer, base, data, source, progress, adapter_path, command):
+    """The record of a finished run, as result.json keeps it."""
+    model, seconds = base.model, progress.seconds_in_steps
+    device = model.lm_head.weight.device
+    settings = {key: value for key, value in vars(args).items() if key not in ("saved", "resume", "dry_run", "multiple")}
+    return {**settings, **regularizer, "out": str(args.out), "adapter": model.adapter_config, "source": source,
+            "base_sha256": base.sha256,
+            "trainable_parameters": sum(p.numel() for p in adapter.trainable(model).values()),
+            "adapter_bytes": adapter_path.stat().st_size, "held_out_examples": len(data.held_out),
+            "held_out_loss": progress.held_out, "held_out_before": progress.held_out[0],
+            "held_out_after": progress.held_out[args.steps], "held_out_best": min(progress.held_out.values()),
+            "resumed_at": progress.resumed_at, "tokens": progress.tokens,
+            "tokens_per_second": progress.tokens / seconds, "seconds_in_steps": seconds, "seconds": progress.seconds,
+            "memory_gb": peak_memory(device), "device": str(device),
+            "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
+            "command": command}
+
+
+def print_result(args, result, adapter_path):
+    """Print how a run ended."""
+    before, after = result["held_out_before"], result["held_out_after"]
+    print(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %) after {args.steps} steps, "
+          f"{result['tokens']:,} tokens at {result['tokens_per_second']:,.0f} per second; "
+          f"{duration(result['seconds'])} in all")
+    print(f"adapter: {adapter_path}, {result['adapter_bytes'] / 1e6:.1f} MB; "
+          f"its accuracy: python eval.py {args.out}")
+
+
+def peak_memory(device):
+    """Peak memory in GB: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def duration(seconds):
+    """75 -> 1m15s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,124 @@
+"""A fine-tuned run in the formats of other tools.
+
+    python -m tools.export runs/sorsa DIR --to peft         the adapter as a peft LoRA: PeftModel.from_pretrained(base, DIR)
+    python -m tools.export runs/sorsa DIR --to hf           the merged model: AutoModelForCausalLM.from_pretrained(DIR)
+    python -m tools.export DIR --model smollm2-135m --to hf    a base alone, to put the LoRA on
+
+The LoRA is exact: every method but Mo-SARA and full fine-tuning changes a weight by a product of low rank, which its
+layers give as `lora_factors()`; PiSSA's and SORSA's has rank 2r, against the original weights.
+"""
+import shutil
+from pathlib import Path
+
+import torch
+
+import adapter
+from weights import base_model
+from eval import load_run
+from weights.gguf import read_gguf
+from weights.huggingface import gpt2_factors, hugging_face_names, llama_fields
+from support.script import Parser, check_folder, run_script, write_json
+from weights.files import read_json
+from weights.safetensors import write_safetensors
+from weights.tokenizer import gguf_tokenizer_json
+
+# What a model folder holds beside weights and config.json; copied from a base that is a folder.
+BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+          "merges.txt", "tokenizer.model", "chat_template.jinja")
+
+
+# ---- the adapter as a peft LoRA -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def write_peft(model, base_name, folder):
+    """adapter_config.json and adapter_model.safetensors of an adapted model, in peft's layout.
+
+    peft computes (alpha / r) up @ down; the factors carry their scale, so alpha = r, layer by layer. ValueError where
+    no linear is adapted.
+    """
+    layers = adapter.adapted_layers(model)
+    if not layers:
+        raise ValueError("full fine-tuning changes whole matrices, which is no LoRA: export it with --to hf")
+    gpt2, factors = model.config.gpt2, {name: layer.lora_factors() for name, layer in layers}
+    if gpt2:
+        factors = gpt2_factors(factors, model.config.hidden_size)
+    tensors, ranks = {}, {}
+    for name, (down, up) in factors.items():  # (k, in), (out, k)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.float()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.float()
+        ranks[name] = len(down)
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = max(ranks.values())
+    others = {name: k for name, k in ranks.items() if k != rank}
+    write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
+        "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": gpt2, "inference_mode": True,
+        "target_modules": sorted({".".join(name.split(".")[-2 if gpt2 else -1:]) for name in ranks})})
+
+
+# ---- the merged model as a Hugging Face folder ----------------------------------------------------------------------
+
+@torch.no_grad()
+def write_hf(base, folder):
+    """config.json, model.safetensors and the tokenizer's files of a plain model, in Hugging Face layout.
+
+    A base that came from a folder gives its config and tokenizer files; for a GGUF base they are written anew.
+    """
+    source = base_model.model_path(base.name)
+    write_safetensors(folder / "model.safetensors", hugging_face_names(base.model), {"format": "pt"})
+    if source.is_dir():
+        fields = read_json(source / "config.json")
+        for name in BESIDE:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    else:
+        fields, eos_id = llama_fields(base.model.config, base.tokenizer.eos_id), base.tokenizer.eos_id
+        write_json(folder / "tokenizer.json", gguf_tokenizer_json(read_gguf(source)[0]))
+        eos = base.tokenizer.decode([eos_id])
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos})
+    fields.pop("torch_dtype", None)  # the older name of dtype
+    write_json(folder / "config.json", {**fields, "dtype": str(base.model.lm_head.weight.dtype).rpartition(".")[2]})
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = Parser(prog="python -m tools.export",
+                    usage="python -m tools.export RUN DIR --to peft|hf, or python -m tools.export DIR --model MODEL --to hf",
+                    description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder that train.py made, or its adapter")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write: a new or empty folder")
+    parser.add_argument("--to", choices=("peft", "hf"), required=True, help="a LoRA for peft, or the merged model")
+    parser.add_argument("--force", action="store_true", help="take the adapter although it was trained on another base")
+    parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the merged model")
+    args = parser.parse_args(argv)
+    if args.run is None and (args.model is None or args.to == "peft"):
+        parser.error("name a run and a folder, or for a base model alone --model MODEL --to hf")
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        raise ValueError(f"{args.folder} is not an empty folder: name another")
+    check_folder(args.folder, "DIR")
+    dtype = getattr(torch, args.dtype if args.to == "hf" else "float32")
+    if args.run is None:
+        base, method = base_model.load(args.model, dtype), "no method"
+    else:
+        base, method = load_run(args.run, args.model, torch.device("cpu"), dtype, args.force)
+    for name, layer in adapter.adapted_layers(base.model):
+        if layer.unmergeable:
+            raise ValueError(f"{name} cannot be exported: {layer.unmergeable}; eval.py takes the run as it is")
+    if args.to == "hf":
+        adapter.merge(base.model)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        write_hf(base, args.folder)
+    else:
+        write_peft(base.model, base.name, args.folder)
+    size = sum(path.stat().st_size for path in args.folder.iterdir())
+    print(f"{args.folder}: {method} on {base.name} as {args.to}, {size / 1e6:.1f} MB")
+    if args.to == "peft" and base_model.model_path(base.name).is_file():
+        print(f"its base for transformers: python -m tools.export BASE_DIR --model {base.name} --to hf")
+
+
+if __name__ == "__main__":
+    run_script(main)
