@@ -1,0 +1,1 @@
+"""What the methods are trained and tested on: problems, their prompts and scoring, batches."""

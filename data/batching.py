@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from data import gsm8k
-from data import instructions
-from data import prompting
+from data import gsm8k, instructions, prompting
 
 IGNORE = -100  # the target of a position without loss: the question, and padding
 SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare

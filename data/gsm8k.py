@@ -9,7 +9,7 @@ in an annotation that a calculator could have filled in; after `#### ` stands th
     So he gets back 20-15 = $<<20-15=5>>5.
     #### 5
 
-Top to bottom: data, scoring. `python gsm8k.py` shows what each scoring rule reads in one completion.
+Top to bottom: data, scoring. `python -m data.gsm8k` shows what each scoring rule reads in one completion.
 """
 import hashlib
 import http.client
@@ -22,9 +22,8 @@ from pathlib import Path
 
 from data import instructions
 from data.calculator import LONGEST, decimal
-from weights.base_model import cache_dir, sha256
 from data.practice import practice
-from weights.files import atomic_write
+from weights.files import atomic_write, cache_dir, sha256
 
 # ---- Data: a folder, the cache, the dataset's own repository, or practice problems ----------------------------------
 

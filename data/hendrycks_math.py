@@ -11,7 +11,7 @@ rules, three of them other people's, repeated with their flaws to compare with t
     metamath    MetaMath, PiSSA and SORSA: what follows the last "The answer is: ", to the end of the sentence; is_equiv
 
 The data set is not shipped: `eval.py --benchmark math --data FILE` reads it, one JSON object per line.
-`python hendrycks_math.py` shows what each rule reads in one completion.
+`python -m data.hendrycks_math` shows what each rule reads in one completion.
 """
 import re
 from fractions import Fraction

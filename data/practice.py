@@ -1,7 +1,7 @@
 """Practice problems: word problems in the form of GSM-8K, in our own text, made from templates.
 
 For a machine without the data: several steps, a calculator annotation in each, `#### answer` at the end. Deterministic
-by seed; no question is in both splits. `python practice.py` shows three.
+by seed; no question is in both splits. `python -m data.practice` shows three.
 """
 import random
 import re

@@ -6,8 +6,8 @@
     metadata          method and settings of the adapter, name and checksum of the base, and as JSON: the flags of the
                       run, a checksum of its examples, the optimizer, the step, what was measured so far
 
-The order of the data follows from the seed and the step. The file is written whole or not at all; like
-any file that is loaded here it cannot run code, and is believed only as far as it can be checked.
+The order of the data follows from the seed and the step. The file is written whole or not at all; like any
+file that is loaded here it cannot run code, and is believed only as far as it can be checked.
 """
 import contextlib
 import json

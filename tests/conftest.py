@@ -12,13 +12,15 @@ sys.path.insert(0, str(ROOT))
 
 from weights import base_model  # noqa: E402 (after the line that makes it importable)
 from data.practice import practice  # noqa: E402
+from support import fast  # noqa: E402
 from tests.tiny import tiny_metadata, tiny_tensors, write_gguf  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def products_by_default():
-    """What a script chooses for its process (fast.fast_products) is not there in the next test."""
-    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+def plain_forms():
+    """What a script switches on for its process (support/fast.py) is not there in the next test."""
+    yield
+    fast.switch_off()
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +65,7 @@ def tiny_gguf(tmp_path_factory):
 def llama2(tmp_path_factory):
     """A folder in the shape of Llama 2 7B's: as many key heads as query heads, an own head, SentencePiece BPE, bf16."""
     transformers = pytest.importorskip("transformers")
-    from test_huggingface import trained  # needs the tokenizers library
+    from tests.weights.test_huggingface import trained  # needs the tokenizers library
     folder = tmp_path_factory.mktemp("llama2")
     config = transformers.LlamaConfig(
         vocab_size=1600, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4, rms_norm_eps=1e-5,

@@ -11,12 +11,12 @@ import torch.nn as nn
 
 import adapter
 from lora import LoRALinear
-from model import Config, Model
-from weights.safetensors import read_safetensors, write_safetensors
-from tests.toy import ATTACHED, MERGEABLE, RANKED, attach, perturb, snapshot, tokens, toy_model
 from methods import METHODS
-from weights import adapter_file
+from model import Config, Model
 from support import report
+from tests.toy import ATTACHED, MERGEABLE, RANKED, attach, perturb, snapshot, tokens, toy_model
+from weights import adapter_file
+from weights.safetensors import read_safetensors, write_safetensors
 
 SUM_IN, SUM_OUT, LAYERS = 2 * (32 * 6 + 48), 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32), 14  # of the toy model's 14 linears
 TRAINED = {"lora": "A B", "pissa": "A B", "sorsa": "U S Vt", "sara": "A lam B", "mosara": "Lam v W_g1 W_g2", "cora": "A",

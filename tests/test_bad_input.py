@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tools import bench
 import eval as evaluation
-from tools import export
-from data import gsm8k
-from tools import compare
 import train
+from data import gsm8k
 from support.script import run_script
-from weights.safetensors import read_safetensors, write_safetensors
 from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
 from tests.toy import write_sums
+from tools import bench, compare, export
+from weights.safetensors import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = {"train": train.main, "eval": evaluation.main, "export": export.main, "bench": bench.main,

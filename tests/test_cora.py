@@ -9,12 +9,12 @@ import adapter
 import cora
 from cora import CoRALinear
 from lora import LoRALinear
-from model import Config, Model
-from weights.safetensors import read_safetensors
-from tests.toy import attach, perturb, snapshot, tokens, toy_model
 from methods import METHODS
-from weights import adapter_file
+from model import Config, Model
 from support import report
+from tests.toy import attach, perturb, snapshot, tokens, toy_model
+from weights import adapter_file
+from weights.safetensors import read_safetensors
 
 BOTH = ["cora", "cora-init"]
 REST = [["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]

@@ -6,14 +6,13 @@ import torch
 
 import adapter
 import eval as evaluation
-from tools import export
-from data import gsm8k
-from data import prompting
 import train
-from support.script import run_script
-from weights.safetensors import read_safetensors, write_safetensors
-from tests.toy import attach, perturb, tokens, toy_model, write_sums
+from data import gsm8k, prompting
 from support import generate
+from support.script import run_script
+from tests.toy import attach, perturb, tokens, toy_model, write_sums
+from tools import export
+from weights.safetensors import read_safetensors, write_safetensors
 
 EOS = 0
 

@@ -17,28 +17,16 @@ import pytest
 import torch
 
 import adapter
-from weights import base_model
 import eval as evaluation
-from tools import export
-from weights import gguf
-from data import gsm8k
-from data import hendrycks_math
-from weights import hub
-from weights import huggingface
-from data import instructions
-from data import prompting
-from support import resume
-from support import flags
-from tools import compare
-from weights import files
-from tests import tiny
-from weights import tokenizer
-from tests import toy
 import train
-from tests.fuzz import either, fuzz, mutate_bytes, mutate_header, mutate_json, mutate_lines
-from model import Model
+from data import gsm8k, hendrycks_math, instructions, prompting
 from methods import METHODS
-from weights import adapter_file
+from model import Model
+from support import flags, resume
+from tests import tiny, toy
+from tests.fuzz import either, fuzz, mutate_bytes, mutate_header, mutate_json, mutate_lines
+from tools import compare, export
+from weights import adapter_file, base_model, files, gguf, hub, huggingface, tokenizer
 
 TEXT = "How many? 12 cats' legs,  3\n\tcafé 🙂 <think> </s>"
 SHAPE = dict(vocab_size=269, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
@@ -288,8 +276,8 @@ def build_checkpoint():
         base = base_model.Base(toy.attach(small_model(), method), None, "base.gguf", "1" * 64)
         progress = resume.Progress(1, {0: 2.5, 1: 2.25}, 5, 0.5, 3.0, [1])
         args = flags.parse_arguments(["--method", method, "--steps", "3", "--cut", "5+6", "--no-sample"])
-        flags = flags.flags_of(args)
-        raw = written(lambda path: resume.save(path, base.model, one_step(base.model), base, flags, "2" * 64, progress))
+        given = flags.flags_of(args)
+        raw = written(lambda path: resume.save(path, base.model, one_step(base.model), base, given, "2" * 64, progress))
         targets.append((f"{method}/{resume.FILE}", raw,
                         either(mutate_bytes, mutate_header, mutate_part("adapter"), mutate_part("run"), mutate_part("run"))))
     return {}, targets

@@ -12,9 +12,9 @@ import lotr
 import train
 from lora import LoRALinear
 from model import Config, Model
-from weights.safetensors import read_safetensors
 from tests.toy import attach, perturb, snapshot, tokens, toy_model
 from weights import adapter_file
+from weights.safetensors import read_safetensors
 
 SHAPES = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32), "gate_proj": (32, 48),
           "up_proj": (32, 48), "down_proj": (48, 32)}  # the toy model's, (in, out)

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.fast import rotate
 from model import KVCache, rope_tables
+from support.fast import rotate
 from tests.toy import tokens, toy_model
 
 

@@ -14,8 +14,7 @@ from fractions import Fraction
 import pytest
 
 import eval as evaluation
-from data import gsm8k
-from data import hendrycks_math
+from data import gsm8k, hendrycks_math
 from data.calculator import calculate, insertion
 
 LONG = pytest.mark.long

@@ -5,19 +5,16 @@ import math
 import pytest
 import torch
 
-import adapter
-from weights import base_model
 import eval as evaluation
-from tools import export
-from data import prompting
-from data import batching
-from support import flags
 import train
+from data import batching, prompting
 from data.practice import practice
+from methods import METHODS
+from support import flags, generate
 from support.script import run_script
 from tests.toy import write_sums
-from methods import METHODS
-from support import generate
+from tools import export
+from weights import base_model
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

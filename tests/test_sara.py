@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 import adapter
 import sara
-from weights.safetensors import write_safetensors
 from tests.toy import perturb, snapshot, tokens, toy_model
 from weights import adapter_file
+from weights.safetensors import write_safetensors
 
 SHAPES = [(24, 24), (40, 24), (24, 40)]
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.5)

@@ -8,20 +8,16 @@ import pytest
 import torch
 
 import adapter
-from support import resume
-from tools import compare
-from data import batching
-from support import flags
-from support import report
 import train
+from data import batching
+from methods import METHODS
+from support import fast, flags, loss, report, resume
 from support.loss import answer_loss
 from support.script import run_script
 from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
 from tests.toy import SIZES, attach, perturb, toy_examples, toy_model, write_sums
-from methods import METHODS
+from tools import compare
 from weights import adapter_file
-from support import fast
-from support import loss
 
 METHODS = list(METHODS)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -208,9 +204,9 @@ def test_help_lists_a_flag_under_the_methods_that_take_it(method, capsys):
         flags.parse_arguments(["--help"])
     for section in capsys.readouterr().out.split("\n\n"):
         title = section.splitlines()[0].rstrip(":")
-        flags = {word.lstrip("-").rstrip(",").replace("-", "_") for line in section.splitlines()[1:] for word in line.split()[:1]}
-        for flag in flags & set(flags.METHOD_FLAGS) - {"targets", "params"}:
-            assert (flag in flags.own_flags(method)) == (method in title.split(", ")), (title, flag)
+        listed = {word.lstrip("-").rstrip(",").replace("-", "_") for line in section.splitlines()[1:] for word in line.split()[:1]}
+        for flag in listed & {flag for name in METHODS for flag in flags.method_arguments(name)}:
+            assert (flag in flags.method_arguments(method)) == (method in title.split(", ")), (title, flag)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import torch
 import torch.nn as nn
 
 import adapter
-from model import Config, Model
 from methods import METHODS
+from model import Config, Model
 
 ATTACHED = [method for method in METHODS if method != "full"]  # methods that replace linears
 MERGEABLE = [method for method in ATTACHED if method != "mosara"]

@@ -316,7 +316,7 @@ COST = [{"batch": batch} for batch in (1, 4, 16)] + [{"length": length} for leng
 def without_each(args):
     """Training and generation with all fast forms, without each one, and without any."""
     for name in (None, *fast.NAMES, "all"):
-        yield "train", "lora", {"leave_out": name, "batch": args.batch, "steps": args.steps}
+        yield "train", "lora", {"leave_out": name, "rank": args.rank, "batch": args.batch, "steps": args.steps}
     for name in (None, *fast.NAMES, "all"):
         yield "generate", "ours", {"leave_out": name, "batch": 64, "problems": args.problems, "max_new": 96}
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 import adapter
-from weights import base_model
 from eval import load_run
+from support.script import Parser, check_folder, run_script, write_json
+from weights import base_model
+from weights.files import read_json
 from weights.gguf import read_gguf
 from weights.huggingface import gpt2_factors, hugging_face_names, llama_fields
-from support.script import Parser, check_folder, run_script, write_json
-from weights.files import read_json
 from weights.safetensors import write_safetensors
 from weights.tokenizer import gguf_tokenizer_json
 

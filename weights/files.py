@@ -46,6 +46,14 @@ def sha256(*paths):
     return digest.hexdigest()
 
 
+def cache_dir():
+    """The folder for downloaded files, created if need be: $SORSA_CACHE, else `sorsa` in the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("SORSA_CACHE") or user / "sorsa")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 AGAIN = "write or download it again"
 
 

@@ -15,7 +15,7 @@ from weights.safetensors import read_safetensors
 # What each architecture adds to the Llama block (model.py).
 ARCHITECTURES = {"LlamaForCausalLM": {}, "MistralForCausalLM": {}, "Qwen2ForCausalLM": {"attention_bias": True},
                  "Qwen3ForCausalLM": {"qk_norm": True}, "GPT2LMHeadModel": {"gpt2": True}}
-# Tables that old checkpoints hold and that the model computes.
+# Tables that old files hold and that the model computes.
 COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 LARGEST = {int: 1 << 30, float: 1e30}  # number: a tensor of two such sides can still be counted in bytes
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data import gsm8k
-from data import prompting
+from data import gsm8k, prompting
 
 GOOD = {"question": "How many legs have 3 cats?", "answer": "3*4 = <<3*4=12>>12 legs.\n#### 12"}
 ANNOTATION = re.compile(r"<<(.*?)=(.*?)>>")
@@ -292,7 +291,7 @@ def test_real_answers_score_as_right(gsm8k_data):
 
 def test_script_reads_one_completion_by_every_rule():
     """`python gsm8k.py` prints a line per rule."""
-    run = subprocess.run([sys.executable, gsm8k.__file__], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-m", "data.gsm8k"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert [line.split(":")[0].strip() for line in run.stdout.splitlines()[-4:]] == list(gsm8k.RULES)
 

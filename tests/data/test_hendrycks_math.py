@@ -475,7 +475,7 @@ def test_long_completions_take_no_time(text):
 
 def test_script_reads_one_completion_by_every_rule():
     """`python hendrycks_math.py` prints a line per rule, and only ours finds the example right."""
-    run = subprocess.run([sys.executable, hendrycks_math.__file__], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-m", "data.hendrycks_math"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     lines = [line.strip() for line in run.stdout.splitlines()[-4:]]
     assert [line.partition(":")[0] for line in lines] == list(hendrycks_math.RULES)

@@ -7,9 +7,7 @@ import sys
 
 import pytest
 
-from data import gsm8k
-from data import practice as generator
-from data import prompting
+from data import gsm8k, practice as generator, prompting
 from data.calculator import calculate
 
 ANNOTATION = re.compile(r"<<(.*?)=(.*?)>>")
@@ -91,7 +89,7 @@ def test_practice_answers_score_as_right():
 
 def test_script_shows_the_same_problems_in_another_process():
     """`python practice.py` prints the first problems, whatever the hash seed."""
-    run = subprocess.run([sys.executable, generator.__file__], capture_output=True, text=True, timeout=60,
+    run = subprocess.run([sys.executable, "-m", "data.practice"], capture_output=True, text=True, timeout=60,
                          env={**os.environ, "PYTHONHASHSEED": "12345"})
     assert run.returncode == 0, run.stderr
     for problem in generator.practice("train", 3):

@@ -2,8 +2,7 @@
 import pytest
 import regex
 
-from data import gsm8k
-from data import prompting
+from data import gsm8k, prompting
 from weights import tokenizer
 
 GOOD = {"question": "How many legs have 3 cats?", "answer": "3*4 = <<3*4=12>>12 legs.\n#### 12"}

@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from data import batching
-from support import fast
-from support import script
-from support.fast import AttentionInPieces, RMSNorm, SwiGLU, rotate
-from support.loss import answer_loss
 from model import KVCache
+from support import fast
+from support.fast import AttentionInPieces, LeanRMSNorm, SwiGLU, rotate
+from support.loss import answer_loss
 from tests.toy import attach, perturb, tokens, toy_examples, toy_model
 
 
@@ -43,8 +42,8 @@ def test_rms_norm_equals_torch():
 def test_attention_in_pieces_equals_torch(heads, key_heads, T, cached, queries, monkeypatch):
     """Values equal torch's attention, gradients finite differences in float64; strided inputs, grouped heads or not,
     all rows at once or two or one, all queries or some or one."""
-    monkeypatch.setattr(kernels, "CACHED", cached)
-    monkeypatch.setattr(kernels, "QUERIES", queries)
+    monkeypatch.setattr(fast, "CACHED", cached)
+    monkeypatch.setattr(fast, "QUERIES", queries)
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, T, n, 4, dtype=torch.float64, requires_grad=True) for n in (heads, key_heads, key_heads))
     rows_last = lambda *x: [part.transpose(1, 2) for part in x]  # noqa: E731 (B, T, heads, D), as the model has them
@@ -66,8 +65,8 @@ def test_the_same_loss_and_gradients_whoever_multiplies(changes):
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
         assert ("AttentionInPieces" in graph_of(loss.grad_fn)) == (precision == "bf16")
-    for plain, fast in zip(*found):
-        assert (plain - fast).norm() < 1e-5 * plain.norm()
+    for usual, ours in zip(*found):
+        assert (usual - ours).norm() < 1e-5 * usual.norm()
 
 
 def graph_of(node):
@@ -113,6 +112,6 @@ def test_products_are_given_to_onednn_only_where_faster_and_exact(slow, rounds, 
 
     clock = [0.0]
     monkeypatch.setattr(torch.Tensor, "__matmul__", pretended)
-    monkeypatch.setattr(script.time, "thread_time", lambda: clock[0])
+    monkeypatch.setattr(fast.time, "thread_time", lambda: clock[0])
     fast.fast_products()
     assert torch.backends.mkldnn.matmul.fp32_precision == chosen

@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 
 import adapter
-from support import loss
 from data import batching
+from support import fast, loss
 from tests.toy import attach, perturb, toy_examples, toy_model
-from support import fast
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 20])
 def test_gradient_in_forward_equals_plain_cross_entropy(count, monkeypatch):

@@ -9,9 +9,9 @@ from unittest import mock
 import pytest
 import torch
 
-from tools import bench
-from support import script
+from support import fast
 from tests.toy import write_sums
+from tools import bench
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_methods_differ_in_what_is_counted():
 FAULTS = """
 import resource, sys
 import torch
-from support import script
+from support import fast
 if sys.argv[1] == "keep":
     fast.keep_freed_memory()
 torch.ones(10_000_000).add(1)
@@ -138,5 +138,5 @@ print(min(counts))
 def test_freed_memory_is_kept():
     """Eight tensors of 40 MB, one after the other, are mapped in once instead of every time."""
     faults = [int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True,
-                                 cwd=Path(script.__file__).parent).stdout) for how in ("leave", "keep")]
+                                 cwd=Path(fast.__file__).parent.parent).stdout) for how in ("leave", "keep")]
     assert faults[0] > 20_000 and faults[1] < faults[0] / 2

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 import adapter
-from weights import base_model
-from tools import export
-from support.script import run_script
-from test_huggingface import byte_vocabulary, peer, tokens
-from tests.toy import SIZES, perturb
 from methods import METHODS
-from weights import adapter_file
+from support.script import run_script
+from tests.toy import SIZES, perturb
+from tools import export
+from weights import adapter_file, base_model
+from tests.weights.test_huggingface import byte_vocabulary, peer, tokens
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

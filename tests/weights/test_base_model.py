@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from weights import base_model
 from tests.tiny import HEAD_DIM, one_line, short, tiny_metadata, tiny_tensors, write_gguf
+from weights import base_model
 
 F32 = np.float32
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import one_line, short, write_gguf
 from weights import gguf
 from weights.gguf import dequantize, read_gguf
 from weights.safetensors import read_safetensors, write_safetensors
-from tests.tiny import one_line, short, write_gguf
 
 F32 = np.float32
 

@@ -10,14 +10,12 @@ import pytest
 import torch
 
 import adapter
-from weights import base_model
-from weights import huggingface
 from data import prompting
-from weights import tokenizer
-from eval import generate_batch
-from weights.safetensors import read_safetensors, write_safetensors
-from test_tokenizer import NASTY
+from support.generate import generate_batch
 from methods import METHODS
+from weights import base_model, huggingface, tokenizer
+from weights.safetensors import read_safetensors, write_safetensors
+from tests.weights.test_tokenizer import NASTY
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -143,7 +141,7 @@ def test_loading_holds_no_second_copy_of_the_weights(stored, wanted, tmp_path):
     write_safetensors(tmp_path / "model.safetensors", {name: torch.ones(t.shape, dtype=dtype) for name, t in shapes.items()})
     (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_vocabulary()))
-    root = Path(base_model.__file__).parent
+    root = Path(base_model.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, wanted], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     ratio = float(done.stdout)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import one_line, short
 from weights import files
 from weights.safetensors import read_safetensors, write_safetensors
-from tests.tiny import one_line, short
 
 HUGE = 2 ** 64 - 1
 

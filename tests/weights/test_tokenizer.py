@@ -7,9 +7,8 @@ import unicodedata
 import numpy as np
 import pytest
 
-from weights import base_model
-from weights import tokenizer
 from tests.tiny import tiny_metadata
+from weights import base_model, tokenizer
 
 ABSENT = "\x04\x06\x13\x14\x16\x1d"  # control characters for which the default model has no token
 
