@@ -1,13 +1,14 @@
 """The verbs that all methods share, and nothing of any method: find, freeze, replace, count, merge, state out and in.
 
-A method is `attach(model, ...)`: it replaces `nn.Linear` layers of any torch model, in place, and leaves `requires_grad`
-True exactly on what the method trains. The layers it puts in derive from `AdaptedLinear`. The frozen `weight` and
-`bias` stay under their old names, so the base model's state dict keeps its keys, and
+A method is `attach(model, ...)`: it replaces `nn.Linear` layers of any torch model, in place, and leaves
+`requires_grad` True exactly on what the method trains. The layers it puts in derive from `AdaptedLinear`. The frozen
+`weight` and `bias` stay under their old names, so the base model's state dict keeps its keys (PiSSA and SORSA take a
+part out of `weight`; its original value is the one before), and
 
     layer.forward(x)       the paper's equation, which never builds delta() while training
     layer.delta()          (out, in), what forward adds to `weight`
-    layer.lora_factors()   (down (k, in), up (out, k)): up @ down is the change against the ORIGINAL weight
-    layer.unmergeable      None, or why no matrix equals the change (Mo-SARA); delta and lora_factors then raise
+    layer.lora_factors()   (down (k, in), up (out, k)): up @ down is the change against the original weight
+    layer.unmergeable      None, or why no matrix equals the change (Mo-SARA); delta() and lora_factors() then raise
 
 A method whose change has no low rank leaves lora_factors out. To use a method elsewhere, copy its file and this one
 (for PiSSA and cora-init lora.py too).
@@ -47,16 +48,17 @@ class AdaptedLinear(nn.Module):
         return nn.Parameter(tensor.detach().to(self.weight.device, torch.float32, copy=True))
 
     def extra_repr(self):
-        trained = ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters() if p.requires_grad)
-        return f"in_features={self.in_features}, out_features={self.out_features}, trains: {trained}"
+        own = ", ".join(f"{name} {tuple(p.shape)}" for name, p in self.named_parameters() if p.requires_grad)
+        return f"in_features={self.in_features}, out_features={self.out_features}, trains of its own: {own}"
 
 
 class Shared(nn.Module):
     """Modules that own what groups of layers share, {key of the group (no dots): module}.
 
     It is registered once, on the model. A layer refers to its group's module from inside a tuple, where PyTorch does
-    not register it again: the state dict, the optimizer and a parameter count see each tensor once, and the layer still
-    finds it after the model has been moved, cast or deep-copied, which replaces tensors but not modules.
+    not register it again: the state dict, the optimizer and a parameter count see each tensor once. The layer still
+    finds it after the model has been moved or cast, which replaces tensors and not modules, or deep-copied, which takes
+    both along.
     """
 
     def __init__(self, groups):
@@ -65,7 +67,7 @@ class Shared(nn.Module):
             self.add_module(key, group)
 
     def forward(self, x):
-        """x: an nn.Sequential calls every module that is registered on it."""
+        """x: of a model that is an nn.Sequential this module has become the last step."""
         return x
 
 
@@ -128,9 +130,10 @@ def find_linears(model, targets, rank=None):
 
 
 def freeze(model):
-    """Nothing of the base trains: frozen before the forward pass, a linear neither saves its input nor computes dW."""
+    """Nothing of the base trains: frozen before the forward pass, a linear neither saves its input nor computes dW.
+    The base's keys are noted, so that `state` can tell what attach has added."""
     model.requires_grad_(False)
-    model.base_keys = frozenset(model.state_dict())  # what attach adds to these is the adapter's state
+    model.base_keys = frozenset(model.state_dict())
 
 
 def replace(model, name, layer):
@@ -158,7 +161,8 @@ def grouped(linears, key):
 
 
 def scaling(alpha, rank):
-    """alpha / r, by which a change is scaled: 1 for alpha=None, which stands for alpha = r. ValueError unless above 0."""
+    """alpha / r, by which a change is scaled: 1 for alpha=None, which stands for alpha = r. ValueError unless it is
+    above 0."""
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha {alpha:g} is out of range: it must be above 0")
     return 1.0 if alpha is None else alpha / rank
@@ -222,8 +226,9 @@ def principal_triplets(weight, rank, svd="gram"):
 def _triplets_from_gram(W, rank):
     """U, S, Vt in fp64 of a W (rows, columns) that is not tall: W W^T = U S^2 U^T.
 
-    The eigenvectors are found in fp32, a few more than asked for: the space they span is right to the square of their
-    error. In that space the SVD of W is a small one, and done in fp64 (Rayleigh-Ritz).
+    The eigenvectors are found in fp32, 8 more than asked for, so that the wanted ones lie in the space that they span.
+    In it the SVD of W is a small one, done in fp64: the singular values are then right to the square of the space's
+    error (Rayleigh-Ritz).
     """
     _, vectors = torch.linalg.eigh(W.float() @ W.float().T)  # ascending
     Q = torch.linalg.qr(vectors[:, -(rank + 8):].double()).Q  # (rows, r + 8)
@@ -239,10 +244,10 @@ def fix_signs(Vt):
 
 
 @torch.no_grad()
-def subtract(weight, delta):
-    """weight <- weight - delta in place: summed in fp32, rounded once to the weight's dtype."""
+def subtract(weight, up, down):
+    """weight <- weight - up @ down in place: computed in fp32, rounded once to the weight's dtype."""
     with full_precision(weight.device.type):
-        weight.copy_(weight.float() - delta.float())
+        weight.copy_(weight.float() - up @ down)
 
 
 # ---- counting and merging -------------------------------------------------------------------------------------------
@@ -260,7 +265,7 @@ def relative_change(model):
         if not layer.unmergeable and hasattr(layer, "lora_factors"):
             down, up = layer.lora_factors()
             change = up @ down  # (out, in)
-            original = layer.weight.float() + layer.delta() - change
+            original = layer.weight.float() + layer.delta() - change  # for SORSA: W_r + W_p - (W_p - its start)
             squares.append(torch.stack((change.square().sum(), original.square().sum())))
     if not squares:
         return None
@@ -295,7 +300,8 @@ def merge(model):
 
 def state(model):
     """{name: tensor}: what attach added to the model, and what trains. With model.adapter_config and the base it is all
-    that is needed to rebuild: attach with that config (and saved=state, where attach has it), then `fill`."""
+    that is needed to rebuild: attach with that config less "method" (and saved=state, where attach has it), then
+    `fill`."""
     added = {name: tensor for name, tensor in model.state_dict().items() if name not in model.base_keys}
     return {**added, **{name: parameter.detach() for name, parameter in trainable(model).items()}}
 
@@ -334,8 +340,8 @@ class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         widths = {"q_proj": 32, "k_proj": 16, "v_proj": 16}
-        self.layers = nn.ModuleList(nn.ModuleDict({name: nn.Linear(32, out, bias=False) for name, out in widths.items()})
-                                    for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(32, out, bias=False) for name, out in widths.items()}) for _ in range(2))
 
     def forward(self, x):
         for block in self.layers:
@@ -377,7 +383,7 @@ def demonstrate(attach, facts, learning_rate=1e-2, regularize=None, **options):
     moved = {"trained": [], "frozen": []}
     for name, tensor in model.state_dict().items():
         moved["trained" if name in trained else "frozen"].append((tensor - start[name]).abs().max())
-    print(f"moved        trained by up to {max(moved['trained']):.3f}, frozen by {max(moved['frozen']):.0f}")
+    print(f"moved        trained by up to {max(moved['trained']):.3f}, frozen by {max(moved['frozen']):.1e}")
     first, later = model.layers
     for line in facts(first.q_proj, first.k_proj, first.v_proj, later.q_proj):
         print(f"             {line}")

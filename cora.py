@@ -1,10 +1,11 @@
 """CoRA: Optimizing Low-Rank Adaptation with Common Subspace of Large Language Models (arXiv 2409.02119).
 
-LoRA's B, which starts at zero, is replaced by an orthonormal basis computed from the pretrained weights of the
-projections that share an input, and A starts at zero instead:
+LoRA's B, which starts at zero, is replaced by an orthonormal basis computed from the pretrained weights of a group of
+projections, which share it, and A starts at zero instead:
 
     h = W_i x + (alpha / r) B A_i x,      B^T B = I
-    B = the r leading left singular vectors of J = [W_1 ... W_n]      the weights (out, in) of one group, side by side
+    B = the r leading left singular vectors of J = [W_1 ... W_n]      the weights (out, in) of the group, side by side
+    groups of a block: q,k,v | o | gate,up | down; with grouped-query attention, where q is wider, q | k,v
 
     letter      attribute   shape      start                            trains: cora    cora-init
     W_i         weight      (out, in)  pretrained                       no              no
@@ -12,11 +13,12 @@ projections that share an input, and A starts at zero instead:
     B           B           (out, r)   the group's basis                no, shared      yes, each layer its own
     alpha / r   scale       a number   1                                no              no
 
-Trainable parameters: r in per adapted linear (about half of LoRA's), cora-init r (in + out).
-Merge: W_i + (alpha / r) B A_i.
-First step (d: the gradient of the loss): dA = scale B^T dW is not zero; in cora-init dB = scale dW A^T is, as A = 0,
-and from step 2 on both move. In cora B never moves: every column of the change stays in its span. cora-init is a
-LoRALinear (lora.py) with another start.
+Trainable parameters: r in per adapted linear (about half of LoRA's; the file holds each group's B beside them, r out
+numbers), cora-init r (in + out). Merge: W_i + (alpha / r) B A_i.
+First step (dX is dL/dX, dW that of the weight with its change): dA = scale B^T dW is not zero. In cora-init
+dB = scale dW A^T is zero at first, because A = 0; from step 2 on both move. In cora B never moves: every column of the
+change stays in its span, and what lies outside of it cannot be learned. cora-init is a LoRALinear (lora.py) with
+another start.
 
 Evidence. The paper's text was not at hand and we know of no code by its authors: this is a reconstruction. From the
 abstract come the common subspace in B's place and its two uses; from secondary summaries the joint matrix of the query,
@@ -26,10 +28,8 @@ What is open, and what we chose:
 - the output space (left vectors; the summaries fit two readings), as it also serves out != in. basis="input" is the
   other reading: the leading eigenvectors of sum W_i^T W_i, possible only where out = in;
 - no mean removed, no singular values in B, the largest entry of each column positive; A = 0; alpha = r;
-- a group: same parent module, same role (attention input q k v, MLP input gate up, by the names in ROLES; any other
-  projection is alone), same output width. With grouped-query attention q is therefore alone, and its B is nothing but
-  its own singular vectors: only k with v and gate with up are truly common there. With full multi-head attention it is
-  q, k, v as in the paper;
+- a group: same parent module, same role (attention input, MLP input, by the names in ROLES; any other projection is
+  alone), same output width. A projection alone in its group has its own singular vectors for B, and nothing is common;
 - several models (`extra`): the weights of further models join J; the base's always count once;
 - B is part of the adapter file, once per group: A is useless without the exact B it was trained with;
 - control arms: basis="random" (orthonormal, seeded), a_init="random" (LoRA's A: the output then moves at step 0).
@@ -87,23 +87,16 @@ def attach(model, rank: int = 16, alpha: float | None = None, targets: list = ad
     """CoRA: replace every target linear by a CoRALinear, in place, and register the groups' bases as `model.cora`.
 
     `alpha=None` means alpha = rank. `basis` is "weights", "input" or "random", `a_init` "zeros" or "random". `extra` is
-    {name: state dict} of further models of the same architecture and pretraining; only the names are recorded. `seed`
-    draws what is random, on the CPU. `saved`, an `adapter.state`, gives the B in place of an SVD.
+    {name: state dict} of further models of the same architecture and pretraining; what is recorded, and given beside
+    `saved`, is the names. `seed` draws what is random, on the CPU. `saved`, an `adapter.state`, gives B without an SVD.
     Raises ValueError on an unknown target or choice, a rank outside 1 .. min(out, in), basis="input" where out != in,
     an `extra` that does not fit or is not used, or a second attach.
     """
-    groups, generator = prepare(model, rank, targets, basis, a_init, extra, seed)
-    if saved is None:
-        bases = {key: common_basis(members, rank, basis, extra, generator) for key, members in groups.items()}
-    else:
-        bases = {key: saved_basis(saved, key, members, rank) for key, members in groups.items()}
+    layers, bases, scale = prepare(model, rank, alpha, targets, basis, a_init, extra, seed, saved)
     shared = {key: CoRABasis(B) for key, B in bases.items()}
-    scale = adapter.scaling(alpha, rank)
     adapter.freeze(model)
-    for key, members in groups.items():
-        for name, linear in members:
-            A = start_of_A(a_init, rank, linear, generator)
-            adapter.replace(model, name, CoRALinear(linear, shared[key], A, scale))
+    for name, linear, key, A in layers:
+        adapter.replace(model, name, CoRALinear(linear, shared[key], A, scale))
     model.cora = adapter.Shared(shared)
     adapter.record(model, "cora", rank=rank, alpha=alpha, targets=list(targets), basis=basis, a_init=a_init,
                    extra=list(extra), seed=seed)
@@ -113,40 +106,40 @@ def attach_init(model, rank: int = 16, alpha: float | None = None, targets: list
                 basis: Basis = "weights", a_init: AInit = "zeros", extra: list = (), seed: int = 0, saved=None):
     """cora-init: replace every target linear by a LoRALinear whose B starts as the group's basis, and trains.
 
-    The arguments and errors are those of `attach`; with `saved` the B are left at zero, to be filled.
+    The arguments and errors are those of `attach`; after `saved`, which here only gives shapes, comes `adapter.fill`.
     """
     from lora import LoRALinear  # here, so that CoRA itself is this file and adapter.py
-    groups, generator = prepare(model, rank, targets, basis, a_init, extra, seed)
-    bases = {}
-    for key, members in groups.items():
-        zeros = torch.zeros(members[0][1].out_features, rank)  # (out, r)
-        bases[key] = zeros if saved is not None else common_basis(members, rank, basis, extra, generator)
-    scale = adapter.scaling(alpha, rank)
+    layers, bases, scale = prepare(model, rank, alpha, targets, basis, a_init, extra, seed, saved)
     adapter.freeze(model)
-    for key, members in groups.items():
-        for name, linear in members:
-            A = start_of_A(a_init, rank, linear, generator)
-            adapter.replace(model, name, LoRALinear(linear, A, bases[key], scale))
+    for name, linear, key, A in layers:
+        adapter.replace(model, name, LoRALinear(linear, A, bases[key], scale))
     adapter.record(model, "cora-init", rank=rank, alpha=alpha, targets=list(targets), basis=basis, a_init=a_init,
                    extra=list(extra), seed=seed)
 
 
-def prepare(model, rank, targets, basis, a_init, extra, seed):
-    """({key: [(name, linear)]} of the groups, the random generator); ValueError for choices that there are not."""
+def prepare(model, rank, alpha, targets, basis, a_init, extra, seed, saved):
+    """([(name, linear, key of its group, A (r, in))], {key: B (out, r)}, alpha / r); the errors of `attach`."""
     for what, choice, choices in (("a_init", a_init, AInit.__args__), ("basis", basis, Basis.__args__)):
         if choice not in choices:
             raise ValueError(f"unknown {what} {choice!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+    if saved is None and not isinstance(extra, dict) and extra:
+        raise ValueError("extra is {name: state dict} of further models, not their names alone")
     if basis == "random" and extra:
         raise ValueError("basis='random' uses no weights: leave out extra")
     groups = adapter.grouped(adapter.find_linears(model, targets, rank), group_key)
-    return groups, torch.Generator().manual_seed(seed)
-
-
-def start_of_A(a_init, rank, linear, generator):
-    """A (r, in) at step 0."""
-    if a_init == "random":
-        return adapter.uniform_factor(rank, linear.in_features, generator)
-    return torch.zeros(rank, linear.in_features)
+    scale, generator = adapter.scaling(alpha, rank), torch.Generator().manual_seed(seed)
+    if saved is None:
+        bases = {key: common_basis(members, rank, basis, extra, generator) for key, members in groups.items()}
+    else:
+        bases = {key: saved_basis(saved, key, members, rank) for key, members in groups.items()}
+    layers = []
+    for key, members in groups.items():
+        for name, linear in members:
+            A = torch.zeros(rank, linear.in_features)  # (r, in)
+            if a_init == "random":
+                A = adapter.uniform_factor(rank, linear.in_features, generator)
+            layers.append((name, linear, key, A))
+    return layers, bases, scale
 
 
 # ---- the common basis -----------------------------------------------------------------------------------------------
@@ -168,8 +161,8 @@ def common_basis(members, rank, basis, extra, generator):
     for other, state in dict(extra).items():
         weights += [further_weight(other, state, f"{name}.weight", linear.weight) for name, linear in members]
     if basis == "weights":
-        J = torch.cat(weights, dim=1)  # (out, sum in), with J J^T = sum W_i W_i^T, of which B are eigenvectors
-        return adapter.principal_triplets(J.T, rank)[2].T.contiguous()
+        J = torch.cat(weights, dim=1)  # (out, sum in)
+        return adapter.principal_triplets(J.T, rank)[2].T.contiguous()  # of J^T, as signs are fixed in right vectors
     for name, linear in members:
         if linear.in_features != linear.out_features:
             raise ValueError(f"basis='input' needs square weights: {name} is {linear.out_features} x "
@@ -188,9 +181,11 @@ def further_weight(other, state, name, weight):
 
 
 def saved_basis(saved, key, members, rank):
-    """B (out, r) of one group from a saved state."""
-    B = adapter.saved_tensor(saved, f"cora.{key}.B", (members[0][1].out_features, rank))
-    return B.to(members[0][1].weight.device, torch.float32, copy=True)
+    """B (out, r) of one group from a saved state: cora has it once, cora-init in every layer, here in the first."""
+    first, linear = members[0]
+    name = f"cora.{key}.B" if any(stored.startswith("cora.") for stored in saved) else f"{first}.B"
+    B = adapter.saved_tensor(saved, name, (linear.out_features, rank))
+    return B.to(linear.weight.device, torch.float32, copy=True)
 
 
 def fit(model, params, targets=adapter.TARGETS):
@@ -206,8 +201,8 @@ def fit_init(model, params, targets=adapter.TARGETS):
 
 
 HELP = {"basis": "where B comes from", "a_init": "start of A; random moves the output at step 0",
-        "extra": "further models, with commas, whose weights join the basis: same architecture and pretraining (all are "
-                 "in memory at once while it is computed)"}
+        "extra": "further models, with commas, whose weights join the basis: same architecture and pretraining (all "
+                 "are in memory at once while it is computed)"}
 METHODS = {"cora": adapter.Method(attach, learning_rate=3e-3, fit=fit, help=HELP),
            "cora-init": adapter.Method(attach_init, learning_rate=3e-3, fit=fit_init, help=HELP)}
 
@@ -215,7 +210,8 @@ if __name__ == "__main__":
     def facts(q, k, v, later):
         outside = k.delta() - k.B @ (k.B.T @ k.delta())  # of the span of B's columns, which are orthonormal
         return [f"k_proj and v_proj have the same B: {k.B is v.B}; q_proj, of another width, another: {q.B is not k.B}",
-                f"part of k_proj's change outside the span of B: {outside.norm() / k.delta().norm():.1e}"]
+                f"part of k_proj's change outside the span of B: {outside.norm() / k.delta().norm():.1e}; what lies "
+                "there cannot be learned"]
 
     adapter.demonstrate(attach, facts, rank=4)
     if importlib.util.find_spec("lora"):

@@ -71,7 +71,7 @@ def parse_arguments(argv):
     parser.add_argument("--benchmark", choices=[*BENCHMARKS, "loss"], help="accuracy on gsm8k or math, or the loss per "
                         "answer token on a file (default: gsm8k; loss for a run that was trained on a file)")
     parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data); "
-                                       "for math a .jsonl file of problems; for loss a file of instructions and responses")
+                                       "for math a .jsonl of problems; for loss a file of instructions and responses")
     parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to "
                                                                               "think step by step (default: the run's)")
     parser.add_argument("--limit", type=whole, help="first N test problems, 0 for all (default: 128 on a CPU, else 0)")
@@ -151,8 +151,10 @@ def settle(args, on_cpu):
     on_file = instructions.is_file(args.data or of_run)
     args.benchmark = args.benchmark or ("loss" if on_file else "gsm8k")
     if args.benchmark == "loss" and not on_file:
-        raise ValueError("--benchmark loss needs --data FILE, a .json or .jsonl of instructions and responses (or a run "
-                         "that was trained on one)")
+        raise ValueError("--benchmark loss needs --data FILE, a .json or .jsonl of instructions and responses (or a "
+                         "run that was trained on one)")
+    if args.benchmark == "loss" and args.ask is None and (args.shots or args.calculator):
+        raise ValueError("--shots and --calculator are for GSM-8K: add --benchmark gsm8k, or leave them out")
     if args.benchmark == "gsm8k" and args.data is None and on_file:
         of_run = "auto"
     args.data, args.template = args.data or of_run, args.template or run.get("template", "plain")
@@ -186,6 +188,8 @@ def answer_all(args, base, examples, shots):
 def held_out_examples(args, base, run):
     """(encoded examples, a description of them): those of the file that the run held out, or of another file all."""
     examples, source = instructions.load(args.data)
+    if run.get("strip_annotations") is True:
+        examples = batching.without_annotations(examples)
     longest, held_out = run.get("max_tokens", 512), run.get("held_out")
     if type(longest) is not int or not 1 <= longest <= base.model.config.max_position_embeddings:
         longest = base.model.config.max_position_embeddings
@@ -205,8 +209,8 @@ def evaluate_loss(args, base, run, described):
     encoded, source = held_out_examples(args, base, run)
     print(f"data      {source}; {batching.answer_tokens(encoded):,} answer tokens, prompt {args.template}")
     loss = mean_loss(base.model, encoded, min(args.batch, 8), base.model.lm_head.weight.device)
-    print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and MATH's "
-          "answers are scored)")
+    print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and "
+          "MATH's answers are scored)")
     return {**described, "source": source, "n": len(encoded), "loss": loss, "template": args.template}
 
 

@@ -11,8 +11,8 @@ The change of a weight is learned as a product of two thin matrices; the weight 
     alpha / r   scale       a number   1                                no
 
 Trainable parameters: r (in + out) per adapted linear. Merge: W + (alpha / r) B A.
-First step (d: the gradient of the loss): B = 0 makes dA = scale B^T dW = 0, while dB = scale dW A^T is not; then both
-move.
+First step (dX is dL/dX, dW that of the weight with its change): B = 0 makes dA = scale B^T dW = 0, while
+dB = scale dW A^T is not; then both move.
 
 What is left open, and what we chose: the paper draws A from a Gaussian, implementations use the uniform distribution
 above (Kaiming with a = sqrt 5) and so do we; alpha = r unless given; no dropout.

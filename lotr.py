@@ -1,38 +1,40 @@
 """LoTR: Low Tensor Rank Weight Adaptation (arXiv 2402.01376).
 
-The changes of many layers, stacked, are one tensor of low rank: all layers of a group share an input factor A and an
-output factor B, and each layer owns only a small r x r core between them:
+The changes of all linears of a group, stacked, are one tensor of low rank. They share an input factor A and an output
+factor B, and each linear owns only a small r x r core between them (s is its number in the group, 0 .. M - 1):
 
-    h   = W_s x + (alpha / r) B G_s^T A^T x,      s = the layer's number in its group
-    change_s[i, j] = (alpha / r) sum_pq B[i, q] G_s[p, q] A[j, p]      (G_s is transposed in it; its rank is at most r)
+    h = W_s x + (alpha / r) B G_s^T A^T x
+    T[s, i, j] = (alpha / r) sum_pq B[i, q] G_s[p, q] A[j, p]      the changes, (M, out, in): a Tucker decomposition
+                                                                   without a factor along s; each has rank <= r
 
     letter      attribute   shape      start                                 trains      belongs to
-    W_s         weight      (out, in)  pretrained                            no          the layer
+    W_s         weight      (out, in)  pretrained                            no          the linear
     A           A           (in, r)    N(0, 1)                               yes         the group
     B           B           (out, r)   N(0, 1)                               yes         the group
-    G_s         G           (r, r)     zeros, so that step 0 is the base     yes         the layer
+    G_s         G           (r, r)     zeros, so that step 0 is the base     yes         the linear
     alpha / r   scale       a number   3 / (r sqrt(in))                      no          the group
-    with core_only=True A and B stay frozen at their random start
+    with core_only=True A and B stay frozen at their random start (A is LoRA's transposed, as in the official code)
 
-Trainable parameters of a group of M layers: r (in + out) + M r^2, core only M r^2.
-Merge: W_s + (alpha / r) B G_s^T A^T.
-First step (d: the gradient of the loss): G = 0 makes dA = dB = 0, while dG_s = scale A^T dW_s^T B is not; then all
-three move. The factors are not unique (A P, B Q and P^-1 G_s Q^-T give the same change): compare delta() between runs,
-never the factors.
+Trainable parameters of a group of M linears: r (in + out) + M r^2, core only M r^2. In the default model the groups are
+q,o (M = 60), k,v (60), gate,up (60) and down (30). Merge: W_s + (alpha / r) B G_s^T A^T. Exported as a LoRA, each
+linear has a pair of its own of rank r: r (in + out) numbers each.
+First step (dX is dL/dX, dW that of the weight with its change): G = 0 makes dA = dB = 0, while
+dG_s = scale A^T dW_s^T B is not; then all three move. The factors are not unique (A P, B Q and P^-1 G_s Q^-T give the
+same change): compare delta() between runs, never the factors.
 
 Sources: the paper's abstract, the first author's slides and the official code; the paper's text was not at hand.
 What that leaves open, and what we chose:
-- a group is all targets of one shape, as in the official code: the parameter counts that the authors publish come out
-  only with query and value in one group. group_by="name" gives each projection a group of its own over all layers, so
-  that key does not compete with value;
-- alpha = 3 / sqrt(in). The first Adam step then changes a layer's output about as much as LoRA's does at equal learning
-  rate lr: by alpha lr sqrt(in) = 3 lr here, by sqrt(r / 3) lr there (2.3 lr at r = 16, 3.3 at r = 32). alpha = 1, the
-  official default, makes it 8 to 13 times as large on the default model. For width 768 our rule gives 0.11; the
-  authors' own scan is best at 0.1;
+- a group is all targets of one shape, as in the official code. The parameter counts that the authors publish come out
+  only so: 73,728 for r 32 on query and value of 12 blocks of width 768, which two groups would make 122,880. It also
+  mixes projections that read different inputs (q with o); group_by="name" gives each projection a group of its own;
+- alpha = 3 / sqrt(in). For inputs of size about 1 with signs that do not agree, the first Adam step at rate lr then
+  moves an output by alpha lr sqrt(in) = 3 lr, whatever r is; LoRA's by sqrt(r / 3) lr, 2.3 lr at r = 16, 4.6 at 64.
+  alpha = 1, the official default, moves it 8 to 13 times as far on the default model. For width 768 our rule gives
+  0.11; the authors' own scan is best at 0.1;
 - core_only: the abstract names the idea, the protocol is our reading;
 - no weight decay on A and B in train.py: it would pull the N(0, 1) factors to zero;
-- each G_s is stored with its layer, not as one tensor (M, r, r): the same numbers, and backward through a slice of the
-  whole would touch all M cores in every layer.
+- each G_s is stored with its linear, not as one tensor (M, r, r): the same numbers, and backward through a slice of the
+  whole would touch all M cores in every linear.
 """
 from typing import Literal
 
@@ -92,10 +94,9 @@ def attach(model, rank: int = 64, alpha: float | None = None, targets: list = ad
     Raises ValueError on an unknown target or grouping, a rank outside 1 .. min(out, in), a group whose layers have not
     all one shape, or a second attach.
     """
-    linears = adapter.find_linears(model, targets, rank)
-    adapter.scaling(alpha, rank)  # ValueError unless it is above 0
+    groups = make_groups(adapter.find_linears(model, targets, rank), group_by)
+    adapter.scaling(alpha, rank)  # ValueError for an alpha that is not above 0
     generator, shared = torch.Generator().manual_seed(seed), {}
-    groups = make_groups(linears, group_by)
     for key, members in groups.items():
         weight = members[0][1].weight
         A, B = (torch.randn(size, rank, generator=generator) for size in weight.T.shape)  # (in, r), (out, r)
@@ -103,8 +104,8 @@ def attach(model, rank: int = 64, alpha: float | None = None, targets: list = ad
     adapter.freeze(model)
     model.lotr = adapter.Shared(shared).requires_grad_(not core_only)
     for key, members in groups.items():
+        group_alpha = 3 / len(shared[key].A) ** 0.5 if alpha is None else alpha
         for name, linear in members:
-            group_alpha = 3 / linear.in_features ** 0.5 if alpha is None else alpha
             adapter.replace(model, name, LoTRLinear(linear, shared[key], group_alpha))
     adapter.record(model, "lotr", rank=rank, alpha=alpha, targets=list(targets), group_by=group_by,
                    core_only=core_only, seed=seed)

@@ -19,7 +19,7 @@ METHODS = {name: method for file in FILES for name, method in importlib.import_m
 
 class Argument(NamedTuple):
     """What the signature of a method's function says of one argument."""
-    kind: type  # int, float, bool, str, list (of str) or dict (of numbers)
+    kind: type  # int, float, bool, str, list (of str), or dict (of numbers, which has no flag)
     choices: tuple  # of a Literal; else empty
     default: object
 
@@ -32,9 +32,10 @@ def method(name):
 
 
 def arguments(function):
-    """{name: Argument} of a method's function (attach, fit, regularize): those that can be written down.
+    """{name: Argument} of a method's function (attach, fit, regularize): those with a default and a kind.
 
-    The kind is the annotation's, or without one the default's; the model and tensors have neither.
+    The kind is the annotation's, or without one the default's. `model`, which has no default, and `saved=None`, which
+    has no kind, are left out.
     """
     found, hints = {}, typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():

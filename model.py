@@ -10,7 +10,8 @@ i + head_dim/2, as in Hugging Face's weights). Several query heads share one key
 Qwen2 adds biases to q, k and v, Qwen3 norms each head's q and k. GPT-2 is the same block with LayerNorm for RMSNorm,
 learned positions added to the embedding for RoPE, W_down gelu(W_up n(h)) for SwiGLU, and biases everywhere.
 
-Module and parameter names are those of Hugging Face's `LlamaForCausalLM`, so its weights load with unchanged keys.
+Module and parameter names are those of Hugging Face's `LlamaForCausalLM`, so its weights load with unchanged keys
+(GPT-2's are renamed on the way).
 The seven `nn.Linear` of a block (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; GPT-2 has no gate_proj)
 are what the methods adapt; this file knows nothing of adapters, files or tokenizers.
 
@@ -268,7 +269,7 @@ class Decoder(nn.Module):
             cos, sin = rope_tables(positions, self.config)
             cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (B or 1, 1, T, D/2)
         for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and cache is None and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, cache, positions, seen)

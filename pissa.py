@@ -32,7 +32,7 @@ class PiSSALinear(LoRALinear):
         super().__init__(linear, A, B)
         self.register_buffer("A0", self.A.detach().clone())  # (r, in)
         self.register_buffer("B0", self.B.detach().clone())  # (out, r)
-        adapter.subtract(self.weight, self.delta())
+        adapter.subtract(self.weight, self.B, self.A)
 
     def lora_factors(self):
         """(down (2r, in), up (out, 2r)): up @ down = B A - B_0 A_0, the change against the original weight."""

@@ -1,9 +1,9 @@
 """SARA and Mo-SARA: Singular-Value Based Adaptive Low-Rank Adaption (arXiv 2408.03290).
 
 How large a change a weight W0 (out, in) may need is read off its spectrum. Its rank k is the number of leading singular
-values that make up the share m (`threshold`) of the sum of all r = min(out, in) of them:
+values that make up the share m (`threshold`) of the sum of all p = min(out, in) of them:
 
-    k = min { j : sigma_1 + ... + sigma_j >= m (sigma_1 + ... + sigma_r) }
+    k = min { j : sigma_1 + ... + sigma_j >= m (sigma_1 + ... + sigma_p) }
 
 SARA adds a product with a diagonal in the middle. W0 stays whole, nothing is subtracted from it:
 
@@ -16,12 +16,14 @@ SARA adds a product with a diagonal in the middle. W0 stays whole, nothing is su
     B        B           (out, k)   N(0, 0.02^2)        zeros                   yes
 
 Trainable parameters: k (in + out + 1) per adapted linear. Merge: W0 + B diag(lam) A. At step 0 only the tensor of
-zeros has a gradient, the others follow; two tensors of zeros would stay so for ever, so no start has two.
+zeros has a gradient, from step 1 on all have; two tensors of zeros would stay so for ever, so no start has two.
 
-Mo-SARA freezes the k leading singular vectors of W0 and trains n sets of singular values (`sets`) between them, mixed
-for each token by a router that sees the token in these k coordinates (* is elementwise):
+Mo-SARA freezes the k leading singular vectors of W0. Between them, where the singular values stood (these are not
+used), it trains n vectors, its `sets`, which a router mixes for each token (* is elementwise):
 
-    h = V^T x,    g = softmax(h W_g1 W_g2),    y = W0 x + v * U (g Lam * h)
+    h = V^T x                              the token in k coordinates
+    g = softmax(W_g2^T W_g1^T h)           its n gates
+    y = W0 x + v * (U ((Lam^T g) * h))
 
     letter   attribute   shape      start                          trains
     U        U           (out, k)   left singular vectors of W0    no
@@ -31,22 +33,25 @@ for each token by a router that sees the token in these k coordinates (* is elem
     W_g1     W_g1        (k, q)     N(0, 1/k) (variance)           yes, absent for n = 1, where g = 1
     W_g2     W_g2        (q, n)     N(0, 1/q) (variance)           yes, absent for n = 1
 
-Trainable parameters: n k + out + q (k + n), for n = 1 k + out, and k (in + out) frozen numbers beside them; q is
-`router_rank`. The update diag(v) U diag(Lam^T g(x)) V^T is another one for every token: for n > 1 there is no merge.
-At step 0 only v has a gradient; equal rows of Lam would leave the router without one for ever. With q = 1 only the sets
-with the largest and the smallest entry of W_g2 can ever have the top gate; q >= 2 lifts this.
+Trainable parameters: n k + out + q (k + n), where q is `router_rank`; with n = 1 there is no router, and they are
+k + out. U and V^T add k (in + out) frozen numbers. The update diag(v) U diag(Lam^T g) V^T differs from token to token:
+for n > 1 there is no merge. At step 0 only v has a gradient, then all have. Equal rows of Lam would give the router
+none until they drifted apart: so they start random. With q = 1 the logits are one number times the row W_g2^T, so that
+at any time only the sets of its largest and its smallest entry can have the top gate; q >= 2 lifts most of this.
 
 Evidence. The paper's text was not at hand and no official code is known to us: this is a reconstruction. From the
 abstract and a caption come the rank rule on sigma (not sigma^2), the truncated diagonal form beside the weights, and
 several parallel sets of singular values behind a router; from secondary summaries the frozen bases; from one unofficial
 implementation random A and B, n = 5, the router's shape, the vector v, the targets q_proj and v_proj. Our own choice:
-- the whole spectrum in fp64 with one k per weight matrix, reached exactly (>=, with 1e-9 of slack), never 0;
+- the whole spectrum in fp64 and one k per weight matrix: the first j that reaches m (1 - 1e-9) of the sum, 1 for a
+  matrix of zeros; m = 1 gives the numerical rank;
 - the starts above; no scale, as lam learns it; no load-balancing loss, no top-k;
-- m = 0.05 for SARA (about LoRA's r = 7 on the default model; 4096-wide models: 0.01) and m = 0.5 for Mo-SARA, the
-  default of that implementation's class, of low to medium confidence: elsewhere in it Mo-SARA is given 0.01;
+- m = 0.05 for SARA (about as many parameters as LoRA of rank 6.5 on q_proj and v_proj of the default model; 4096-wide
+  models: 0.01) and m = 0.5 for Mo-SARA, of which we are unsure: another place in that implementation has 0.01;
 - v scales the branch alone; v_mode="output", the implementation's reading, scales the whole output (1 + v) and does
   not start at the base model: an ablation;
-- the signs of U, V^T are fixed and both are saved: a flipped v_i would leave the update alone but not the router.
+- the signs of U and V^T are fixed and both are saved. An SVD may flip a column of U and the row of V^T that belongs to
+  it: the update stays, but h changes its sign there, and the router sees another token.
 """
 import bisect
 import math
@@ -67,10 +72,8 @@ def spectrum(weight):
 
     They are the square roots of the eigenvalues of the smaller of W W^T and W^T W. What is within that product's
     rounding of zero, below about 1e-7 of the largest singular value, is set to zero (their sum hardly notices): without
-    this floor a rank-8 matrix of width 64 would seem to have rank 32. ValueError for weights that are not finite.
+    this floor a rank-8 matrix of width 64 would seem to have rank 32.
     """
-    if not weight.isfinite().all():
-        raise ValueError("a weight that is not finite has no spectrum to read a rank from")
     with adapter.full_precision(weight.device.type):
         W = weight.double()
         eigenvalues = torch.linalg.eigvalsh(W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W).flip(0)  # (r,)
@@ -84,11 +87,19 @@ def choose_rank(sigma, threshold):
     return 1 + int((cumulative < threshold * cumulative[-1] * (1 - 1e-9)).sum())
 
 
+def spectra(linears):
+    """{name: spectrum of its weight}. ValueError, with the name, for a weight that is not finite."""
+    for name, linear in linears:
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{name} has weights that are not finite: it has no spectrum to read a rank from")
+    return {name: spectrum(linear.weight) for name, linear in linears}
+
+
 def choose_ranks(linears, threshold):
     """{name: k} of the linears. ValueError for a threshold outside 0 < m <= 1 or a weight that is not finite."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold:g} is out of range: it is a share, above 0 and at most 1")
-    return {name: choose_rank(spectrum(linear.weight), threshold) for name, linear in linears}
+    return {name: choose_rank(sigma, threshold) for name, sigma in spectra(linears).items()}
 
 
 def rank_table(model):
@@ -114,7 +125,7 @@ class SARALinear(adapter.AdaptedLinear):
 
     def forward(self, x):
         A, lam, B = self.A.to(x), self.lam.to(x), self.B.to(x)
-        return self.base(x) + self.scale * (x @ A.T * lam) @ B.T  # W0 x + B diag(lam) A x, (..., out)
+        return self.base(x) + self.scale * ((x @ A.T) * lam) @ B.T  # W0 x + B diag(lam) A x, (..., out)
 
     def delta(self):
         """(out, in): what forward adds to `weight`."""
@@ -129,15 +140,16 @@ def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Litera
            alpha: float | None = None, seed: int = 0, ks: dict | None = None, norms: dict | None = None):
     """Replace every target linear of `model` by a SARALinear of its own rank, in place; A, lam and B train afterwards.
 
-    `init` names the start, "lam" or "lora". `alpha=None` means no scale. `seed` draws the factors, on the CPU. `ks` and
-    `norms`, {name: k} and {name: |W0|_F} of an earlier attach, take the place of an SVD and check the base.
+    `init` names the start, "lam" or "lora". `alpha=None` means no scale. `seed` draws the factors, on the CPU. Of an
+    earlier attach, `ks` {name: k} takes the place of the rank rule, `norms` {name: |W0|_F} checks that this is its
+    base.
     Raises ValueError on an unknown target or init, a threshold outside 0 < m <= 1, `ks` or `norms` that do not fit this
     model, or a second attach.
     """
     if init not in ("lam", "lora"):
         raise ValueError(f"unknown init {init!r}: choose lam or lora")
-    linears = adapter.find_linears(model, targets, rank=1)
-    ks, norms = checked(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
+    linears = adapter.find_linears(model, targets, rank=1)  # each k is in range by its rule, but there must be a match
+    ks, norms = check_base(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
     scales = {k: adapter.scaling(alpha, k) for k in ks.values()}
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)
@@ -180,13 +192,15 @@ class MoSARALinear(adapter.AdaptedLinear):
     def forward(self, x):
         v = self.v.to(x)
         h = x @ self.Vt.T  # (..., k)
-        mix = (self.gates(h) @ self.Lam).to(x.dtype)  # g Lam (..., k): one U and one V^T, whatever n is
+        mix = (self.gates(h) @ self.Lam).to(x.dtype)  # Lam^T g (..., k): one product with U for all sets
         if self.v_mode == "output":
             return (1 + v) * (self.base(x) + (mix * h) @ self.U.T)  # (..., out)
-        return self.base(x) + (mix * h) @ (v[:, None] * self.U).T  # W0 x + v * U (g Lam * h), (..., out)
+        return self.base(x) + (mix * h) @ (v[:, None] * self.U).T  # v folded into U, which is smaller than the output
 
     def delta(self, gates=None):
-        """(out, in): diag(v) U diag(Lam^T gates) Vt for gates (n,). Without gates ValueError, but for n = 1."""
+        """(out, in): diag(v) U diag(Lam^T gates) Vt for gates (n,), which only n = 1 can do without.
+
+        ValueError without gates for n > 1, and always for v_mode="output"."""
         if self.unmergeable and (gates is None or self.v_mode == "output"):
             raise ValueError(f"there is no delta(): {self.unmergeable}")
         down, up = self._factors_at(self.Lam.new_ones(1) if gates is None else gates)
@@ -208,9 +222,9 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
                   norms: dict | None = None, saved=None):
     """Replace every target linear of `model` by a MoSARALinear, in place; Lam, v and the router train afterwards.
 
-    `sets` is n, `router_rank` q, `v_mode` "branch" or "output". `seed` draws Lam and the router, on the CPU. `ks` and
-    `norms`, {name: k} and {name: |W0|_F} of an earlier attach, take the place of the rank rule and check the base;
-    `saved`, an `adapter.state`, gives U and Vt in place of an SVD.
+    `sets` is n, `router_rank` q, `v_mode` "branch" or "output". `seed` draws Lam and the router, on the CPU. Of an
+    earlier attach, `ks` {name: k} takes the place of the rank rule, `norms` {name: |W0|_F} checks that this is its
+    base, and `saved`, an `adapter.state`, gives U and Vt in place of an SVD.
     Raises ValueError on an unknown target or v_mode, a threshold outside 0 < m <= 1, less than one set, a router rank
     below 1, `ks` or `norms` that do not fit this model, or a second attach.
     """
@@ -218,9 +232,13 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
         raise ValueError(f"unknown v_mode {v_mode!r}: choose branch or output")
     if sets < 1 or router_rank < 1:
         raise ValueError(f"sets {sets} and router_rank {router_rank} must be at least 1")
-    linears = adapter.find_linears(model, targets, rank=1)
-    ks, norms = checked(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
-    bases = [singular_bases(name, linear, ks[name], sets, router_rank, saved) for name, linear in linears]
+    linears = adapter.find_linears(model, targets, rank=1)  # each k is in range by its rule, but there must be a match
+    ks, norms = check_base(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
+    if saved is not None and sets > 1:  # before memory is taken for so many sets
+        for name, _ in linears:
+            adapter.saved_tensor(saved, f"{name}.W_g1", (ks[name], router_rank))
+            adapter.saved_tensor(saved, f"{name}.Lam", (sets, ks[name]))
+    bases = [singular_bases(name, linear, ks[name], saved) for name, linear in linears]
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for (name, linear), (U, Vt) in zip(linears, bases):
@@ -235,14 +253,11 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
                    v_mode=v_mode, seed=seed, ks=ks, norms=norms)
 
 
-def singular_bases(name, linear, k, sets, router_rank, saved):
+def singular_bases(name, linear, k, saved):
     """U (out, k) and Vt (k, in) of the weight, signs fixed, or those of a saved state."""
     if saved is None:
         U, _, Vt = adapter.principal_triplets(linear.weight, k)
         return U, Vt
-    adapter.saved_tensor(saved, f"{name}.Lam", (sets, k))  # before memory is taken for so many sets
-    if sets > 1:
-        adapter.saved_tensor(saved, f"{name}.W_g1", (k, router_rank))
     return (adapter.saved_tensor(saved, f"{name}.U", (linear.out_features, k)),
             adapter.saved_tensor(saved, f"{name}.Vt", (k, linear.in_features)))
 
@@ -269,10 +284,10 @@ def gate_statistics(model, tokens):
     finally:
         for hook in hooks:
             hook.remove()
-    branch = all(layer.v_mode == "branch" for layer in means)
-    squares = [(layer.delta(gates).square().sum(), layer.weight.float().square().sum())
-               for layer, gates in means.items() if branch]
-    change = (sum(dW for dW, _ in squares) / sum(W for _, W in squares)).sqrt().item() if branch else None
+    change = None
+    if all(layer.v_mode == "branch" for layer in means):
+        dW = sum(layer.delta(gates).square().sum() for layer, gates in means.items())
+        change = (dW / sum(layer.weight.float().square().sum() for layer in means)).sqrt().item()
     return {"top_gate": torch.stack(tops).mean().item(), "change": change,
             "gates": torch.stack([gates.sort(descending=True).values for gates in means.values()]).mean(0).tolist()}
 
@@ -285,7 +300,7 @@ def fit(model, params, targets=TARGETS):
 
 
 def fit_mosara(model, params, targets=TARGETS, sets=5, router_rank=1):
-    """The same for Mo-SARA's n k + out + q (k + n). `params` may be more than even m = 1 has."""
+    """The same for Mo-SARA's n k + out + q (k + n). A budget above what m = 1 gives is answered by m = 1."""
     router = router_rank if sets > 1 else 0
     return _fit(model, params, targets, lambda k, out, inner: sets * k + out + router * (k + sets))
 
@@ -293,10 +308,10 @@ def fit_mosara(model, params, targets=TARGETS, sets=5, router_rank=1):
 def _fit(model, params, targets, count):
     """By bisection: the ranks, and so the total of count(k, out, in), never fall as the threshold rises."""
     linears = adapter.find_linears(model, targets, rank=1)
-    spectra = {name: spectrum(linear.weight).cpu() for name, linear in linears}
+    found = {name: sigma.cpu() for name, sigma in spectra(linears).items()}
 
     def ranks(thousandths):
-        return {name: choose_rank(sigma, thousandths / 1000) for name, sigma in spectra.items()}
+        return {name: choose_rank(sigma, thousandths / 1000) for name, sigma in found.items()}
 
     def total(thousandths):
         ks = ranks(thousandths)
@@ -309,7 +324,7 @@ def _fit(model, params, targets, count):
 
 # ---- a saved state on the right base --------------------------------------------------------------------------------
 
-def checked(linears, ks, norms):
+def check_base(linears, ks, norms):
     """(ks, {name: |W0|_F}) of the linears, whose names `ks` and, where given, `norms` must have.
 
     Raises ValueError for a k that is no rank of its weight, or a norm that its weight does not have (to 1e-3).

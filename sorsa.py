@@ -3,30 +3,34 @@
 Each pretrained weight is split by its SVD. The leading r triplets become three trainable factors, the rest is frozen,
 and a penalty keeps the trainable singular vectors orthonormal while they move:
 
-    W   = U diag(S) V^T + W_r               the leading r triplets, and the residual of all others
-    h   = W_r x + U diag(S) V^T x
-    R   = 1/2L sum over L layers of ( ||U^T U - I||_F + ||V^T V - I||_F )               norms are not squared
-    loss = L_train + (gamma / peak_lr) R
+    W = U diag(S) V^T + W_r               the leading r triplets, and the residual of all others
+    h = W_r x + U diag(S) V^T x
+    minimise  L_train + (gamma / peak_lr) R
+    R = 1/(2L) sum over the L adapted linears of ( ||U^T U - I||_F + ||V^T V - I||_F )         norms are not squared
+    with E = M M^T - I for M = U^T or V^T:     d||E||_F / dM = 2 E M / ||E||_F, and 0 where E = 0
 
-    letter     attribute     shape      start                    trains
-    W_r        weight        (out, in)  W - U diag(S) V^T        no
-    U          U             (out, r)   left singular vectors    yes
-    S          S             (r,)       singular values          yes
-    V^T        Vt            (r, in)    right singular vectors   yes
-    U_0 S_0 V_0^T   U0 S0 Vt0           copies of the start      no (kept to export and to rebuild W_r without an SVD)
+    letter          attribute   shape      start                    trains
+    W_r             weight      (out, in)  W - U diag(S) V^T        no
+    U               U           (out, r)   left singular vectors    yes
+    S               S           (r,)       singular values          yes
+    V^T             Vt          (r, in)    right singular vectors   yes
+    U_0 S_0 V_0^T   U0 S0 Vt0   as above   the same                 no (to export, and to rebuild W_r without an SVD)
 
-(The paper multiplies from the right, x W: its U is our V. The penalty treats both alike, nothing else changes.)
-Trainable parameters: r (in + out + 1) per adapted linear. Merge: W_r + U diag(S) V^T. Step 0 gives the base's output.
-As a LoRA on the original W the change is U diag(S) V^T - U_0 diag(S_0) V_0^T, a product of rank 2r.
+(The paper writes x W with W (in, out), so that its U is our V. The penalty treats both alike.)
+Trainable parameters: r (in + out + 1) per adapted linear. Merge: W_r + U diag(S) V^T. Step 0 gives the base's output,
+up to the rounding of W_r. As a LoRA on the original W the change is U diag(S) V^T - U_0 diag(S_0) V_0^T, of rank 2r.
+
+gamma is 4e-4, peak_lr the highest rate of the schedule: a step of plain gradient descent at that rate moves by gamma
+dR. AdamW normalises the sum of both gradients, so there gamma / peak_lr is the weight of the one against the other.
 
 What the paper leaves open to us (we worked from its abstract, figures and code), and what we chose:
-- the penalty is the mean over all 2L norms, as in the authors' code; the sum that they write (`reduction="sum"`) is 2L
-  times stronger and, with the published gamma, freezes the vectors;
-- its gradient joins that of the training loss after clipping, once per optimizer step however the batch is cut;
-- norms that are not squared pull with constant strength: the gradient of ||E||_F has length about 2 however small E is,
-  so near orthonormality it follows rounding noise, and R settles at a floor that falls with the learning rate. AdamW
-  normalises the sum of both gradients, which makes gamma / peak_lr a relative weight;
-- exact triplets, signs fixed, scale 1, no dropout, factors in fp32 whatever the model's dtype; S is not penalised.
+- R is a mean over the 2L norms, as in the authors' code; they write a sum (`reduction="sum"`), which is 2L times
+  stronger and, with gamma = 4e-4, leaves the vectors where they are;
+- R's gradient is not part of what is clipped: `regularize` adds it after clipping, once per optimizer step, also where
+  a batch is cut into several backward passes;
+- that gradient has length about 2 per norm however small E is. Once U and V are orthonormal up to rounding it follows
+  the rounding: R does not reach 0, but a floor that falls with the learning rate;
+- triplets of fp32 accuracy, never of a randomised SVD; signs fixed, scale 1, no dropout; S is not penalised.
 """
 from typing import Literal
 
@@ -44,11 +48,11 @@ class SORSALinear(adapter.AdaptedLinear):
         self.register_buffer("U0", self.U.detach().clone())
         self.register_buffer("S0", self.S.detach().clone())
         self.register_buffer("Vt0", self.Vt.detach().clone())
-        adapter.subtract(self.weight, self.delta())
+        adapter.subtract(self.weight, self.U * self.S, self.Vt)
 
     def forward(self, x):
         U, S, Vt = self.U.to(x), self.S.to(x), self.Vt.to(x)
-        return self.base(x) + (x @ Vt.T * S) @ U.T  # W_r x + U diag(S) V^T x, (..., out)
+        return self.base(x) + ((x @ Vt.T) * S) @ U.T  # W_r x + U diag(S) V^T x, (..., out)
 
     def delta(self):
         """(out, in): the principal part W_p, what forward adds to `weight`. Not zero at step 0."""
@@ -88,14 +92,14 @@ def fit(model, params, targets=adapter.TARGETS):
     return adapter.nearest_rank(linears, params, lambda rank: rank * sum(sum(m.weight.shape) + 1 for _, m in linears))
 
 
-# ---- the orthonormal regularizer ------------------------------------------------------------------------------------
+# ---- the orthonormal regularizer: its definition, the fast form for training, and the call with its weight -----------
 
 def regularizer(model, reduction: Literal["mean", "sum"] = "mean"):
     """R by its definition, an fp32 scalar that autograd can follow: ||M M^T - I||_F over every M = U^T and V^T.
 
     Raises ValueError where no SORSA layer is attached or `reduction` is unknown.
     """
-    check(model, reduction)
+    require_layers(model, reduction)
     norms = []
     for _, layer in adapter.adapted_layers(model):
         for M in (layer.U.T, layer.Vt):  # (r, out) and (r, in): rows that should be orthonormal
@@ -113,8 +117,8 @@ def add_regularizer_grad(model, coefficient, reduction: Literal["mean", "sum"] =
     E = M M^T - I the gradient of ||E||_F is 2 E M / ||E||_F, and 0 where E = 0. Call it once per optimizer step, after
     clipping, with coefficient = gamma / peak_lr. Raises ValueError as `regularizer` does.
     """
-    check(model, reduction)
-    stacks = {}  # shape of M: [(U, M is its transpose) or (Vt, M is itself)]
+    require_layers(model, reduction)
+    stacks = {}  # {shape of M: [(factor, whether M is its transpose)]}, for one batched product each
     for _, layer in adapter.adapted_layers(model):
         stacks.setdefault(layer.U.T.shape, []).append((layer.U, True))
         stacks.setdefault(layer.Vt.shape, []).append((layer.Vt, False))
@@ -138,7 +142,7 @@ def regularize(model, peak_lr, gamma: float = 4e-4, reduction: Literal["mean", "
     return add_regularizer_grad(model, gamma / peak_lr, reduction) if gamma else None
 
 
-def check(model, reduction):
+def require_layers(model, reduction):
     """ValueError unless there are SORSA layers, and `reduction` is one of the two."""
     if not any(isinstance(layer, SORSALinear) for _, layer in adapter.adapted_layers(model)):
         raise ValueError("this model has no SORSA layers: attach them first with sorsa.attach(model)")

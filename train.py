@@ -31,17 +31,18 @@ def train(args, model, optimizer, encoded, monitor, regularize=None):
     """Train from where the monitor's progress is to the last step, on `encoded`: [(ids, prompt_length)].
 
     `regularize()` adds its gradient and returns the penalty R, or None. After SIGINT or SIGTERM the monitor ends the
-    step, saves, and raises SystemExit; a number that is not finite raises FloatingPointError before the weights move.
+    step, saves, and raises SystemExit. A number that is not finite never reaches the weights: FloatingPointError (on a
+    GPU at the next logged step).
     """
     parameters, done = list(adapter.trainable(model).values()), monitor.progress.step
     batches = endless_batches([len(ids) for ids, _ in encoded], args.batch, args.seed)
     for step, indices in enumerate(itertools.islice(batches, done, args.steps), done + 1):
         rate = learning_rate(step - 1, args.steps, args.lr, args.schedule, args.warmup)
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:  # one rate for all
             group["lr"] = rate
         loss = accumulate_gradients(args, model, [encoded[i] for i in indices])
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        numbers = {"loss": loss, "lr": rate, "grad_norm": norm}  # for the log: one more is one line more
+        numbers = {"loss": loss, "lr": rate, "grad_norm": norm}  # for the log: floats, or finite tensors ()
         R = regularize() if regularize else None  # after clipping, and outside the logged norm
         if R is not None:
             numbers["regularizer"] = R
@@ -77,7 +78,7 @@ def accumulate_gradients(args, model, encoded):
 
 
 def decay_groups(model, weight_decay):
-    """Parameter groups for an optimizer: what layers share (LoTR's A and B) is not decayed, it would be pulled to zero."""
+    """Parameter groups for an optimizer: what layers share (LoTR's A and B) is not decayed: it would go to zero."""
     shared = {id(p) for module in model.modules() if isinstance(module, adapter.Shared) for p in module.parameters()}
     groups = {False: [], True: []}
     for parameter in adapter.trainable(model).values():
@@ -206,5 +207,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "lower --micro-batch, or --max-tokens, or give --recompute; a run that has saved a checkpoint goes on "
-                     "with --resume RUN")
+    run_script(main, "lower --micro-batch, or --max-tokens, or give --recompute; a run that has saved a checkpoint "
+                     "goes on with --resume RUN")

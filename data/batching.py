@@ -22,6 +22,11 @@ def load_examples(data):
     return instructions.load(data) if instructions.is_file(data) else gsm8k.load(data, "train")
 
 
+def without_annotations(examples):
+    """The examples without calculator annotations in their answers."""
+    return [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
+
+
 def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None)):
     """{place in examples: (ids, prompt_length)} of those of at most max_tokens tokens; ValueError if none is."""
     encoded = [prompting.encode(tokenizer, example, template, cut) for example in examples]
@@ -56,7 +61,7 @@ class Data(NamedTuple):
 def encode_data(args, examples, base):
     """Data from all examples: those that are held out apart, those that are too long left out."""
     if args.strip_annotations:
-        examples = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
+        examples = without_annotations(examples)
     args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), base.model.config.max_position_embeddings)
     places, apart = split(range(len(examples)), args.held_out, args.limit)
     encoded, held_out = (encode_examples(base.tokenizer, [examples[i] for i in part], args.max_tokens, args.template,

@@ -1,8 +1,8 @@
 """What makes it fast, beside the plain text: train.py and eval.py switch it on, --plain leaves it off.
 
-`switch_on` puts the functions of this file in the places of the plain ones in model.py and loss.py, and sets the process
-up for a CPU. Both forms give the same losses to rounding; the tests hold each function here against the plain one,
-forward and gradient.
+`switch_on` puts the functions of this file in the places of the plain ones in model.py and support/loss.py, and sets
+the process up for a CPU. Both forms give the same losses to rounding; the tests hold each function here against the
+plain one, forward and gradient.
 
 WHAT IT BUYS
 
@@ -25,6 +25,7 @@ from support import loss
 CACHED = 1 << 20  # numbers, 4 MB of fp32: so much stays in a processor's cache from one pass to the next
 QUERIES = 64  # about so many of a row are looked at together
 GRAPH_MULTIPLE = 64  # CUDA graphs are recorded anew for every shape: rows are padded to a multiple of so many tokens
+plain_attention = decoder.attention
 CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 100 MB
 
 
@@ -45,7 +46,7 @@ def switch_off():
     for owner, attribute, plain, _ in FORMS.values():
         setattr(owner, attribute, plain)
     if has_onednn_switch():
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"  # what a new process has
 
 
 # ---- the process ----------------------------------------------------------------------------------------------------
@@ -94,16 +95,17 @@ def fast_products():
         return
     a = torch.rand(512, 512, generator=torch.Generator()) - 0.5
     exact, times, threads = a.double() @ a.double(), {"ieee": [], "bf16": []}, torch.get_num_threads()
+    products = {}
     try:
         torch.set_num_threads(1)
         for precision in 6 * ("ieee", "bf16"):
             with onednn(precision):
                 started = time.thread_time()
-                result = a @ a
+                products[precision] = a @ a
                 times[precision].append(time.thread_time() - started)
     finally:
         torch.set_num_threads(threads)
-    is_exact = (result - exact).norm() < 1e-6 * exact.norm()
+    is_exact = (products["bf16"] - exact).norm() < 1e-6 * exact.norm()
     is_faster = min(times["bf16"]) <= 0.75 * min(times["ieee"])
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if is_exact and is_faster else "ieee"
 
@@ -153,7 +155,7 @@ def attention(q, k, v, seen=None):
     kernels apply. oneDNN would copy the parts of the cache to multiply them, so it is kept out.
     """
     if seen is None:
-        return AttentionInPieces.apply(q, k, v) if onednn_multiplies(q) else FORMS["attention"][2](q, k, v)
+        return AttentionInPieces.apply(q, k, v) if onednn_multiplies(q) else plain_attention(q, k, v)
     if seen.shape[2] > 1:
         seen = seen.repeat(1, 1, q.shape[1] // k.shape[1], 1)  # (B, 1, H/K * T, S)
     with onednn("ieee"):
@@ -305,6 +307,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         gradient, = ctx.saved_tensors
         return upstream * gradient, None, None

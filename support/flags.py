@@ -19,7 +19,8 @@ RECIPE = {"template": "alpaca", "limit": 100_000, "cut": (512, 512), "rank": 128
 RECIPE_OF = {"sorsa": {"lr": 3e-5, "gamma": 4e-4, "reduction": "mean"}, "pissa": {"lr": 2e-5},
              "lora": {"lr": 2e-5}, "full": {"lr": 2e-5}}
 # What a method's flag says, of those that several methods have.
-HELP = {"rank": "r", "alpha": "the change is scaled by alpha / r (default: alpha = r; lotr 3 / sqrt(in); sara no scale)",
+HELP = {"rank": "r",
+        "alpha": "the change is scaled by alpha / r (default: alpha = r; lotr 3 / sqrt(in); sara no scale)",
         "targets": "names of linear layers, with commas (default: all seven; sara, mosara q_proj,v_proj; full every "
                    "parameter)"}
 # Flags that may change when a run goes on: not its mathematics, or they name what is known by its checksum.
@@ -60,7 +61,7 @@ def make_parser():
     add("--lr", type=above_zero, help=f"peak learning rate (default: {rates})")
     add("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="of the rate, after warm-up")
     add("--warmup", type=at_least_zero, default=0.03, help="share of the steps")
-    add("--weight-decay", type=at_least_zero, default=0.0, help="of all but the factors that layers share (lotr's A and B)")
+    add("--weight-decay", type=at_least_zero, default=0.0, help="of all but what layers share (lotr's A and B)")
     add("--clip", type=above_zero, default=1.0, help="largest gradient norm")
     add("--max-tokens", type=positive, help="longer examples are left out (default: 512)")
     add("--cut", type=two_lengths, metavar="P+A", help="cut prompts at P tokens and answers at A instead of leaving "

@@ -13,16 +13,16 @@ from support import report
 class Monitor:
     """Watches over a run: `check` before the optimizer moves anything, `after` when it has.
 
-    numbers: which records of the data the examples `encoded` are. progress: a resume.Progress, kept up to date.
-    held_out(step) measures and returns the held-out loss, save() writes a checkpoint, log is a text file, signals the
-    list of resume.noted_signals.
+    data is a batching.Data, progress a resume.Progress, which is kept up to date, log a text file, signals the list of
+    resume.noted_signals. held_out(step) measures and returns the held-out loss, save() writes a checkpoint. `numbers`
+    of a step are {name: float or tensor ()}, with "loss" among them.
     """
 
     def __init__(self, args, model, optimizer, data, progress, held_out, save, log, signals):
         self.args, self.optimizer, self.data, self.progress = args, optimizer, data, progress
         self.held_out, self.save, self.log, self.signals = held_out, save, log, signals
         self.device = model.lm_head.weight.device
-        self.gflop = report.gflop_per_token(model, data.train)[1]
+        self.gflop = report.gflop_per_token(model, data.train, args.compile)[1]
         # A fused optimizer on a GPU can be told to stand still; any other is waited for.
         self.waits = self.device.type == "cpu" or not optimizer.defaults.get("fused")
         self.usual = collections.deque(maxlen=20)  # the latest logged losses
@@ -30,8 +30,8 @@ class Monitor:
         self.started = time.perf_counter()
 
     def check(self, step, indices, numbers):
-        """FloatingPointError, before the weights move, if a number of this step is not finite. On a GPU that need not be
-        waited for all steps from here on leave the weights alone, and `after` raises when it next logs."""
+        """FloatingPointError, before the weights move, if a number of this step is not finite. Without waiting for a
+        GPU: all steps from here on leave the weights alone, and `after` raises when it next logs."""
         self.since.append((step, indices, numbers))
         if self.waits:
             self.check_finite(self.since[-1:])
@@ -48,8 +48,8 @@ class Monitor:
                 more = f" and {len(records) - 16} more" if len(records) > 16 else ""
                 said = ", ".join(f"{report.WORDS.get(name, name)} {value:g}" for name, value in numbers.items()
                                  if isinstance(value, torch.Tensor))
-                raise FloatingPointError(f"step {step}: {said}, on records {', '.join(records[:16])}{more} of the data; "
-                                         f"the weights are as they were before: lower --lr, now {self.args.lr:g}")
+                raise FloatingPointError(f"step {step}: {said}, on records {', '.join(records[:16])}{more} of the data;"
+                                         f" the weights are as they were before: lower --lr, now {self.args.lr:g}")
 
     def after(self, step):
         """Log, measure and save where it is due. SystemExit, saved, where a signal has come."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import adapter
 from data.batching import answer_tokens, endless_batches, token_count
 from methods import METHODS
-from support.fast import CHUNK, onednn_multiplies
+from support.fast import CHUNK, eagerly, onednn_multiplies
 
 WORDS = {"loss": "loss", "grad_norm": "gradient norm", "regularizer": "R"}  # for the names in the log
 
@@ -54,7 +54,7 @@ def describe(args, base, optimizer, regularizer, device, source, data):
     print(f"plan      {args.steps} steps of {args.batch} examples ({epochs:.2f} epochs), "
           f"{args.micro_batch} per forward pass{', blocks recomputed' * args.recompute}"
           f"{f', compiled ({args.compile})' if args.compile else ''}; "
-          f"{gflop_per_token(model, encoded)[1]:.2f} GFLOP per token")
+          f"{gflop_per_token(model, encoded, args.compile)[1]:.2f} GFLOP per token")
     print(f"          {type(optimizer).__name__}, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
           f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
     if regularizer.get("gamma"):
@@ -73,7 +73,8 @@ def parameter_table(model):
     for module, parameters in modules.items():
         kind = ".".join(part for part in module.split(".") if not part.isdigit() and part not in ("model", "layers"))
         kinds.setdefault((kind, tuple(parameters)), []).append([parameter.shape for parameter in parameters.values()])
-    total, everything = (sum(p.numel() for p in some) for some in (adapter.trainable(model).values(), model.parameters()))
+    total = sum(parameter.numel() for parameter in adapter.trainable(model).values())
+    everything = sum(parameter.numel() for parameter in model.parameters())
     shapes = ["  ".join(f"{name} {shape_range(shapes)}" for name, shapes in zip(names, zip(*layers)))
               for (_, names), layers in kinds.items()]
     width = max([37] + [len(text) + 2 for text in shapes])
@@ -131,17 +132,22 @@ def describe_first_step(args, base, data, step):
     print("\na dry run: nothing was trained, nothing was written")
 
 
-def gflop_per_token(model, encoded):
-    """(forward, training) GFLOP per token of matrix products, for examples like `encoded`.
+def gflop_per_token(model, encoded, compiled=None):
+    """(forward, training) GFLOP per token of matrix products, for examples like `encoded`; recomputing is not counted.
 
     torch counts those of the decoder on a few tokens, where attention's own products are next to nothing. The head is
     used at answer tokens only: per weight 2 forward, 2 for the gradient of its input, 2 more if it trains.
     """
     tokens = torch.zeros(1, 8, dtype=torch.long, device=model.lm_head.weight.device)
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        model.model(tokens)
-    with FlopCounterMode(display=False) as both:
-        model.model(tokens).sum().backward()
+    recompute, model.model.recompute = model.model.recompute, False
+    with eagerly(compiled):
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            model.model(tokens)
+        with FlopCounterMode(display=False) as both:
+            hidden = model.model(tokens)
+            if hidden.requires_grad:  # else the head alone trains
+                hidden.sum().backward()
+    model.model.recompute = recompute
     for parameter in adapter.trainable(model).values():
         parameter.grad = None
     head = model.lm_head.weight
@@ -153,7 +159,7 @@ def gflop_per_token(model, encoded):
 def expected_seconds(args, model, data, forward_seconds):
     """How long training should take, held-out losses included, from how long one held-out loss took."""
     encoded, held_out = data.train, data.held_out
-    forward_gflop, train_gflop = gflop_per_token(model, encoded)
+    forward_gflop, train_gflop = gflop_per_token(model, encoded, args.compile)
     tokens = args.steps * args.batch * token_count(encoded) / len(encoded)
     per_token = forward_seconds / token_count(held_out) * train_gflop / forward_gflop
     return tokens * per_token + math.ceil(args.steps / args.eval_every) * forward_seconds
@@ -193,7 +199,8 @@ def result_of(args, regularizer, base, data, source, progress, adapter_path, com
     """The record of a finished run, as result.json keeps it."""
     model, seconds = base.model, progress.seconds_in_steps
     device = model.lm_head.weight.device
-    settings = {key: value for key, value in vars(args).items() if key not in ("saved", "resume", "dry_run", "multiple")}
+    hidden = ("saved", "resume", "dry_run", "multiple")
+    settings = {key: value for key, value in vars(args).items() if key not in hidden}
     return {**settings, **regularizer, "out": str(args.out), "adapter": model.adapter_config, "source": source,
             "base_sha256": base.sha256,
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(model).values()),

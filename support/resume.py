@@ -39,7 +39,7 @@ class Progress:
 
 @dataclass
 class Saved:
-    """What a checkpoint says: flags (a command line), adapter, the optimizer's state, progress, what must not differ."""
+    """What a checkpoint says: flags (a command line), adapter, optimizer's state, progress, what must not differ."""
     flags: list
     config: dict
     adapter: dict
@@ -57,7 +57,7 @@ def save(path, model, optimizer, base, flags, data_sha256, progress):
     for name, parameter in adapter.trainable(model).items():
         for key, value in optimizer.state[parameter].items():
             if not isinstance(value, torch.Tensor):
-                raise ValueError(f"{kind_of(optimizer)} keeps {key} = {value!r}, which is no tensor: it cannot be saved")
+                raise ValueError(f"{kind_of(optimizer)} keeps {key} = {value!r}, no tensor: it cannot be saved")
             tensors[f"{key}.{name}"] = value
     tensors["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():

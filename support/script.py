@@ -117,7 +117,8 @@ def is_out_of_memory(error):
 
 
 def run_script(main, memory_advice="take a smaller model, or a machine with more"):
-    """Run `main`; what a user can mend ends as one line on stderr and exit status 2, everything else as a traceback.
+    """Run `main`; an error that the user can put right ends as one line on stderr and exit status
+    2, any other as a traceback.
     `memory_advice` says what to do where memory ran out. Ctrl-C ends with status 130."""
     try:
         main()

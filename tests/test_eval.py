@@ -1,257 +1,254 @@
-"""Generation against an uncached loop, and the evaluation script's counts against its own files."""
+"""The evaluation script: its counts against its own files, the loss of a run on a file of one's own."""
 import json
+import shutil
 
 import pytest
-import torch
 
-import adapter
 import eval as evaluation
 import train
 from data import gsm8k, prompting
-from support import generate
-from support.script import run_script
-from tests.toy import attach, perturb, tokens, toy_model, write_sums
+from data.practice import practice
+from support import fast
+from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
+from tests.toy import write_sums
 from tools import export
 from weights.safetensors import read_safetensors, write_safetensors
 
-EOS = 0
+
+def train_tiny(tiny_gguf, data, out, *flags):
+    """The result of a short run on the tiny model."""
+    result = train.main(["--method", "sorsa", "--rank", "4", "--lr", "1e-2", "--model", str(tiny_gguf), "--data", str(data), "--batch", "8",
+                         "--held-out", "4", "--out", str(out), "--no-sample", "--device", "cpu", *flags])
+    fast.switch_off()
+    return result
 
 
-@torch.no_grad()
-def naive_greedy(model, prompt, max_new, eos_id):
-    """One row, no cache, no padding: the whole text through the model for every token."""
-    ids = list(prompt)
-    for _ in range(max_new):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-        if ids[-1] == eos_id:
-            break
-    return ids[len(prompt):]
+@pytest.fixture(scope="module")
+def made(tiny_gguf, tmp_path_factory):
+    """A finished run on a few problems, and its data."""
+    folder = tmp_path_factory.mktemp("made")
+    train_tiny(tiny_gguf, write_sums(folder / "data"), folder / "run", "--steps", "30")
+    return folder
 
-
-def toy_prompts(count=13):
-    return [tokens(1, 1 + (7 * i) % 40, seed=i)[0].tolist() for i in range(count)]
-
-
-@pytest.mark.parametrize("batch, at_once", [(1, 2048), (5, 2048), (64, 2048), (64, 50), (64, 1)])
-def test_batched_cached_generation_equals_the_naive_loop(batch, at_once, monkeypatch):
-    """Token for token the text of an uncached one-row loop, for rows of different lengths that end at different times,
-    however many prompts are read at once."""
-    monkeypatch.setitem(generate.PREFILL_TOKENS, "cpu", at_once)
-    model, prompts = toy_model(seed=3), toy_prompts()
-    expected = [naive_greedy(model, prompt, 60, EOS) for prompt in prompts]
-    ends = [len(ids) for ids in expected]
-    eos = max(set(t for ids in expected for t in ids), key=lambda t: sum(t in ids for ids in expected))  # one that many rows reach
-    expected = [naive_greedy(model, prompt, 60, eos) for prompt in prompts]
-    assert len({len(ids) for ids in expected}) > 3 and max(ends) == 60  # rows do leave the batch at different steps
-    assert generate.generate(model, prompts, eos, max_new=60, batch=batch) == expected
-
-
-def test_rows_that_ended_leave_at_once(monkeypatch):
-    """On a CPU no decode step carries a row whose text has ended."""
-    model, prompts, rows = toy_model(seed=3), toy_prompts(), []
-    free = [naive_greedy(model, prompt, 30, -1) for prompt in prompts]
-    eos = max(set(sum(free, [])), key=lambda token: sum(token in ids for ids in free))
-    lengths = [len(naive_greedy(model, prompt, 30, eos)) for prompt in prompts]
-    forward = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda tokens, cache=None: (rows.append(tuple(tokens.shape)), forward(tokens, cache))[1])
-    generate.generate_batch(model, prompts, eos, max_new=30)
-    steps = [size for size, T in rows if T == 1 and size <= len(prompts)][-max(lengths) + 1:]
-    assert len(set(lengths)) > 2 and steps == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
-
-
-def test_finished_rows_leave_the_batch(monkeypatch):
-    """Once most rows have ended, the decode steps carry only those that have not."""
-    model, prompts, rows = toy_model(seed=3), toy_prompts(), []
-    last = naive_greedy(model, prompts[-1], 1, -1)
-    forward = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda tokens, cache=None: (rows.append(len(tokens)), forward(tokens, cache))[1])
-    generate.generate_batch(model, prompts, EOS, max_new=40, is_done=lambda ids: ids[:1] != last)
-    assert rows[0] == len(prompts) and rows[-1] < len(prompts) / 2
-
-
-def test_forced_tokens_enter_the_row():
-    """What `force` returns is taken in place of the model's choices, and the model goes on from there."""
-    model, prompt = toy_model(seed=3), toy_prompts()[3]
-    free = naive_greedy(model, prompt, 12, -1)
-    forced = generate.generate(model, [prompt, prompt], -1, max_new=12, force=lambda ids: [11, 12] if len(ids) == 3 else None)[0]
-    assert forced[:3] == free[:3] and forced[3:5] == [11, 12]
-    assert forced[5:] == naive_greedy(model, prompt + forced[:5], 7, -1)
-
-
-def test_adapted_and_merged_models_generate_the_same():
-    """Merging changes the weights' form, not the text."""
-    model = perturb(attach(toy_model(seed=3), "sorsa"), 0.05)
-    before = generate.generate(model, toy_prompts(), EOS, max_new=20)
-    adapter.merge(model)
-    assert generate.generate(model, toy_prompts(), EOS, max_new=20) == before
-
-
-def test_a_prompt_longer_than_the_context_is_refused():
-    """A prompt must leave room for the new tokens."""
-    with pytest.raises(ValueError, match="a prompt of 250 tokens and 20 new ones do not fit the model's context of 256"):
-        generate.generate(toy_model(), [[1] * 250], EOS, max_new=20)
-
-
-def test_golden_generation_on_the_real_model(real_base):
-    """On the real model, batched and cached generation gives the uncached one-row loop's text, token for token."""
-    questions = ["What is 3 plus 4?", "Tom has 12 eggs. He eats 2 each day for 3 days. How many eggs are left?", "How many legs do 5 dogs have?"]
-    asked = [real_base.tokenizer.encode(prompting.prompt(question)) for question in questions]
-    expected = [naive_greedy(real_base.model, ids, 16, real_base.tokenizer.eos_id) for ids in asked]
-    assert generate.generate(real_base.model, asked, real_base.tokenizer.eos_id, max_new=16) == expected
-
-
-def test_calculator_on_the_real_model(real_base):
-    """With the calculator, what follows '=' inside << >> is computed, not generated."""
-    shots = [{"question": "Sam has 4 bags with 6 figs each. How many figs?", "answer": "Sam has 4*6 = <<4*6=24>>24 figs.\n#### 24"}] * 2
-    prompt = prompting.prompt("Eve has 137 boxes with 68 pens each. How many pens does she have?", shots)
-    with_it, without = (generate.complete(real_base.model, real_base.tokenizer, [prompt], max_new=40, calculator=on)[0]["text"] for on in (True, False))
-    assert "<<137*68=9316>>" in with_it and "<<137*68=9316>>" not in without
-
-
-def test_a_completion_ends_where_another_question_begins(real_base, monkeypatch):
-    """What follows "Question:" on a new line is cut and not counted, and the row may end there."""
-    text = " 3+4=7\n#### 7\nQuestion: What else?"
-    ids = real_base.tokenizer.encode(text)
-    told = []
-
-    def generated(model, prompts, eos_id, max_new, batch, is_done, force, progress):
-        told.extend([is_done(ids), is_done(real_base.tokenizer.encode(" 3+4=7\n#### 7"))])
-        return [ids, real_base.tokenizer.encode(" 7") + [eos_id], real_base.tokenizer.encode(" 7")]
-    monkeypatch.setattr(evaluation, "generate", generated)
-    stopped, ended, capped = generate.complete(real_base.model, real_base.tokenizer, ["a", "b", "c"])
-    assert told == [True, False]
-    assert stopped == {"text": " 3+4=7\n#### 7", "new_tokens": len(real_base.tokenizer.encode(" 3+4=7\n#### 7")), "finish": "stop"}
-    assert ended == {"text": " 7", "new_tokens": 3, "finish": "eos"} and capped == {"text": " 7", "new_tokens": 2, "finish": "cap"}
-
-
-# ---- the script -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def small_run(tiny_gguf, tmp_path):
-    """A finished run of a tiny model on two handfuls of problems; its data folder and its run folder."""
-    data = write_sums(tmp_path / "data")
-    train.main(["--method", "sorsa", "--rank", "4", "--lr", "1e-2", "--model", str(tiny_gguf), "--data", str(data), "--steps", "30", "--batch", "8",
-                "--held-out", "4", "--out", str(tmp_path / "run"), "--no-sample", "--device", "cpu"])
-    return data, tmp_path / "run"
+def run(made, tmp_path):
+    """A copy of that run to write into."""
+    return shutil.copytree(made / "run", tmp_path / "run")
 
 
-def test_evaluating_a_run(small_run, capsys):
+def evaluate(*arguments):
+    return evaluation.main([*map(str, arguments), "--device", "cpu"])
+
+
+def predictions(folder, name="predictions.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Let the model answer what is given: known([text, ...], [finish, ...]); the prompts it saw."""
+    def answer(texts, finishes=None):
+        prompts = []
+
+        def complete(model, tokenizer, asked, *rest):
+            prompts.extend(asked)
+            return [{"text": text, "finish": finish, "new_tokens": 10} for text, finish in zip(texts, finishes or ["eos"] * len(texts))]
+        monkeypatch.setattr(evaluation, "complete", complete)
+        return prompts
+    return answer
+
+
+# ---- accuracy -------------------------------------------------------------------------------------------------------
+
+def test_evaluating_a_run(run, made, capsys):
     """The run's own data and base are used; the printed numbers follow from predictions.jsonl by rescoring it."""
-    data, run = small_run
-    summary = evaluation.main([str(run), "--max-new", "40", "--batch", "4", "--device", "cpu"])
-    records = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    assert summary["n"] == len(records) == 11 and summary["method"] == "sorsa" and summary["data"] == str(data)
-    assert [r["question"] for r in records] == [f"What is {i}+1?" for i in range(11)]
+    summary = evaluate(run, "--max-new", 40, "--batch", 4)
+    records = predictions(run)
+    assert summary["n"] == len(records) == 11 and summary["method"] == "sorsa" and summary["data"] == str(made / "data")
+    assert [record["question"] for record in records] == [f"What is {i}+1?" for i in range(11)]
     for rule in gsm8k.RULES:
-        rescored = [gsm8k.score(r["completion"], f"#### {r['gold']}")[rule] for r in records]
-        assert rescored == [r["scores"][rule] for r in records]
-        p = sum(r["correct"] for r in rescored) / 11
+        rescored = [gsm8k.score(record["completion"], f"#### {record['gold']}")[rule] for record in records]
+        assert rescored == [record["scores"][rule] for record in records]
+        p = sum(score["correct"] for score in rescored) / 11
         assert summary["accuracy"][rule] == p and summary["standard_error"][rule] == pytest.approx((p * (1 - p) / 11) ** 0.5)
-    assert summary["capped"] == sum(r["finish"] == "cap" for r in records) / 11
+    assert summary["capped"] == sum(record["finish"] == "cap" for record in records) / 11
     assert json.loads((run / "eval.json").read_text()) == summary
     out = capsys.readouterr().out
     assert f"answer    {100 * summary['accuracy']['answer']:6.2f} %" in out and "11 of 11 problems" in out
 
 
-def test_printed_counts_are_right(small_run, monkeypatch, capsys):
+def test_printed_counts_are_right(run, known, capsys):
     """With completions that are known (6 right, 3 wrong, 1 capped without a number, 1 in another form), so are all figures."""
-    data, run = small_run
-    texts = [f" {i}+1={i + 1}\n#### {i + 1}" for i in range(6)] + [" #### 99"] * 3 + [" I do not know", " The answer is: 11"]
-    finishes = ["eos"] * 9 + ["cap", "eos"]
-    monkeypatch.setattr(evaluation, "complete", lambda *args: [
-        {"text": text, "finish": finish, "new_tokens": 10} for text, finish in zip(texts, finishes)])
-    summary = evaluation.main([str(run), "--device", "cpu"])
+    known([f" {i}+1={i + 1}\n#### {i + 1}" for i in range(6)] + [" #### 99"] * 3 + [" I do not know", " The answer is: 11"],
+          ["eos"] * 9 + ["cap", "eos"])
+    summary = evaluate(run)
     assert summary["accuracy"] == {"answer": 7 / 11, "strict": 6 / 11, "flexible": 7 / 11, "metamath": 1 / 11}
     assert summary["capped"] == summary["no_answer"] == 1 / 11 and summary["new_tokens"] == 110
     out = capsys.readouterr().out
     assert "answer     63.64 %  (+- 14.50)" in out and "metamath    9.09 %  (+- 8.67)" in out and "cap of 256 tokens: 9.1 %" in out
 
 
-def test_evaluating_a_base_model_alone_and_asking(small_run, tiny_gguf, tmp_path, capsys):
+MATH_PAGE = [("Algebra", "Level 1", "What is $2+2$?", r"It is $\boxed{4}$."), ("Algebra", "Level 5", "Solve $2x=1$.", r"$\boxed{\frac{1}{2}}$"),
+             ("Geometry", "Level 1", "How many sides has a square?", r"$\boxed{4}$")]
+
+
+@pytest.fixture
+def math_file(tmp_path):
+    """Three problems of MATH."""
+    lines = [json.dumps({"problem": problem, "solution": solution, "type": subject, "level": level})
+             for subject, level, problem, solution in MATH_PAGE]
+    (tmp_path / "math.jsonl").write_text("\n".join(lines))
+    return tmp_path / "math.jsonl"
+
+
+def test_math_is_counted_in_total_by_subject_and_by_level(tiny_gguf, math_file, tmp_path, known, capsys):
+    """With completions that are known, so are all printed figures: 2 of 3, by subject 1 of 2 and 1 of 1, by level 2 of 2 and 0 of 1."""
+    known(["So $\\boxed{4}$.", "The answer is: 2", "The answer is: $4.0$."])
+    summary = evaluate("--model", tiny_gguf, "--benchmark", "math", "--data", math_file, "--out", tmp_path)
+    assert summary["accuracy"] == {"answer": 2 / 3, "is_equiv": 1 / 3, "harness": 1 / 3, "metamath": 0} and summary["max_new"] == 1024
+    assert summary["standard_error"]["answer"] == pytest.approx((2 / 27) ** 0.5)
+    assert summary["by_subject"] == {"Algebra": {"n": 2, "accuracy": 0.5}, "Geometry": {"n": 1, "accuracy": 1}}
+    assert summary["by_level"] == {"1": {"n": 2, "accuracy": 1}, "5": {"n": 1, "accuracy": 0}}
+    out = capsys.readouterr().out
+    assert "answer     66.67 %" in out and "subject Algebra                   50.00 %  of 2" in out
+    assert "level 5                          0.00 %  of 1" in out
+    fields = [(r["question"], r["gold"], r["subject"], r["level"], r["scores"]["answer"]["correct"])
+              for r in predictions(tmp_path, "predictions-math.jsonl")]
+    assert fields == [("What is $2+2$?", "4", "Algebra", "1", True), ("Solve $2x=1$.", r"\frac{1}{2}", "Algebra", "5", False),
+                      ("How many sides has a square?", "4", "Geometry", "1", True)]
+
+
+def test_evaluating_a_base_model_alone_and_asking(run, made, tiny_gguf, tmp_path, capsys):
     """--model alone measures the base, --limit takes the first problems, --ask answers one question and writes nothing."""
-    data, run = small_run
-    summary = evaluation.main(["--model", str(tiny_gguf), "--data", str(data), "--limit", "3", "--max-new", "8", "--device", "cpu", "--out", str(tmp_path / "base")])
+    summary = evaluate("--model", tiny_gguf, "--data", made / "data", "--limit", 3, "--max-new", 8, "--out", tmp_path / "base")
     assert summary["n"] == 3 and summary["method"] == "none" and (tmp_path / "base" / "predictions.jsonl").exists()
     capsys.readouterr()
-    evaluation.main([str(run), "--ask", "What is 2+1?", "--max-new", "8", "--device", "cpu"])
+    evaluate(run, "--ask", "What is 2+1?", "--max-new", 8)
     assert "Question: What is 2+1?\nAnswer:" in capsys.readouterr().out and not (run / "predictions.jsonl").exists()
 
 
-def test_shots_come_from_the_training_data(small_run, monkeypatch):
+def test_shots_come_from_the_training_data(run, made, tmp_path, known):
     """--shots puts solved training problems in front of every question, never test problems."""
-    data, run = small_run
+    data = shutil.copytree(made / "data", tmp_path / "data")
     (data / "train.jsonl").write_text(json.dumps({"question": "Only in train?", "answer": "Yes.\n#### 1"}))
-    prompts = []
-    monkeypatch.setattr(evaluation, "complete", lambda model, tokenizer, texts, *rest: prompts.extend(texts) or [
-        {"text": " 1", "finish": "eos", "new_tokens": 1}] * len(texts))
-    evaluation.main([str(run / "adapter.safetensors"), "--shots", "1", "--limit", "2", "--device", "cpu"])
+    prompts = known([" 1"] * 2)
+    evaluate(run / "adapter.safetensors", "--data", data, "--shots", 1, "--limit", 2)
     assert len(prompts) == 2 and (run / "predictions.jsonl").exists()  # beside the adapter file that was named
-    assert all(p.startswith("Question: Only in train?\nAnswer: Yes.\n#### 1\n\nQuestion: What is") for p in prompts)
+    assert all(prompt.startswith("Question: Only in train?\nAnswer: Yes.\n#### 1\n\nQuestion: What is") for prompt in prompts)
 
 
-def test_a_damaged_result_is_named(small_run, capsys):
-    """A result.json that is not one stops with its name and the flag that does without."""
-    _, run = small_run
-    (run / "result.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        run_script(lambda: evaluation.main([str(run), "--device", "cpu"]))
-    assert f"{run / 'result.json'}: not the result of a run; name --data and --template" in capsys.readouterr().err
+def test_the_prompt_is_that_of_the_run(run, made, math_file, known):
+    """A run on Alpaca's prompt is asked in it; --template asks otherwise."""
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "template": "alpaca"}))
+    prompts = known([" 1"] * 11)
+    assert evaluate(run)["template"] == "alpaca"
+    assert prompts[3] == prompting.prompt("What is 3+1?", template="alpaca")
+    prompts = known([" 1"] * 3)
+    evaluate(run, "--benchmark", "math", "--data", math_file, "--template", "alpaca-steps")
+    assert prompts[1] == prompting.prompt("Solve $2x=1$.", template="alpaca") + " Let's think step by step."
 
 
-def test_perfect_answers_score_one_hundred(tmp_path):
-    """Completions that are the reference solutions are right by our rule and the strict one, and summed up so."""
-    examples = gsm8k.practice("test", 20)
-    completions = [{"text": prompting.target(e["answer"]), "finish": "eos", "new_tokens": 5} for e in examples]
-    summary = evaluation.summarise(evaluation.score_all(gsm8k, examples, completions))
-    assert summary["accuracy"]["answer"] == summary["accuracy"]["strict"] == 1 and summary["standard_error"]["answer"] == 0
-    wrong = evaluation.summarise(evaluation.score_all(gsm8k, examples, [{**c, "text": " no idea", "finish": "cap"} for c in completions]))
-    assert wrong["accuracy"]["answer"] == 0 and wrong["no_answer"] == wrong["capped"] == 1 and summary["new_tokens"] == 100
+def test_progress_is_printed(run, monkeypatch, capsys):
+    """While a batch is generated, not only behind it: how many are answered, the tokens, the time."""
+    monkeypatch.setattr(evaluation, "SHOWN_EVERY", -1)
+    evaluate(run, "--max-new", 40, "--batch", 6)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "answered" in line]
+    done = [int(words[0].partition("/")[0]) for words in lines]
+    assert done == sorted(done) and done[-1] == 11 and len(lines) > 4 and min(done) < 6
+    assert all(words[:2] == [f"{n}/11", "answered"] and words[3:5] == ["new", "tokens,"] for n, words in zip(done, lines))
 
 
-BAD = [([], "name a run"), (["no/such/run"], "no/such/run: no such file"), (["--model", "x.gguf", "--shots", "-1"], "'-1' is not a whole number"),
-       (["--model", "gpt5"], "model gpt5 is not known")]
+# ---- a file of one's own --------------------------------------------------------------------------------------------
+
+def write_records(path, question, answer, count=24):
+    """Practice problems under other names; every third has an `input`. Returns the texts of these."""
+    records = [{question: example["question"][-60:], answer: example["answer"][:80]} for example in practice("train", count)]
+    inputs = [f"more of {i}" for i in range(0, count, 3)]
+    for record, text in zip(records[::3], inputs):
+        record["input"] = text
+    lines = map(json.dumps, records)
+    path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]")
+    return inputs
 
 
-@pytest.mark.parametrize("flags, message", BAD, ids=[message for _, message in BAD])
-def test_bad_input_is_one_line_and_status_2(flags, message, capsys):
-    """What a user can mend ends with status 2 and one line that names it."""
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: evaluation.main(flags))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+@pytest.mark.parametrize("question, answer, name, flags", [
+    ("instruction", "output", "own.json", []), ("question", "answer", "own.jsonl", ["--strip-annotations"]),
+    ("query", "response", "own.json", ["--cut", "60+20", "--template", "alpaca"]),
+    ("prompt", "completion", "own.jsonl", ["--max-tokens", "150", "--limit", "12"])])
+def test_a_run_on_a_file_is_measured_by_its_held_out_loss(question, answer, name, flags, tiny_gguf, tmp_path, capsys):
+    """It trains without a line of code, with every `input`; eval.py then finds the loss that train.py ended with, and no
+    accuracy."""
+    inputs, run = write_records(tmp_path / name, question, answer), tmp_path / "run"
+    result = train_tiny(tiny_gguf, tmp_path / name, run, "--steps", "4", *flags)
+    train_tiny(tiny_gguf, tmp_path / name, run / "dry", "--steps", "1", "--batch", "20", "--dry-run", "--template", "plain")
+    shown = capsys.readouterr().out
+    assert sum(f"\n\n{text}\nAnswer:[[" in shown for text in inputs) >= len(inputs) - 4  # all but those held out
+    summary = evaluate(run, "--batch", 3)
+    assert summary["loss"] == pytest.approx(result["held_out_after"], rel=1e-5) != result["held_out_before"]
+    assert summary["n"] == result["held_out_examples"] and "accuracy" not in summary
+    assert json.loads((run / "eval-loss.json").read_text()) == summary and not (run / "predictions.jsonl").exists()
+    assert f"held-out loss per answer token {summary['loss']:.4f} on {summary['n']} examples" in capsys.readouterr().out
 
 
-def test_an_adapter_on_another_base_is_refused(small_run, tiny_gguf, tmp_path, capsys):
-    """Naming another base file than the run's own is refused by its checksum."""
-    _, run = small_run
-    other = tmp_path / "other.gguf"
-    content = bytearray(tiny_gguf.read_bytes())
-    content[-1] ^= 1
-    other.write_bytes(content)
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: evaluation.main([str(run), "--model", str(other), "--ask", "?", "--device", "cpu"]))
-    refusal = capsys.readouterr().err
-    assert stopped.value.code == 2 and "trained on another base model" in refusal and "--force" in refusal
-    evaluation.main([str(run), "--model", str(other), "--force", "--ask", "?", "--max-new", "2", "--device", "cpu"])
+def test_what_else_a_run_on_a_file_can_be_measured_by(made, tiny_gguf, tmp_path):
+    """Another file; GSM-8K, where that is asked for; --plain, which leaves everything off, to the same loss."""
+    for name in ("own.jsonl", "other.jsonl"):
+        write_records(tmp_path / name, "prompt", "completion", 24 if name == "own.jsonl" else 30)
+    run, plain = tmp_path / "run", {form[2] for form in fast.FORMS.values()}
+    train_tiny(tiny_gguf, tmp_path / "own.jsonl", run, "--steps", "2")
+    without = evaluate(run, "--plain")
+    assert {getattr(owner, attribute) for owner, attribute, _, _ in fast.FORMS.values()} == plain
+    own = evaluate(run)
+    assert {getattr(owner, attribute) for owner, attribute, _, _ in fast.FORMS.values()}.isdisjoint(plain)
+    assert own["loss"] == pytest.approx(without["loss"], rel=1e-5) and own["n"] == 4
+    other = evaluate(run, "--data", tmp_path / "other.jsonl", "--limit", 7)
+    assert other["n"] == 7 and other["loss"] != own["loss"]
+    summary = evaluate(run, "--benchmark", "gsm8k", "--data", made / "data", "--limit", 2, "--max-new", 4)
+    assert summary["n"] == 2 and "accuracy" in summary and (run / "eval.json").exists()
+    args = evaluation.parse_arguments([str(run), "--benchmark", "gsm8k"])
+    evaluation.settle(args, on_cpu=True)
+    assert args.data == "auto"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--benchmark", "loss"], "--benchmark loss needs --data FILE"),
+    (["--data", "x.jsonl", "--shots", "2"], "--shots and --calculator are for GSM-8K: add --benchmark gsm8k"),
+    (["--data", "x.jsonl", "--calculator"], "--shots and --calculator are for GSM-8K: add --benchmark gsm8k")])
+def test_what_the_loss_needs_is_said(flags, message, run):
+    """A file, and no flags that are for answers."""
+    with pytest.raises(ValueError, match=message):
+        evaluate(run, *flags)
+
+
+# ---- whose adapter, which base --------------------------------------------------------------------------------------
+
+def test_an_adapter_on_another_base_must_be_forced(run, tmp_path, capsys):
+    """Another base than the run's own is refused by its checksum, in evaluation and in export; --force takes it."""
+    other = write_gguf(tmp_path / "other.gguf", tiny_metadata(), tiny_tensors(seed=5))
+    to = [str(run), str(tmp_path / "out"), "--to", "peft", "--model", str(other)]
+    for command in (lambda *force: evaluate(run, "--model", other, "--ask", "?", "--max-new", 2, *force), lambda *force: export.main([*to, *force])):
+        with pytest.raises(ValueError, match="trained on another base model.*--force"):
+            command()
+        command("--force")
     assert "other.gguf, method" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="trained on another base model"):
-        export.main([str(run), str(tmp_path / "out"), "--to", "peft", "--model", str(other)])
-    export.main([str(run), str(tmp_path / "out"), "--to", "peft", "--model", str(other), "--force"])
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "x" * 1000])
-def test_an_adapter_that_names_no_base_says_so(name, small_run, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["a\nb", "x" * 1000])
+def test_an_adapter_that_names_no_base_says_so(name, made, tmp_path):
     """The base's name in an adapter file is a name, or --model must be given."""
-    tensors, metadata = read_safetensors(small_run[1] / "adapter.safetensors")
-    write_safetensors(tmp_path / "a.safetensors", {k: v.clone() for k, v in tensors.items()}, {**metadata, "base_name": name})
+    tensors, metadata = read_safetensors(made / "run" / "adapter.safetensors")
+    write_safetensors(tmp_path / "a.safetensors", {key: tensor.clone() for key, tensor in tensors.items()}, {**metadata, "base_name": name})
     with pytest.raises(ValueError, match="a.safetensors: names no base model .*; give it with --model"):
-        evaluation.main([str(tmp_path / "a.safetensors"), "--ask", "?", "--device", "cpu"])
+        evaluate(tmp_path / "a.safetensors", "--ask", "?")
 
 
-@pytest.mark.parametrize("change", [{"data": 3}, {"template": "none"}, {"template": []}, {"data": "a\nb"}])
-def test_a_damaged_record_of_data_or_template_is_named(change, small_run):
-    """Before a model generates anything."""
-    path = small_run[1] / "result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+@pytest.mark.parametrize("change", [None, {"data": 3}, {"template": []}, {"data": "a\nb"}])
+def test_a_result_that_is_none_is_named(change, run):
+    """Before a model generates anything, with the flags that do without it."""
+    path = run / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change} if change else {}))
     with pytest.raises(ValueError, match="result.json: not the result of a run; name --data and --template"):
-        evaluation.recorded(small_run[1])
+        evaluate(run)
+    assert evaluate(run, "--data", "practice", "--template", "plain", "--limit", 1, "--max-new", 2)["n"] == 1

@@ -1,15 +1,15 @@
-"""The decoder against transformers and against definitions."""
+"""The decoder against transformers and against definitions. (tests/support/test_fast.py holds the fast forms against it.)"""
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import KVCache, rope_tables
-from support.fast import rotate
+from model import KVCache, RMSNorm, rope_tables, rotate
 from tests.toy import tokens, toy_model
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1},
-                                     {"rope_theta": 500000.0, "head_dim": 16}])
+@pytest.mark.peers
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4, "tie_word_embeddings": False},
+                                     {"num_key_value_heads": 1, "rope_theta": 500000.0, "head_dim": 16}])
 def test_logits_equal_transformers(changes):
     """The same random weights in transformers' Llama: the same logits; keys load unchanged."""
     transformers = pytest.importorskip("transformers")
@@ -31,6 +31,16 @@ def test_rope_is_a_rotation_of_complex_pairs():
     assert (turned - torch.cat((expected.real, expected.imag), -1)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_the_norm_is_torchs(dtype, tolerance):
+    """The same values, in fp32 and in bf16."""
+    torch.manual_seed(0)
+    norm, x = RMSNorm(24, 1e-5).to(dtype), torch.randn(3, 24).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    expected = F.rms_norm(x.double(), (24,), norm.weight.double(), 1e-5)
+    assert norm(x).dtype == dtype and (norm(x) - expected).norm() < tolerance * expected.norm()
+
+
 def test_tied_head_is_the_embedding():
     """With tied embeddings the head is the same Parameter, listed once; otherwise they are two."""
     tied, untied = toy_model(), toy_model(tie_word_embeddings=False)
@@ -39,47 +49,12 @@ def test_tied_head_is_the_embedding():
     assert len(list(untied.parameters())) == len(list(tied.parameters())) + 1
 
 
-def test_cached_forward_equals_uncached_for_rows_of_different_length():
-    """Right-padded prefill, then single tokens at per-row positions: each row's logits are those of the row alone."""
-    model, lengths, more = toy_model(), [3, 9, 70, 1], 5
-    rows = [tokens(1, n + more, seed=n)[0] for n in lengths]
-    cache = KVCache(model.config, 4, 96, torch.float32, "cpu")
-    padded = torch.zeros(4, max(lengths), dtype=torch.long)
-    for b, n in enumerate(lengths):
-        padded[b, :n] = rows[b][:n]
-    with torch.no_grad():
-        logits = [model(padded, cache)[torch.arange(4), torch.tensor(lengths) - 1]]
-        cache.advance(torch.tensor(lengths), max(lengths))
-        for step in range(more):
-            logits.append(model(torch.stack([rows[b][n + step] for b, n in enumerate(lengths)])[:, None], cache)[:, 0])
-            cache.advance(1, 1)
-        for b, n in enumerate(lengths):
-            alone = model(rows[b][None])[0, n - 1:]
-            assert (torch.stack(logits)[:, b] - alone).abs().max() < 1e-5
-
-
-def test_cache_takes_several_tokens_at_once_and_drops_rows():
-    """Feeding a row in pieces of 4, 1 and 7 tokens equals one pass; rows that are kept are not disturbed."""
-    model, text = toy_model(), tokens(3, 12)
-    cache = KVCache(model.config, 3, 64, torch.float32, "cpu")
-    with torch.no_grad():
-        parts = [model(text[:, :4], cache)]
-        cache.advance(4, 4)
-        assert cache.keep(torch.tensor([True, False, True])).tolist() == [0, 2]
-        for first, last in ((4, 5), (5, 12)):
-            parts.append(model(text[[0, 2], first:last], cache))
-            cache.advance(last - first, last - first)
-        whole = model(text)
-    assert (parts[0] - whole[:, :4]).abs().max() < 1e-5
-    assert (torch.cat(parts[1:], 1) - whole[[0, 2], 4:]).abs().max() < 1e-5
-
-
 def test_grouped_queries_equal_repeated_keys():
-    """One key head for several query heads is attention with that head repeated."""
+    """One key head for several query heads is attention with that head repeated; a query sees no key behind it."""
     model = toy_model()
     attention = model.model.layers[0].self_attn
     x = torch.randn(2, 6, 32)
-    cos, sin = rope_tables(torch.arange(6)[None], toy_model().config)
+    cos, sin = rope_tables(torch.arange(6)[None], model.config)
     q, k, v = (F.linear(x, p.weight).view(2, 6, -1, 8).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf).softmax(-1)
@@ -87,39 +62,68 @@ def test_grouped_queries_equal_repeated_keys():
     assert (attention(x, cos[:, None], sin[:, None]) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kept", [[1, 1, 0, 1, 0, 1], [0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+def is_alone(model, logits, text):
+    """Whether `logits` (T, V) are the last ones of a row that had always been alone, without a cache."""
+    return (logits - model(text[None])[0, -len(logits):]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_cached_forward_equals_uncached_for_rows_of_different_length():
+    """Right-padded prefill, then single tokens at positions of their own: each row's logits are those of the row alone."""
+    model, lengths, more = toy_model(), torch.tensor([3, 9, 70, 1]), 5
+    text, row = tokens(4, 75), torch.arange(4)
+    cache = KVCache(model.config, 4, 96, torch.float32, "cpu")
+    logits = [model(text[:, :70], cache)[row, lengths - 1]]
+    cache.advance(lengths, 70)
+    for step in range(more):
+        logits.append(model(text[row, lengths + step][:, None], cache)[:, 0])
+        cache.advance(1, 1)
+    for b, n in enumerate(lengths):
+        assert is_alone(model, torch.stack(logits)[:, b], text[b, :n + more])
+
+
+@torch.no_grad()
+def test_a_cache_takes_several_tokens_at_once():
+    """A text in pieces of 4, 1 and 7 tokens."""
+    model, text = toy_model(), tokens(2, 12)
+    cache, logits = KVCache(model.config, 2, 64, torch.float32, "cpu"), []
+    for first, last in ((0, 4), (4, 5), (5, 12)):
+        logits.append(model(text[:, first:last], cache))
+        cache.advance(last - first, last - first)
+    assert all(is_alone(model, torch.cat(logits, 1)[b], text[b]) for b in range(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [[1, 1, 0, 1, 0, 1], [0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
 def test_rows_that_stay_go_on_undisturbed(kept):
     """Whatever rows leave, the others' next logits are those of rows that had always been alone, in the order given."""
     model, text, kept = toy_model(), tokens(6, 9), torch.tensor(kept, dtype=torch.bool)
-    cache = KVCache(model.config, 6, 80, torch.float32, "cpu")
-    lengths = torch.tensor([3, 8, 5, 7, 2, 6])
-    with torch.no_grad():
-        model(text[:, :8], cache)
-        cache.advance(lengths, 8)
-        order = cache.keep(kept)
-        assert sorted(order.tolist()) == kept.nonzero()[:, 0].tolist() and cache.longest == lengths[kept].max()
-        logits = model(text[order, 8:], cache)[:, 0]
-        for row, b in enumerate(order.tolist()):
-            alone = torch.cat((text[b, :lengths[b]], text[b, 8:]))[None]
-            assert (logits[row] - model(alone)[0, -1]).abs().max() < 1e-5
+    cache, lengths = KVCache(model.config, 6, 80, torch.float32, "cpu"), torch.tensor([3, 8, 5, 7, 2, 6])
+    model(text[:, :8], cache)
+    cache.advance(lengths, 8)
+    order = cache.keep(kept)
+    assert sorted(order.tolist()) == kept.nonzero()[:, 0].tolist() and cache.longest == lengths[kept].max()
+    logits = model(text[order, 8:], cache)
+    for row, b in enumerate(order):
+        assert is_alone(model, logits[row], torch.cat((text[b, :lengths[b]], text[b, 8:])))
 
 
+@torch.no_grad()
 def test_slots_without_tokens_may_hold_anything_before_they_are_cleared(monkeypatch):
     """Fresh memory may be NaN: no output sees it, also where the cache grows and where windows were written apart."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
     model, text = toy_model(), tokens(2, 140)
     cache = KVCache(model.config, 2, 150, torch.float32, "cpu")
-    with torch.no_grad():
-        cache.slots(70)
-        for row, length in ((0, 70), (1, 3)):
-            window = cache.window(row, row + 1)
-            model(text[row:row + 1, :length], window)
-            window.advance(length, length)
-        cache.longest = 70
-        for step in range(60):  # past the next multiple of 64
-            rows = torch.stack((text[0, 70 + step], text[1, 3 + step]))[:, None]
-            logits = model(rows, cache)[:, 0]
-            cache.advance(1, 1)
-        assert (logits[0] - model(text[:1, :130])[0, -1]).abs().max() < 1e-5
-        assert (logits[1] - model(text[1:, :63])[0, -1]).abs().max() < 1e-5
+    cache.slots(70)
+    for row, length in ((0, 70), (1, 3)):
+        window = cache.window(row, row + 1)
+        model(text[row:row + 1, :length], window)
+        window.advance(length, length)
+    cache.longest = 70
+    for step in range(60):  # past the next multiple of 64
+        logits = model(torch.stack((text[0, 70 + step], text[1, 3 + step]))[:, None], cache)
+        cache.advance(1, 1)
+    assert is_alone(model, logits[0], text[0, :130]) and is_alone(model, logits[1], text[1, :63])

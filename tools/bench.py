@@ -1,15 +1,16 @@
 """How fast is it? Each command measures in processes of its own, prints a table, and appends JSON lines to --results.
 
-    python -m tools.bench train --methods lora sorsa --peer    real tokens per second, share of the machine's speed, memory
-    python -m tools.bench generate --peer                      GSM-8K problems answered per second, and whether texts agree
-    python -m tools.bench init --methods pissa sorsa sara      seconds to attach a method; also --width 2048 --layers 16
-    python -m tools.bench load                                 seconds until the model is loaded, memory beside its weights
-    python -m tools.bench merged                               a merged model beside its base
-    python -m tools.bench memory --methods lora full --peer    peak memory of a training step, and what it consists of
-    python -m tools.bench fast                                 what each form in support/fast.py buys: all but one, none
-    python -m tools.bench cost                                 how the cost grows with batch, length, rank, width, problems
-    python -m tools.bench gpu --peer                           what to measure on a large GPU: epochs, evaluations, a 7B model
+    train --methods lora sorsa --peer    real tokens per second, share of the machine's speed, memory
+    generate --peer                      GSM-8K problems answered per second, and whether texts agree
+    init --methods pissa sorsa sara      seconds to attach a method; also --width 2048 --layers 16
+    load                                 seconds until the model is loaded, memory beside its weights
+    merged                               a merged model beside its base
+    memory --methods lora full --peer    peak memory of a training step, and what it consists of
+    fast                                 what each form in support/fast.py buys: all but one, none
+    cost                                 how the cost grows with batch, length, rank, width, problems
+    gpu --peer                           what to measure on a large GPU: epochs, evaluations, a 7B model
 
+Each is a command `python -m tools.bench WHAT [flags]`.
 With --peer (pip install transformers peft) the same weights and examples go through transformers + peft, in alternation
 with ours. "peer" is set up as its users would: random batches padded to their longest row, its own head and loss, fused
 AdamW; "strict" is the same on our batches of similar length, "tuned" besides in a process with our settings for a CPU
@@ -186,7 +187,7 @@ def train_side(args):
     record = {"tokens_per_second": sum(tokens) / elapsed, "seconds": elapsed, "tokens": sum(tokens),
               "matmul_gflops": limit, "memory_gb": report.peak_memory(DEVICE), "warm_up_seconds": warm_up}
     if args.side not in PEERS:
-        gflops = sum(tokens) / elapsed * report.gflop_per_token(model, encoded)[1]
+        gflops = sum(tokens) / elapsed * report.gflop_per_token(model, encoded, args.compile)[1]
         record.update(gflops=gflops, share=gflops / limit,
                       parameters=sum(p.numel() for p in adapter.trainable(model).values()))
     return record
@@ -462,7 +463,8 @@ def device_name():
 
 
 def parse_arguments(argv=None):
-    parser = Parser(prog="python -m tools.bench", usage="python -m tools.bench WHAT [flags]", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tools.bench", usage="python -m tools.bench WHAT [flags]",
+                    description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=[*SIDES, "fast", "gpu"])
     parser.add_argument("--peer", action="store_true", help="also transformers + peft (pip install transformers peft)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS),

@@ -1,8 +1,8 @@
 """A fine-tuned run in the formats of other tools.
 
-    python -m tools.export runs/sorsa DIR --to peft         the adapter as a peft LoRA: PeftModel.from_pretrained(base, DIR)
-    python -m tools.export runs/sorsa DIR --to hf           the merged model: AutoModelForCausalLM.from_pretrained(DIR)
-    python -m tools.export DIR --model smollm2-135m --to hf    a base alone, to put the LoRA on
+    python -m tools.export runs/sorsa DIR --to peft     as a peft LoRA: PeftModel.from_pretrained(base, DIR)
+    python -m tools.export runs/sorsa DIR --to hf       the merged model: AutoModelForCausalLM.from_pretrained(DIR)
+    python -m tools.export DIR --model smollm2-135m --to hf     a base alone, to put the LoRA on
 
 The LoRA is exact: every method but Mo-SARA and full fine-tuning changes a weight by a product of low rank, which its
 layers give as `lora_factors()`; PiSSA's and SORSA's has rank 2r, against the original weights.
@@ -86,7 +86,7 @@ def write_hf(base, folder):
 
 def main(argv=None):
     parser = Parser(prog="python -m tools.export",
-                    usage="python -m tools.export RUN DIR --to peft|hf, or python -m tools.export DIR --model MODEL --to hf",
+                    usage="python -m tools.export RUN DIR --to peft|hf, or DIR --model MODEL --to hf",
                     description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("folder", type=Path, metavar="DIR", help="where to write: a new or empty folder")

@@ -16,7 +16,8 @@ KINDS = {int: ("a whole number", lambda value: type(value) is int and -1 << 63 <
          bool: ("true or false", lambda value: isinstance(value, bool)),
          str: ("a text", lambda value: isinstance(value, str)),
          list: ("a list of texts", lambda value: isinstance(value, list) and all(map(KINDS[str][1], value))),
-         dict: ("a map of numbers", lambda value: isinstance(value, dict) and all(map(KINDS[float][1], value.values())))}
+         dict: ("a map of numbers",
+                lambda value: isinstance(value, dict) and all(map(KINDS[float][1], value.values())))}
 
 
 def save(model, path, base_name="", base_sha256=""):
@@ -72,12 +73,12 @@ def check_config(path, config):
 
 
 def check_recorded(method, model):
-    """ValueError unless attach has recorded what it takes to do it again: else a run would save what can't be loaded."""
+    """ValueError unless attach has recorded what it takes to do it again, without which a file could not be loaded."""
     try:
         check_config(f"{method}'s attach", json.loads(json.dumps(getattr(model, "adapter_config", {}))))
     except ValueError as error:
-        raise ValueError(f"{str(error).rpartition(';')[0]}; end attach with adapter.record(model, NAME, ...) and its own "
-                         "arguments, each with an annotation or a default that says its kind") from None
+        raise ValueError(f"{str(error).rpartition(';')[0]}; end attach with adapter.record(model, NAME, ...) and its "
+                         "own arguments, each with a default, and an annotation where that is None") from None
 
 
 def attach_saved(model, path, tensors, config, force=False):

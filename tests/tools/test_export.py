@@ -1,132 +1,94 @@
 """What is exported loads in transformers and peft and gives our logits."""
 import json
-import shutil
 
 import pytest
 import torch
 
 import adapter
 from methods import METHODS
-from support.script import run_script
-from tests.toy import SIZES, perturb
+from tests.toy import MERGEABLE, SIZES, perturb
+from tests.weights.test_huggingface import byte_vocabulary, peer, tokens
 from tools import export
 from weights import adapter_file, base_model
-from tests.weights.test_huggingface import byte_vocabulary, peer, tokens
 
+pytestmark = pytest.mark.peers
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-LORAS = [method for method in METHODS if method not in ("full", "mosara")]
-
-
-def make_run(folder, model, method, targets=adapter.TARGETS):
-    """A run folder whose adapter has moved, and the logits of its model."""
-    base = base_model.load(str(model))
-    targets = {} if method == "full" else {"targets": targets}
-    METHODS[method].attach(base.model, **SIZES.get(method, {"rank": 4}), **targets)
-    perturb(base.model, 0.05)
-    folder.mkdir()
-    adapter_file.save(base.model, folder / "adapter.safetensors", base.name, base.sha256)
-    with torch.no_grad():
-        return base.model(tokens() % base.model.config.vocab_size)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders of a llama, a qwen2 and a gpt2."""
+def models(tiny_gguf, tmp_path_factory):
+    """{family: path} of a llama, a qwen2 and a gpt2 as folders, and of the tiny model as a file."""
     root = tmp_path_factory.mktemp("models")
     for family in ("llama3.1", "qwen2", "gpt2"):
         peer(family).save_pretrained(root / family)
         (root / family / "tokenizer.json").write_text(json.dumps(byte_vocabulary()))
-    return root
+    return {"gguf": tiny_gguf, **{path.name: path for path in root.iterdir()}}
 
 
-@pytest.mark.parametrize("family", ["llama3.1", "qwen2", "gpt2"])
-@pytest.mark.parametrize("method", LORAS)
-def test_peft_folder_gives_our_logits(method, family, models, tmp_path):
-    """PeftModel.from_pretrained on transformers' own base, ranks per layer included."""
-    expected = make_run(tmp_path / "run", models / family, method)
-    export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", "peft"])
-    base = transformers.AutoModelForCausalLM.from_pretrained(models / family)
-    with torch.no_grad():
-        before = base(tokens()).logits
-        found = peft.PeftModel.from_pretrained(base, tmp_path / "out")(tokens()).logits
-    assert (found - expected).abs().max() < 1e-4 < 1e-2 < (before - expected).abs().max()
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(models / family)
-    assert (len(config["rank_pattern"]) > 0) == (method == "sara" or family == "gpt2")  # c_attn has three times the rank
+@pytest.fixture
+def exported(models, tmp_path):
+    """exported(family, method, to, targets): the logits of an adapted model that has moved, and its exported folder."""
+    def make(family, method, to, targets=adapter.TARGETS):
+        base = base_model.load(str(models[family]))
+        targets = {} if method == "full" else {"targets": targets}
+        METHODS[method].attach(base.model, **SIZES.get(method, {"rank": 4}), **targets)
+        perturb(base.model, 0.05)
+        (tmp_path / "run").mkdir()
+        adapter_file.save(base.model, tmp_path / "run" / "adapter.safetensors", base.name, base.sha256)
+        export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", to])
+        with torch.no_grad():
+            return base.model(tokens() % base.model.config.vocab_size), tmp_path / "out"
+    return make
 
 
-@pytest.mark.parametrize("targets, modules", [
-    (["v_proj", "down_proj"], ["attn.c_attn", "mlp.c_proj"]), (["q_proj", "o_proj"], ["attn.c_attn", "attn.c_proj"]),
-    (["k_proj", "up_proj"], ["attn.c_attn", "mlp.c_fc"])])
-def test_a_part_of_gpt2s_matrices_in_peft(targets, modules, models, tmp_path):
-    """One of q, k, v alone changes only its third of c_attn; the two matrices called c_proj are told apart."""
-    expected = make_run(tmp_path / "run", models / "gpt2", "pissa", targets)
-    export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", "peft"])
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == modules
-    base = transformers.AutoModelForCausalLM.from_pretrained(models / "gpt2")
-    with torch.no_grad():
-        before = base(tokens()).logits
-        found = peft.PeftModel.from_pretrained(base, tmp_path / "out")(tokens()).logits
-    assert (found - expected).abs().max() < 1e-4 < 1e-2 < (before - expected).abs().max()
+@torch.no_grad()
+def logits(model):
+    """Of a model of transformers or peft."""
+    return model(tokens() % model.config.vocab_size).logits
 
 
-@pytest.mark.parametrize("family, method", [("llama3.1", method) for method in LORAS + ["full"]] + [("gpt2", "lora"), ("qwen2", "full")])
-def test_hf_folder_gives_our_logits(family, method, models, tmp_path):
+@pytest.mark.parametrize("family, method, targets, modules", [
+    *(("gpt2", method, adapter.TARGETS, ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]) for method in MERGEABLE),
+    *(("llama3.1", method, adapter.TARGETS, sorted(adapter.TARGETS)) for method in ("lora", "sara")),
+    ("qwen2", "pissa", ["q_proj", "down_proj"], ["down_proj", "q_proj"]),
+    ("gpt2", "pissa", ["v_proj", "down_proj"], ["attn.c_attn", "mlp.c_proj"]),
+    ("gpt2", "pissa", ["q_proj", "o_proj"], ["attn.c_attn", "attn.c_proj"]),
+    ("gpt2", "pissa", ["k_proj", "up_proj"], ["attn.c_attn", "mlp.c_fc"])])
+def test_a_peft_folder_gives_our_logits(family, method, targets, modules, models, exported):
+    """PeftModel.from_pretrained on transformers' own base, ranks per layer included. In GPT-2 one of q, k, v alone changes
+    only its third of c_attn, and the two matrices called c_proj are told apart."""
+    expected, folder = exported(family, method, "peft", targets)
+    base = transformers.AutoModelForCausalLM.from_pretrained(models[family])
+    before = logits(base)
+    assert (logits(peft.PeftModel.from_pretrained(base, folder)) - expected).abs().max() < 1e-4 < 1e-2 < (before - expected).abs().max()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(models[family]) and config["target_modules"] == modules
+    by_layer = method == "sara" or family == "gpt2" and targets == adapter.TARGETS  # there c_attn has three times the rank
+    assert (len(config["rank_pattern"]) > 0) == by_layer
+
+
+@pytest.mark.parametrize("family, method", [("llama3.1", "sorsa"), ("llama3.1", "full"), ("gpt2", "lora"), ("qwen2", "lotr"), ("gguf", "cora")])
+def test_an_hf_folder_gives_our_logits(family, method, models, exported):
     """AutoModelForCausalLM.from_pretrained, and our own loader, on the merged model; the tokenizer comes along."""
-    expected = make_run(tmp_path / "run", models / family, method)
-    export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", "hf"])
+    expected, folder = exported(family, method, "hf")
+    assert (logits(transformers.AutoModelForCausalLM.from_pretrained(folder)) - expected).abs().max() < 1e-4
+    again, before = base_model.load(str(folder)), base_model.load(str(models[family]))
     with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens()).logits
-        again = base_model.load(str(tmp_path / "out"))
-        assert (theirs - expected).abs().max() < 1e-4 and (again.model(tokens()) - expected).abs().max() < 1e-4
-    assert again.tokenizer.encode("ai bj") == base_model.load(str(models / family)).tokenizer.encode("ai bj")
+        assert (again.model(tokens() % again.model.config.vocab_size) - expected).abs().max() < 1e-4
+    assert again.tokenizer.encode("ai bj") == before.tokenizer.encode("ai bj")
+    if family == "gguf":  # whose config and tokenizer are written anew
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        for text in ("the her in", "12 + 7 = 19\n#### 19", "é 🙂"):
+            ids = before.tokenizer.encode(text)
+            assert theirs.encode(text) == ids and theirs.decode(ids) == text
+        assert theirs.eos_token_id == before.tokenizer.eos_id
 
 
-def test_a_gguf_base_gets_a_config_and_a_tokenizer(tiny_gguf, tmp_path):
-    """From a GGUF file both are written anew: transformers loads model and tokenizer, with our logits and ids."""
-    expected = make_run(tmp_path / "run", tiny_gguf, "sorsa")
-    export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", "hf"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with torch.no_grad():
-        assert (model(tokens() % model.config.vocab_size).logits - expected).abs().max() < 1e-4
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), base_model.load(str(tiny_gguf)).tokenizer
-    for text in ("the her in", "12 + 7 = 19\n#### 19", "é 🙂"):
-        assert theirs.encode(text) == ours.encode(text) and theirs.decode(ours.encode(text)) == text
-    assert theirs.eos_token_id == ours.eos_id
-
-
-def test_a_base_alone_and_a_lora_on_it(tiny_gguf, tmp_path, capsys):
+def test_a_base_alone_and_a_lora_on_it(tiny_gguf, exported, tmp_path, capsys):
     """The base of a GGUF run as a folder, then the run's LoRA on that folder, in peft: our logits again."""
-    expected = make_run(tmp_path / "run", tiny_gguf, "lora")
-    export.main([str(tmp_path / "base"), "--model", str(tiny_gguf), "--to", "hf"])
-    export.main([str(tmp_path / "run"), str(tmp_path / "lora"), "--to", "peft"])
+    expected, folder = exported("gguf", "lora", "peft")
     assert f"its base for transformers: python -m tools.export BASE_DIR --model {tiny_gguf} --to hf" in capsys.readouterr().out
+    export.main([str(tmp_path / "base"), "--model", str(tiny_gguf), "--to", "hf"])
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    with torch.no_grad():
-        found = peft.PeftModel.from_pretrained(base, tmp_path / "lora")(tokens() % base.config.vocab_size).logits
-    assert (found - expected).abs().max() < 1e-4
-    with pytest.raises(SystemExit):
-        export.main([str(tmp_path / "x"), "--to", "hf"])
-
-
-@pytest.mark.parametrize("method, family, to, message", [
-    ("mosara", "llama3.1", "peft", "q_proj cannot be exported: each token has its own update through the router"),
-    ("mosara", "llama3.1", "hf", "q_proj cannot be exported: each token has its own update through the router"),
-    ("full", "llama3.1", "peft", "full fine-tuning changes whole matrices, which is no LoRA: export it with --to hf")])
-def test_what_cannot_be_exported_says_why(method, family, to, message, models, tmp_path, capsys):
-    """One line, status 2, and no folder left behind."""
-    make_run(tmp_path / "run", models / family, method)
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda: export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", to]))
-    assert stopped.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_is_not_empty_is_refused(models, tmp_path):
-    """Nothing is overwritten."""
-    make_run(tmp_path / "run", models / "qwen2", "lora")
-    with pytest.raises(ValueError, match="is not an empty folder: name another"):
-        export.main([str(tmp_path / "run"), str(tmp_path / "run"), "--to", "peft"])
-    with pytest.raises(FileNotFoundError, match="no such file: give a folder"):
-        export.main([str(tmp_path / "no"), str(tmp_path / "out"), "--to", "peft"])
-    shutil.rmtree(tmp_path / "run")
+    assert (logits(peft.PeftModel.from_pretrained(base, folder)) - expected).abs().max() < 1e-4

@@ -1,0 +1,144 @@
+"""Batched, cached generation against a loop without a cache."""
+import pytest
+import torch
+
+import adapter
+from data import prompting
+from support import fast, generate
+from tests.toy import attach, perturb, tokens, toy_model
+from weights import base_model
+
+NEVER = -1  # an end that no model chooses
+
+
+@torch.no_grad()
+def naive_greedy(model, prompt, max_new, eos_id):
+    """One row, no cache, no padding: the whole text through the model for every token."""
+    ids = list(prompt)
+    for _ in range(max_new):
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if ids[-1] == eos_id:
+            break
+    return ids[len(prompt):]
+
+
+@pytest.fixture(scope="module")
+def case():
+    """(model, 13 prompts of different lengths, an end that rows reach at different times or never, the expected texts)."""
+    model, prompts = toy_model(seed=3), [tokens(1, 1 + (7 * i) % 40, seed=i)[0].tolist() for i in range(13)]
+    free = [naive_greedy(model, prompt, 40, NEVER) for prompt in prompts]
+    eos = max(set(sum(free, [])), key=lambda token: sum(token in ids for ids in free))
+    expected = [naive_greedy(model, prompt, 40, eos) for prompt in prompts]
+    assert len({len(ids) for ids in expected}) > 3 and max(map(len, expected)) == 40
+    return model, prompts, eos, expected
+
+
+@pytest.mark.parametrize("batch, at_once", [(1, 2048), (5, 2048), (64, 2048), (64, 50), (64, 1)])
+def test_batched_cached_generation_equals_the_naive_loop(batch, at_once, case, monkeypatch):
+    """Token for token, for rows of different lengths that end at different times, however many prompts are read at once."""
+    monkeypatch.setitem(generate.PREFILL_TOKENS, "cpu", at_once)
+    model, prompts, eos, expected = case
+    assert generate.generate(model, prompts, eos, max_new=40, batch=batch) == expected
+
+
+@pytest.fixture
+def rows(case, monkeypatch):
+    """How many rows each call of the model carries."""
+    seen, model = [], case[0].model
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda tokens, cache=None: seen.append(len(tokens)) or forward(tokens, cache))
+    return seen
+
+
+def test_rows_that_ended_leave_at_once(case, rows):
+    """On a CPU no decode step carries a row whose text has ended."""
+    model, prompts, eos, expected = case
+    generate.generate_batch(model, prompts, eos, max_new=40)
+    assert rows[-39:] == [sum(len(ids) > step for ids in expected) for step in range(1, 40)]
+
+
+def test_rows_that_are_done_leave_too(case, rows):
+    """A row may end by its text, which is looked at every few steps."""
+    model, prompts, _, _ = case
+    generate.generate_batch(model, prompts, NEVER, max_new=20, is_done=lambda ids: len(ids) == generate.CHECK_EVERY and ids[0] > 48)
+    steps = rows[-19:]
+    assert steps[:generate.CHECK_EVERY - 1] == [13] * (generate.CHECK_EVERY - 1) and 0 < steps[-1] == steps[generate.CHECK_EVERY - 1] < 13
+
+
+def test_forced_tokens_enter_the_row(case):
+    """What `force` returns is taken in place of the model's choices, and the model goes on from there."""
+    model, prompts, _, _ = case
+    force = lambda ids: [11, 12] if len(ids) == 3 else None  # noqa: E731
+    forced = generate.generate(model, [prompts[3], prompts[3]], NEVER, max_new=12, force=force)[1]
+    assert forced[:5] == naive_greedy(model, prompts[3], 3, NEVER) + [11, 12]
+    assert forced[5:] == naive_greedy(model, prompts[3] + forced[:5], 7, NEVER)
+
+
+def test_progress_is_told(case):
+    """Every few steps and after each batch: how many prompts are answered, how many tokens were made; both only rise."""
+    model, prompts, eos, expected = case
+    told = []
+    generate.generate(model, prompts, eos, max_new=40, batch=5, progress=lambda *numbers: told.append(numbers))
+    assert told == sorted(told) and len(told) >= 3 * 40 // generate.CHECK_EVERY - 3
+    assert told[-1] == (13, sum(map(len, expected))) and {5, 10, 13} <= {finished for finished, _ in told}
+
+
+def test_adapted_and_merged_models_generate_the_same(case):
+    """Merging changes the weights' form, not the text."""
+    model, prompts = perturb(attach(toy_model(seed=3), "sorsa"), 0.05), case[1]
+    before = generate.generate(model, prompts, NEVER, max_new=20)
+    adapter.merge(model)
+    assert generate.generate(model, prompts, NEVER, max_new=20) == before
+
+
+def test_a_prompt_longer_than_the_context_is_refused():
+    """A prompt must leave room for the new tokens."""
+    with pytest.raises(ValueError, match="a prompt of 250 tokens and 20 new ones do not fit the model's context of 256"):
+        generate.generate(toy_model(), [[1] * 250], NEVER, max_new=20)
+
+
+def test_a_completion_ends_where_another_question_begins(tiny_gguf, monkeypatch):
+    """What follows "Question:" on a new line is cut and not counted, and the row may end there."""
+    base, told = base_model.load(str(tiny_gguf)), []
+    answer, short = (base.tokenizer.encode(text, start=False) for text in (" 3+4=7\n#### 7", " 7"))
+    more = base.tokenizer.encode("\nQuestion: What else?", start=False)
+
+    def generated(model, prompts, eos_id, max_new, batch, is_done, force, progress):
+        told.extend([is_done(answer + more[:len(more) // 2]), is_done(answer)])
+        return [answer + more, [*short, eos_id], short]
+    monkeypatch.setattr(generate, "generate", generated)
+    stopped, ended, capped = generate.complete(base.model, base.tokenizer, ["a", "b", "c"])
+    assert told == [True, False]
+    assert stopped == {"text": " 3+4=7\n#### 7", "new_tokens": len(answer), "finish": "stop"}
+    assert ended == {"text": " 7", "new_tokens": len(short) + 1, "finish": "eos"}
+    assert capped == {"text": " 7", "new_tokens": len(short), "finish": "cap"}
+
+
+def test_what_follows_an_equals_sign_is_computed(tiny_gguf, monkeypatch):
+    """With the calculator, inside << >>, and only there; the model goes on behind it."""
+    base, forced = base_model.load(str(tiny_gguf)), []
+
+    def generated(model, prompts, eos_id, max_new, batch, is_done, force, progress):
+        forced.extend(force(base.tokenizer.encode(text)) for text in ("She has <<137*68=", "137*68=", "<<137*68"))
+        return [[eos_id]]
+    monkeypatch.setattr(generate, "generate", generated)
+    generate.complete(base.model, base.tokenizer, ["a"], calculator=True)
+    assert forced == [base.tokenizer.encode("9316>>", start=False), None, None]
+
+
+def test_the_real_model_generates_what_the_naive_loop_does(real_base):
+    """Token for token, with all that makes it fast."""
+    questions = ["What is 3 plus 4?", "Tom has 12 eggs. He eats 2 each day. How many are left after 3 days?"]
+    asked, eos = [real_base.tokenizer.encode(prompting.prompt(question)) for question in questions], real_base.tokenizer.eos_id
+    expected = [naive_greedy(real_base.model, ids, 12, eos) for ids in asked]
+    fast.switch_on()
+    assert generate.generate(real_base.model, asked, eos, max_new=12) == expected
+
+
+def test_the_real_model_uses_the_calculator(real_base):
+    """In the form of its examples it writes an annotation, whose result is computed."""
+    shots = [{"question": "Sam has 4 bags with 6 figs each. How many figs?", "answer": "Sam has 4*6 = <<4*6=24>>24 figs.\n#### 24"}] * 2
+    prompt = prompting.prompt("Eve has 137 boxes with 68 pens each. How many pens does she have?", shots)
+    fast.switch_on()
+    answer = generate.complete(real_base.model, real_base.tokenizer, [prompt], 24, calculator=True)[0]
+    assert "<<137*68=9316>>" in answer["text"]
