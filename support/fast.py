@@ -163,7 +163,7 @@ def attention(q, k, v, seen=None):
 
 
 class AttentionInPieces(torch.autograd.Function):
-    """`causal_attention`, a few rows of the batch, and of long rows some of the queries, at a time.
+    """Causal attention over whole rows, a few of them at a time, and of long ones some of the queries.
 
     The scores of a piece stay in the processor's cache, keys that come after all its queries are left out, and the
     weights P are computed again in the backward pass: nothing of size T x T outlives its piece. With g = dL/dy

@@ -8,7 +8,7 @@ from data.batching import IGNORE, answer_tokens, collate
 def answer_loss(model, tokens, targets):
     """Summed cross entropy over the positions of `targets` (B, T) that are not IGNORE, for tokens (B, T).
 
-    How many there are decides shapes, for which the host would wait if a GPU counted: targets may stay on the CPU.
+    Their number decides shapes. Counted on a GPU it would make the host wait, so targets may stay on the CPU.
     """
     answers = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,)
     targets = targets.flatten()[answers].to(tokens.device)  # (n,)

@@ -12,7 +12,6 @@ import adapter
 import methods
 from lora import LoRALinear
 from methods import METHODS
-from model import Model
 from support import report
 from tests.toy import (ATTACHED, DEFAULT_MODEL, MERGEABLE, RANKED, attach, loss_of, perturb, refused, same, shapes_without_svd,
                        snapshot, tokens, toy_model, train_steps, transformers_llama, untouched)
@@ -144,11 +143,11 @@ def test_training_moves_the_factors_and_nothing_else(method):
 
 @pytest.mark.parametrize("method", SCALED)
 def test_alpha_scales_the_change(method):
-    """With alpha twice as large scale and delta() are, and forward follows."""
+    """The factor of the change is alpha / r: twice as large an alpha doubles delta(), and forward follows."""
     single, double = (perturb(attach(toy_model(), method, alpha=alpha)) for alpha in (6, 12))
-    for (_, a), (_, b) in zip(adapter.adapted_layers(single), adapter.adapted_layers(double)):
-        x = torch.randn(3, a.in_features)
-        assert b.scale == 2 * a.scale and torch.allclose(2 * a.delta(), b.delta())
+    for (name, a), (_, b) in zip(adapter.adapted_layers(single), adapter.adapted_layers(double)):
+        rank, x = single.adapter_config.get("ks", {}).get(name, 4), torch.randn(3, a.in_features)
+        assert (a.scale, b.scale) == (6 / rank, 12 / rank) and torch.allclose(2 * a.delta(), b.delta())
         assert torch.allclose(2 * (a(x) - a.base(x)), b(x) - b.base(x), atol=1e-5)
 
 
@@ -193,11 +192,12 @@ def test_hugging_face_model_as_host(method):
 
 @pytest.mark.parametrize("method", MERGEABLE)
 def test_merged_equals_unmerged(method):
-    """A merged model holds plain nn.Linear under the base's keys and gives the adapted model's logits."""
-    model = perturb(attach(toy_model(), method))
+    """A merged model holds plain nn.Linear under the base's keys, biases too, and gives the adapted model's logits."""
+    base = toy_model(attention_bias=True)
+    model = perturb(attach(copy.deepcopy(base), method))
     expected = model(tokens())
     adapter.merge(model)
-    assert not adapter.adapted_layers(model) and model.state_dict().keys() == toy_model().state_dict().keys()
+    assert base.model.layers[0].self_attn.q_proj.bias.any() and model.state_dict().keys() == base.state_dict().keys()
     assert all(type(m) is nn.Linear for m in model.modules() if hasattr(m, "in_features"))
     assert not any(isinstance(m, adapter.Shared) for m in model.modules())
     assert (model(tokens()) - expected).abs().max() < 1e-5
@@ -552,10 +552,8 @@ def readme_counts():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_readme_states_the_counts_of_the_default_sizes(method, real_base, monkeypatch):
     """The method table's parameters are those of attach with its defaults on the default model (for SARA, of its weights)."""
+    model = shapes_without_svd(monkeypatch, DEFAULT_MODEL)
     if "sara" in method:
-        model = Model(real_base.model.config)
         model.load_state_dict(real_base.model.state_dict(), assign=True)
-    else:
-        model = shapes_without_svd(monkeypatch, DEFAULT_MODEL)
     METHODS[method].attach(model)
     assert readme_counts()[method] == sum(p.numel() for p in adapter.trainable(model).values())

@@ -2,6 +2,9 @@
 import copy
 import functools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import adapter
 import sara
 from tests.toy import perturb, tokens, toy_model
 from weights import adapter_file
+from weights.safetensors import write_safetensors
 
 BOTH = pytest.mark.parametrize("attach", [sara.attach, sara.attach_mosara])
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.5)
@@ -167,7 +171,7 @@ def test_what_does_not_fit_is_refused(attach, options, message):
         attach(host, targets=["0"], **options)
     assert type(host[0]) is nn.Linear and host[0].weight.requires_grad
     attach(host, targets=["0"], threshold=1, norms={"0": (1 + 9e-4) * NORM})
-    assert host.adapter_config["ks"] == {"0": 24}
+    assert host.adapter_config["ks"] == {"0": 24} and host.adapter_config["threshold"] == 1
 
 
 @pytest.mark.parametrize("attach, options, message", [
@@ -465,22 +469,37 @@ def test_mosara_of_one_set_is_a_matrix(out, inner):
     assert type(host[0]) is nn.Linear and (host(x) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("attach, options", [
-    (sara.attach, {"init": "lora", "alpha": 8, "threshold": 0.2}), (sara.attach_mosara, {"router_rank": 2, "seed": 3}),
-    (sara.attach_mosara, {"sets": 1}), (sara.attach_mosara, {"v_mode": "output", "targets": ["o_proj"]})])
-def test_every_form_is_reloaded_without_a_decomposition(attach, options, tmp_path, monkeypatch):
-    """The same bits come out of the file, with torch's SVD routines gone; 1.01 W0 is refused."""
-    model, loaded, other = toy_model(), toy_model(), toy_model()
-    attach(model, **options)
-    adapter_file.save(perturb(model), tmp_path / "a.safetensors")
-    for name in ("svd", "svdvals", "eigh", "eigvalsh"):
-        monkeypatch.setattr(torch.linalg, name, None)
-    assert adapter_file.load(loaded, tmp_path / "a.safetensors") == model.adapter_config == loaded.adapter_config
-    assert torch.equal(loaded(tokens()), model(tokens()))
-    for parameter in other.parameters():
-        parameter.data *= 1.01
-    with pytest.raises(ValueError, match="belongs to another base model"):
-        adapter_file.load(other, tmp_path / "a.safetensors")
+RELOAD = """
+import sys, torch
+from tests.toy import tokens, toy_model
+from weights import adapter_file
+from weights.safetensors import read_safetensors
+for name in ("svd", "svdvals", "eigh", "eigvalsh"):
+    setattr(torch.linalg, name, None)
+for form in sys.argv[1:]:
+    model = toy_model()
+    assert adapter_file.load(model, form) == model.adapter_config
+    assert torch.equal(model(tokens()), read_safetensors(form + "-logits")[0]["logits"]), form
+"""
+
+
+def test_reload_in_a_fresh_process_without_any_decomposition(tmp_path):
+    """Both methods, in every form, load to the same bits with torch's SVD routines gone; 1.01 W0 is refused."""
+    forms = {"lora": (sara.attach, {"init": "lora", "alpha": 8, "threshold": 0.2}), "lam": (sara.attach, {}),
+             "routed": (sara.attach_mosara, {"router_rank": 2, "seed": 3}), "one": (sara.attach_mosara, {"sets": 1}),
+             "output": (sara.attach_mosara, {"v_mode": "output", "targets": ["o_proj"]})}
+    for form, (attach, options) in forms.items():
+        model, other = toy_model(), toy_model()
+        attach(model, **options)
+        adapter_file.save(perturb(model), tmp_path / form)
+        write_safetensors(tmp_path / f"{form}-logits", {"logits": model(tokens())})
+        for parameter in other.parameters():
+            parameter.data *= 1.01
+        with pytest.raises(ValueError, match="belongs to another base model"):
+            adapter_file.load(other, tmp_path / form)
+    paths = [str(tmp_path / form) for form in forms]
+    done = subprocess.run([sys.executable, "-c", RELOAD, *paths], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- gate statistics ------------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ import torch
 import adapter
 from methods import METHODS
 from tests.toy import MERGEABLE, SIZES, perturb
-from tests.weights.test_huggingface import byte_vocabulary, peer, tokens
 from tools import export
 from weights import adapter_file, base_model
 
 pytestmark = pytest.mark.peers
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+from tests.weights.test_huggingface import byte_vocabulary, peer, tokens  # noqa: E402 (needs transformers)
 
 
 @pytest.fixture(scope="module")

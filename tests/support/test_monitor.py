@@ -1,0 +1,236 @@
+"""What goes on beside the steps: signals, numbers that are not finite, spikes of the loss, the lines of the log."""
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapter
+import sorsa
+import train
+from support import report, resume
+from support.monitor import Monitor
+from support.script import run_script
+from tests.child import ended, forked, signalling
+from tests.runs import assert_same, begin, contents, ends, go_on, log_lines, logged_steps, state_of
+from tests.toy import attach, same, snapshot, toy_examples, toy_model
+from weights import adapter_file, base_model
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+IGNORED = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell sets it for what runs in the background
+heard = pytest.mark.skipif(IGNORED, reason="SIGINT is ignored here")
+
+
+# ---- told to stop ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, owner, name, call, step", [
+    (signal.SIGTERM, train, "accumulate_gradients", 1, 1), (signal.SIGTERM, torch.optim.AdamW, "zero_grad", 2, 2),
+    (signal.SIGTERM, report, "log_line", 4, 5), (signal.SIGTERM, resume, "save", 1, 3), (signal.SIGTERM, os, "fsync", 2, 3),
+    pytest.param(signal.SIGINT, train, "accumulate_gradients", 3, 3, marks=heard),
+    pytest.param(signal.SIGINT, train, "held_out_loss", 2, 4, marks=heard)])
+def test_a_signal_ends_the_run_after_a_checkpoint(kind, owner, name, call, step, place, whole, tmp_path, monkeypatch, capsys):
+    """Wherever it comes, the step is finished, or the next one is; what was saved and said leads to the same end."""
+    handlers, run = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)], tmp_path / "run"
+    signalling(kind, owner, name, call, put=monkeypatch.setattr)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda: begin(place.lora, run))
+    printed = capsys.readouterr()
+    assert stopped.value.code == 128 + kind and printed.err == "" and state_of(run) == step
+    assert printed.out.splitlines()[-1] == (f"stopped by {kind.name} after step {step} of 6; to go on: "
+                                            f"python train.py --resume {run}")
+    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    go_on(run)
+    assert_same(whole, run)
+
+
+@pytest.mark.parametrize("owner, name, call", [(train, "accumulate_gradients", 6), (resume, "save", 3)])
+def test_a_signal_in_the_last_step_lets_the_run_finish(owner, name, call, place, whole, tmp_path, monkeypatch):
+    """There is nothing to go on with: the result is written."""
+    signalling(signal.SIGTERM, owner, name, call, put=monkeypatch.setattr)
+    begin(place.lora, tmp_path / "run")
+    assert_same(whole, tmp_path / "run")
+
+
+def test_a_signal_that_is_ignored_stays_so(place, whole, tmp_path, monkeypatch):
+    """As a shell sets it for a job in the background: the run goes on, and Ctrl-C is still ignored after."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        signalling(signal.SIGINT, train, "accumulate_gradients", 3, put=monkeypatch.setattr)
+        begin(place.lora, tmp_path / "run")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_same(whole, tmp_path / "run")
+
+
+@heard
+@pytest.mark.parametrize("owner, name, call, times, left", [
+    (train, "accumulate_gradients", 3, 2, 2), (resume, "save", 2, 2, 2), (base_model, "load", 1, 1, None),
+    (adapter_file, "save", 1, 1, 6)], ids=["in a step", "as it saves", "before", "after"])
+def test_ctrl_c_ends_at_once(owner, name, call, times, left, place, tmp_path, monkeypatch, capsys):
+    """A second Ctrl-C in the loop, or one outside of it: one line and status 130; the last checkpoint is there."""
+    signalling(signal.SIGINT, owner, name, call, times, put=monkeypatch.setattr)
+    assert ends(capsys, begin, place.lora, tmp_path / "run") == (130, "error: interrupted\n")
+    assert state_of(tmp_path / "run") == left
+
+
+def test_a_second_sigterm_ends_at_once(place, tmp_path):
+    """As the system does it, with status 143."""
+    process = forked([*place.lora, "--out", tmp_path / "run"], tmp_path / "said",
+                     (signal.SIGTERM, "train", "accumulate_gradients", 3, 2))
+    assert ended(process) == 143 and state_of(tmp_path / "run") == 2
+
+
+@heard
+def test_ctrl_c_from_the_shell(place, tmp_path):
+    """`python train.py` itself: status 130, and a line that says how to go on after the last step of the log."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *place.lora, "--steps", "100000", "--out", str(tmp_path / "run")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, error = process.communicate()
+    assert (process.returncode, error) == (130, "")
+    step = int(re.search(r"stopped by SIGINT after step (\d+) of 100000; to go on: ", out.splitlines()[-1])[1])
+    assert logged_steps(tmp_path / "run")[-1] == step == state_of(tmp_path / "run")
+
+
+# ---- numbers that are not finite ------------------------------------------------------------------------------------
+
+def poisoned(value, at, where="loss"):
+    """accumulate_gradients whose call number `at` gives the loss times this value, or has it in one gradient."""
+    function, calls = train.accumulate_gradients, itertools.count(1)
+
+    def watched(args, model, encoded):
+        loss = function(args, model, encoded)
+        if next(calls) != at:
+            return loss
+        if where == "gradient":
+            next(p for p in adapter.trainable(model).values() if p.grad is not None).grad[0, 0] = value
+        return loss if where == "gradient" else loss * value
+    return watched
+
+
+@pytest.mark.parametrize("value, where, words", [(float("nan"), "loss", "loss nan"), (float("inf"), "gradient", "gradient norm inf")])
+def test_a_step_that_is_not_finite_changes_nothing(value, where, words, place, whole, tmp_path, monkeypatch, capsys):
+    """The run ends before step 4 changes a weight; one line with the step and what was not finite, no adapter, and from
+    the checkpoint after step 2 it goes on as if nothing had happened."""
+    run, weights, step = tmp_path / "run", [], torch.optim.AdamW.step
+
+    def stepped(optimizer):
+        step(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        weights.append((parameters, [p.detach().clone() for p in parameters]))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate_gradients", poisoned(value, 4, where))
+        patch.setattr(torch.optim.AdamW, "step", stepped)
+        status, said = ends(capsys, begin, place.lora, run)
+    assert status == 2 and said.startswith("error: step 4: loss ") and words in said and "lower --lr, now 0.01" in said
+    now, after_step_3 = weights[-1]
+    assert len(weights) == 3 and now and all(map(torch.equal, now, after_step_3))
+    assert contents(run).keys() == {"log.jsonl", resume.FILE} and state_of(run) == 2 and logged_steps(run) == [1, 2, 3]
+    go_on(run)
+    assert_same(whole, run)
+
+
+def test_a_regularizer_that_is_not_finite_stops_the_run(place, tmp_path, monkeypatch):
+    """R counts as the loss does, and is named."""
+    monkeypatch.setattr(sorsa, "add_regularizer_grad", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(FloatingPointError, match="step 1: loss .*, gradient norm .*, R inf, on records"):
+        begin(place.flags("sorsa"), tmp_path / "run")
+
+
+def test_the_records_of_a_bad_step_are_those_of_the_data(place, tmp_path, monkeypatch):
+    """With --limit, a blank line and examples that are too long, the numbers name the records of the batch, up to 16."""
+    records = [{"question": f"What is {i}+1?", "answer": f"{i + 1}\n#### {i + 1}"} for i in range(40)]
+    for i in range(0, 40, 3):
+        records[i]["answer"] = 30 * "so " + records[i]["answer"]
+    (tmp_path / "data.jsonl").write_text("\n\n".join(map(json.dumps, records)))
+    seen, function = [], train.accumulate_gradients
+
+    def watched(args, model, encoded):
+        seen.append(encoded)
+        return function(args, model, encoded) * (float("nan") if len(seen) == 3 else 1)
+    monkeypatch.setattr(train, "accumulate_gradients", watched)
+    with pytest.raises(FloatingPointError, match="on records") as stopped:
+        begin([*place.lora, "--data", str(tmp_path / "data.jsonl"), "--limit", "30", "--max-tokens", "100", "--batch", "18"],
+              tmp_path / "run")
+    numbers = re.search(r"on records ([\d, ]+) and 2 more of the data", str(stopped.value))[1].split(", ")
+    tokenizer = base_model.load(str(place.model)).tokenizer
+    assert len(numbers) == 16 and len(seen[2]) == 18
+    for number, (ids, start) in zip(map(int, numbers), seen[2]):
+        assert records[number - 1]["question"] in tokenizer.decode(ids[:start])
+        assert records[number - 1]["answer"] in tokenizer.decode(ids) and number % 3 != 1
+
+
+def test_the_way_of_a_gpu():
+    """Not waited for, a good step is taken as without a look; one that is not finite changes nothing, nor does any after
+    it, and the error names the first."""
+    args = types.SimpleNamespace(lr=1e-2, micro_batch=4, multiple=1, autocast=None)
+    data = types.SimpleNamespace(train=toy_examples(16), numbers=range(10, 26))
+    model, plain = (attach(toy_model(), "lora") for _ in range(2))
+    optimizer, other = (torch.optim.AdamW(train.decay_groups(some, 0.1), lr=1e-2, fused=True) for some in (model, plain))
+    monitor = Monitor(args, model, optimizer, data, None, None, None, None, [])
+    monitor.waits = False
+
+    def state():
+        tensors = [tensor for kept in optimizer.state.values() for tensor in kept.values()]
+        return {**snapshot(model), **{number: tensor.clone() for number, tensor in enumerate(tensors)}}
+
+    for step in range(1, 6):
+        loss = train.accumulate_gradients(args, model, data.train[:4])
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        monitor.check(step, [step, 0], {"loss": loss * (float("nan") if step == 4 else 1), "grad_norm": norm,
+                                        "regularizer": torch.tensor(float("inf") if step == 3 else 1.0)})
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            before = state()
+    for _ in range(2):
+        train.accumulate_gradients(args, plain, data.train[:4])
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        other.step()
+        other.zero_grad()
+    assert same(state(), before) and same(snapshot(model), snapshot(plain))
+    assert {float(kept["step"]) for kept in optimizer.state.values()} == {2}
+    monitor.check_finite(monitor.since[:2])
+    with pytest.raises(FloatingPointError, match=r"step 3: loss [\d.]+, gradient norm [\d.]+, R inf, on records 13, 10 of the data"):
+        monitor.check_finite(monitor.since)
+
+
+# ---- the log --------------------------------------------------------------------------------------------------------
+
+def test_the_lines_of_the_log(place, tmp_path):
+    """One each --log-every steps, and where a held-out loss or a checkpoint is due."""
+    begin([*place.lora, "--log-every", "4"], tmp_path / "run")
+    assert logged_steps(tmp_path / "run") == [2, 3, 4, 6]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_spikes_are_marked(every, place, tmp_path, monkeypatch, capsys):
+    """A loss of twice the median of the lines before shows in the line and the log, also of a step without a line."""
+    monkeypatch.setattr(train, "accumulate_gradients", poisoned(3.0, 15))
+    begin([*place.lora, "--steps", "20", "--eval-every", "20", "--save-every", "20", "--lr", "1e-4", "--log-every", str(every)],
+          tmp_path / "run")
+    lines = [line for line in log_lines(tmp_path / "run") if "loss" in line]
+    marked, = [line for line in lines if "spike" in line]
+    printed, = [line for line in capsys.readouterr().out.splitlines() if "<- loss spike" in line]
+    assert marked["step"] == (15 if every == 1 else 16) and 2 < marked["spike"] < 4
+    assert f"<- loss spike, {marked['spike']:.1f} times the usual" in printed
+    assert all(("loss_max" in line) == (every == 2) for line in lines)
+    if every == 2:
+        assert marked["loss_max"] > 2 * marked["loss"]
+
+
+def test_what_is_a_spike():
+    """Twice the median of the latest losses, of which there must be five; of several losses the highest counts."""
+    assert report.spike([9.0], [1.0] * 4) == {} and report.spike([9.0], [1.0] * 5) == {"spike": 9.0}
+    assert report.spike([1.9, 1.0], [1.0] * 5) == {"loss_max": 1.9} and report.spike([2.0], [1.0] * 5) == {"spike": 2.0}
