@@ -146,7 +146,8 @@ def recorded(run):
 
 def settle(args, on_cpu):
     """Fill in what was not given: from the run, or by what is there. Returns what the run's result.json says."""
-    run = {} if args.data and args.template else recorded(args.run)
+    named = args.data and args.template and not instructions.is_file(args.data)  # so that result.json is not needed
+    run = {} if named else recorded(args.run)
     of_run = run.get("data", "auto")
     on_file = instructions.is_file(args.data or of_run)
     args.benchmark = args.benchmark or ("loss" if on_file else "gsm8k")
@@ -199,8 +200,14 @@ def held_out_examples(args, base, run):
     else:
         places = range(len(examples))[:args.limit or None]
         source = f"{source}: the first {len(places)}"
-    cut = tuple(run["cut"]) if isinstance(run.get("cut"), list) else (None, None)
-    encoded = batching.encode_examples(base.tokenizer, [examples[i] for i in places], longest, args.template, cut)
+    cut = run.get("cut")
+    if not isinstance(cut, list) or len(cut) != 2 or not all(type(length) is int and length > 0 for length in cut):
+        cut = (None, None)
+    try:
+        encoded = batching.encode_examples(base.tokenizer, [examples[i] for i in places], longest, args.template, cut)
+    except ValueError:
+        raise fault(args.data, f"all {len(places)} examples have more than {longest} tokens",
+                    "give other --data") from None
     return list(encoded.values()), source
 
 

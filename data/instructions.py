@@ -74,7 +74,7 @@ def example(record, where):
             if more in (None, ""):
                 return {"question": question, "answer": answer}
             if not is_text(more):
-                raise ValueError(f"{where}: its 'input' is {str(more)[:40]!r}, expected a text")
+                raise ValueError(f"{where}: its 'input' is {repr(more)[:40]}, expected a text")
             return {"question": f"{question}\n\n{more}", "answer": answer}
     pairs = ", ".join(" and ".join(keys) for keys in KEYS)
     raise ValueError(f"{where}: expected a JSON object with two texts, under {pairs}")

@@ -3,7 +3,6 @@ and run nothing. (Forked from the tests, which have threads, a child may wait fo
 import contextlib
 import itertools
 import multiprocessing
-import resource
 import signal
 import sys
 
@@ -14,10 +13,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train"])
 
 
-def forked(arguments, said, signal_at=None, file_limit=None):
+def forked(arguments, said, signal_at=None):
     """A started process of train.py, whose output is added to the file `said`. signal_at: (signal, module name, function,
-    call number, times), see `signalling`; file_limit: the most bytes of a file that it may write."""
-    process = CONTEXT.Process(target=run, args=(list(map(str, arguments)), str(said), signal_at, file_limit))
+    call number, times), see `signalling`."""
+    process = CONTEXT.Process(target=run, args=(list(map(str, arguments)), str(said), signal_at))
     process.start()
     return process
 
@@ -28,9 +27,7 @@ def ended(process):
     return process.exitcode if process.exitcode >= 0 else 128 - process.exitcode
 
 
-def run(arguments, said, signal_at, file_limit):
-    if file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+def run(arguments, said, signal_at):
     if signal_at:
         kind, module, *rest = signal_at
         signalling(kind, sys.modules[module], *rest)

@@ -1,21 +1,19 @@
 """What tests share: the default model (fetched once), the GSM-8K files, a tiny model in a file."""
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy tensors: handing them from thread to thread takes longer than the work
 
-import pytest  # noqa: E402
+import pytest  # noqa: E402 (after the line that torch reads)
 import torch  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from weights import base_model  # noqa: E402 (after the line that makes it importable)
 from data.practice import practice  # noqa: E402
 from support import fast  # noqa: E402
 from tests.tiny import tiny_metadata, tiny_tensors, write_gguf  # noqa: E402
+from weights import base_model  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +65,7 @@ def tiny_gguf(tmp_path_factory):
 def llama2(tmp_path_factory):
     """A folder in the shape of Llama 2 7B's: as many key heads as query heads, an own head, SentencePiece BPE, bf16."""
     transformers = pytest.importorskip("transformers")
-    from tests.weights.test_huggingface import trained  # needs the tokenizers library
+    from tests.weights.test_tokenizer import trained
     folder = tmp_path_factory.mktemp("llama2")
     config = transformers.LlamaConfig(
         vocab_size=1600, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=4, rms_norm_eps=1e-5,

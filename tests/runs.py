@@ -10,12 +10,11 @@ from support import resume
 from support.script import run_script
 from tests.toy import SIZES, write_sums
 from weights import adapter_file, files
-from weights.safetensors import read_safetensors
 
 LR = {"sara": "3e-2", "mosara": "3e-2"}  # the others: 1e-2
-# What the clock has to do with, and spikes, which are seen from a run's beginning.
-CLOCK = ("tokens_per_second", "gflops", "memory_gb", "spike", "loss_max")
-VARY = ("out", "resumed_at", "command", "seconds", "seconds_in_steps", "tokens_per_second", "memory_gb", "overwrite")
+# What differs between a run and the same run continued: the clock, and spikes, which are seen from a run's beginning.
+CLOCK = ("tokens_per_second", "gflops", "memory_gb", "spike", "loss_max", "seconds", "seconds_in_steps", "out", "resumed_at",
+         "command", "overwrite")
 
 
 class Stopped(Exception):
@@ -65,17 +64,6 @@ def stopping(*steps):
         yield saved
 
 
-def interrupted(flags, out, *steps):
-    """Begin a run that stops after the checkpoints of `steps`, and continue it each time."""
-    with stopping(*steps):
-        with pytest.raises(Stopped):
-            begin(flags, out)
-        for _ in steps[1:]:
-            with pytest.raises(Stopped):
-                go_on(out)
-        return go_on(out)
-
-
 def ends(capsys, function, *arguments):
     """(status, the one line on stderr) of a script that a user's mistake ends."""
     with pytest.raises(SystemExit) as stopped:
@@ -92,35 +80,31 @@ def contents(folder):
 
 def copied(run, folder):
     """A copy of a run, which may be changed."""
-    shutil.copytree(run, folder)
-    return folder
-
-
-def log_lines(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def logged_steps(out):
-    return [line["step"] for line in log_lines(out) if "loss" in line]
+    return shutil.copytree(run, folder)
 
 
 def trace(out):
-    """What log.jsonl says, but for the clock."""
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in log_lines(out)]
+    """What log.jsonl says, less what may differ."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [without_clock(line) for line in lines]
 
 
-def outcome(out):
-    """result.json, less what may differ between a run and the same run continued."""
-    return {key: value for key, value in files.read_json(out / "result.json").items() if key not in VARY}
+def logged_steps(out):
+    """The steps with a line of the log."""
+    return [line["step"] for line in trace(out) if "loss" in line]
+
+
+def without_clock(record):
+    return {key: value for key, value in record.items() if key not in CLOCK}
 
 
 def assert_same(one, other):
     """Two finished runs have the same log, result, and bits of the adapter; nothing else is left of either."""
     assert trace(one) == trace(other)
-    assert outcome(one) == outcome(other)
+    results = [without_clock(files.read_json(out / "result.json")) for out in (one, other)]
+    assert results[0] == results[1]
     assert (one / "adapter.safetensors").read_bytes() == (other / "adapter.safetensors").read_bytes()
-    for out in (one, other):
-        assert contents(out).keys() == {"adapter.safetensors", "log.jsonl", "result.json"}
+    assert contents(one).keys() == contents(other).keys() == {"adapter.safetensors", "log.jsonl", "result.json"}
 
 
 def state_of(out):
@@ -135,6 +119,5 @@ def state_of(out):
     if "adapter.safetensors" in names:
         adapter_file.read(out / "adapter.safetensors")
     if resume.FILE in names:
-        [tensor.sum() for tensor in read_safetensors(out / resume.FILE)[0].values()]
         return resume.read(out).progress.step
     return "finished" if "result.json" in names else None

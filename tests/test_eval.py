@@ -12,7 +12,6 @@ from support import fast
 from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
 from tests.toy import write_sums
 from tools import export
-from weights.safetensors import read_safetensors, write_safetensors
 
 
 def train_tiny(tiny_gguf, data, out, *flags):
@@ -89,7 +88,8 @@ def test_printed_counts_are_right(run, known, capsys):
     assert "answer     63.64 %  (+- 14.50)" in out and "metamath    9.09 %  (+- 8.67)" in out and "cap of 256 tokens: 9.1 %" in out
 
 
-MATH_PAGE = [("Algebra", "Level 1", "What is $2+2$?", r"It is $\boxed{4}$."), ("Algebra", "Level 5", "Solve $2x=1$.", r"$\boxed{\frac{1}{2}}$"),
+MATH_PAGE = [("Algebra", "Level 1", "What is $2+2$?", r"It is $\boxed{4}$."),
+             ("Algebra", "Level 5", "Solve $2x=1$.", r"$\boxed{\frac{1}{2}}$"),
              ("Geometry", "Level 1", "How many sides has a square?", r"$\boxed{4}$")]
 
 
@@ -228,27 +228,9 @@ def test_an_adapter_on_another_base_must_be_forced(run, tmp_path, capsys):
     """Another base than the run's own is refused by its checksum, in evaluation and in export; --force takes it."""
     other = write_gguf(tmp_path / "other.gguf", tiny_metadata(), tiny_tensors(seed=5))
     to = [str(run), str(tmp_path / "out"), "--to", "peft", "--model", str(other)]
-    for command in (lambda *force: evaluate(run, "--model", other, "--ask", "?", "--max-new", 2, *force), lambda *force: export.main([*to, *force])):
+    asking = [run, "--model", other, "--ask", "?", "--max-new", 2]
+    for command in (lambda *force: evaluate(*asking, *force), lambda *force: export.main([*to, *force])):
         with pytest.raises(ValueError, match="trained on another base model.*--force"):
             command()
         command("--force")
     assert "other.gguf, method" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["a\nb", "x" * 1000])
-def test_an_adapter_that_names_no_base_says_so(name, made, tmp_path):
-    """The base's name in an adapter file is a name, or --model must be given."""
-    tensors, metadata = read_safetensors(made / "run" / "adapter.safetensors")
-    write_safetensors(tmp_path / "a.safetensors", {key: tensor.clone() for key, tensor in tensors.items()}, {**metadata, "base_name": name})
-    with pytest.raises(ValueError, match="a.safetensors: names no base model .*; give it with --model"):
-        evaluate(tmp_path / "a.safetensors", "--ask", "?")
-
-
-@pytest.mark.parametrize("change", [None, {"data": 3}, {"template": []}, {"data": "a\nb"}])
-def test_a_result_that_is_none_is_named(change, run):
-    """Before a model generates anything, with the flags that do without it."""
-    path = run / "result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change} if change else {}))
-    with pytest.raises(ValueError, match="result.json: not the result of a run; name --data and --template"):
-        evaluate(run)
-    assert evaluate(run, "--data", "practice", "--template", "plain", "--limit", 1, "--max-new", 2)["n"] == 1

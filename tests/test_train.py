@@ -13,7 +13,6 @@ from sorsa import regularize
 from support import fast, resume
 from support.loss import answer_loss
 from support.monitor import Monitor
-from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
 from tests.toy import SIZES, attach, perturb, toy_examples, toy_model, write_sums
 from weights import adapter_file
 
@@ -97,7 +96,8 @@ def test_the_loop_is_the_written_out_loop(tmp_path):
     model, progress = perturb(attach(toy_model(), "sorsa"), 0.02), resume.Progress()
     optimizer = torch.optim.AdamW(train.decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
     with open(tmp_path / "log", "w") as log:
-        monitor = Monitor(args, model, optimizer, types.SimpleNamespace(train=data, numbers=range(16)), progress, float, lambda: None, log, [])
+        records = types.SimpleNamespace(train=data, numbers=range(16))
+        monitor = Monitor(args, model, optimizer, records, progress, held_out=float, save=lambda: None, log=log, signals=[])
         train.train(args, model, optimizer, data, monitor, lambda: regularize(model, args.lr))
 
     twin, expected, tokens = perturb(attach(toy_model(), "sorsa"), 0.02), [], 0
@@ -157,10 +157,8 @@ def test_a_run_learns_and_leaves_its_files(method, run, tiny_gguf, tmp_path, cap
     assert [line["step"] for line in log_of(folder)] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in log_of(folder, "held_out_loss")] == [0, 2, 4, 6]
     assert ("regularizer" in log_of(folder)[1]) == (method == "sorsa")
-    tensors, config, name, _ = adapter_file.read(folder / "adapter.safetensors")
+    _, config, name, _ = adapter_file.read(folder / "adapter.safetensors")
     assert config["method"] == method and name == str(tiny_gguf)
-    trained, stored = result["trainable_parameters"], sum(tensor.numel() for tensor in tensors.values())
-    assert stored == 2 * trained if method in ("pissa", "sorsa") else stored > trained if method in ("mosara", "cora") else stored == trained
 
 
 def test_ranks_are_printed_and_kept(run, capsys):
@@ -187,18 +185,6 @@ def test_routers_are_watched(run, tmp_path, capsys):
     assert f"|dW|/|W| {lines[-1]['change']:.1e}  top gate {lines[-1]['top_gate']:.2f}, sets used " in capsys.readouterr().out
 
 
-def test_further_models_join_the_basis(run, tiny_gguf, tmp_path):
-    """--extra names models whose weights enter CoRA's basis; the base named again gives the base's own span."""
-    other = write_gguf(tmp_path / "other.gguf", tiny_metadata(), tiny_tensors(seed=5))
-    bases = []
-    for number, extra in enumerate(("", f"{tiny_gguf}", f"{other},{tiny_gguf}")):
-        result = run(str(number), "--method", "cora", "--rank", "4", "--steps", "1", *(["--extra", extra] if extra else []))
-        assert ",".join(result["adapter"]["extra"]) == extra
-        bases.append(adapter_file.read(tmp_path / str(number) / "adapter.safetensors")[0]["cora.model/layers/0/mlp/gate_up/96.B"])
-    overlap = [torch.linalg.svdvals(bases[0].T @ B).min() for B in bases[1:]]
-    assert overlap[0] > 1 - 1e-5 and overlap[1] < 0.99
-
-
 def test_the_seed_and_the_regularizer_change_a_run(run, tmp_path):
     """Two runs with one seed log the same losses to the last bit; another seed, or no regularizer, gives others."""
     def losses(name, *given):
@@ -208,20 +194,11 @@ def test_the_seed_and_the_regularizer_change_a_run(run, tmp_path):
     assert first == losses("b") and first != losses("c", "--seed", "1") and first != losses("d", "--gamma", "0")
 
 
-def test_gamma_zero_is_training_without_a_regularizer(run, tmp_path, monkeypatch):
-    """The saved factors are bit for bit those of a SORSA that has no regularizer at all."""
-    run("off", "--method", "sorsa", "--rank", "4", "--gamma", "0")
-    monkeypatch.setitem(METHODS, "sorsa", METHODS["sorsa"]._replace(regularize=None))
-    run("absent", "--method", "sorsa", "--rank", "4")
-    off, absent = (adapter_file.read(tmp_path / name / "adapter.safetensors")[0] for name in ("off", "absent"))
-    assert off.keys() == absent.keys() and all(torch.equal(off[name], absent[name]) for name in off)
-
-
-@pytest.mark.parametrize("method, flag", [("lora", ["--plain"]), ("full", ["--plain"]), ("lora", ["--recompute"]), ("lora", ["--micro-batch", "1"])])
+@pytest.mark.parametrize("method, flag", [("lora", "--plain"), ("full", "--plain"), ("lora", "--recompute"), ("lora", "--micro-batch=1")])
 def test_how_it_is_computed_changes_no_loss(method, flag, run, tmp_path):
     """The same losses to rounding, in training and held out. With --plain nothing of support/fast.py is in use."""
     losses = []
-    for name, given in (("usual", []), ("other", flag)):
+    for name, given in (("usual", []), ("other", [flag])):
         fast.switch_off()
         result = run(name, "--method", method, *given)
         forms = {getattr(owner, attribute) for owner, attribute, _, _ in fast.FORMS.values()}
@@ -230,23 +207,13 @@ def test_how_it_is_computed_changes_no_loss(method, flag, run, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_flags_that_change_the_data(run, capsys):
-    """What --limit and --strip-annotations leave to train on is printed."""
-    everything = run("all")
-    assert "32 to train on, 8 held out" in capsys.readouterr().out
-    fewer = run("fewer", "--strip-annotations", "--limit", "12")
-    printed = capsys.readouterr().out
-    assert "annotations removed" in printed and "12 to train on, 8 held out" in printed and fewer["tokens"] < everything["tokens"]
-
-
 @pytest.mark.parametrize("steps, words", [("1", "step 1: held-out loss nan"), ("6", r"step \d: loss")], ids=["last step", "later"])
 def test_a_run_that_diverges_saves_nothing(steps, words, run, tmp_path):
     """A loss that is not finite ends the run with the step and a remedy; the adapter of the run before is still there."""
     run("run")
     before = (tmp_path / "run" / "adapter.safetensors").read_bytes()
-    with pytest.raises(FloatingPointError, match=f"{words}.*lower --lr"):
-        run("run", "--lr", "1e30", "--clip", "1e30", "--steps", steps, "--overwrite")
+    for flags in (["run", "--overwrite"], ["new"]):
+        with pytest.raises(FloatingPointError, match=f"{words}.*lower --lr"):
+            run(*flags, "--lr", "1e30", "--clip", "1e30", "--steps", steps)
     assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == before
-    with pytest.raises(FloatingPointError):
-        run("new", "--lr", "1e30", "--clip", "1e30", "--steps", steps)
     assert not (tmp_path / "new" / "adapter.safetensors").exists() and not (tmp_path / "new" / "result.json").exists()

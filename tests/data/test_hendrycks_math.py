@@ -81,7 +81,8 @@ def test_subject_and_level(changes, subject, level):
     ("boxed{5}", None), (r"\boxed{5}", "5"), (r"\fbox{5}", "5"), (r"\boxed{}", ""), (r"\boxed{ 5 }", " 5 "),
     (r"\boxed{4} or \boxed{5}", "5"), (r"\boxed{4}, \fbox{5}", "4"), (r"\fbox{4} or \fbox{5} ", "5"), (r"\fbox{5}, \boxed", None),
     (r"\boxed{\boxed{5}}", "5"), (r"\boxed{{a}{b}}}", "{a}{b}"), ("\\boxed{1\n2}", "1\n2"), (r"\boxed{4} or \boxed{5", None),
-    (r"$\boxed 5$, so $6$", "5"), (r"\boxed{4}, $\boxed 5 $", "5"), (r"$\fbox 5$", "5"), (r"$\boxed5$", None), (r"$\boxed\frac{1}{2}$", None),
+    (r"$\boxed 5$, so $6$", "5"), (r"\boxed{4}, $\boxed 5 $", "5"), (r"$\fbox 5$", "5"), (r"$\boxed5$", None),
+    (r"$\boxed\frac{1}{2}$", None),
 ])
 def test_last_box(text, expected):
     """The content of the last \\boxed (\\fbox without one), braces matched or up to a dollar; None without one or if open."""
@@ -93,9 +94,10 @@ EXTRACT = {rule: getattr(hendrycks_math, f"extract_{rule}") for rule in ("answer
 
 @pytest.mark.parametrize("rule, text, expected", [
     # a box before the marker before dollars, the last of each; of the marker's line no spaces, colon and final dot
-    ("answer", r"$\boxed{5}$. The answer is: 6. Or $7$.", "5"), ("answer", r"\boxed{}", ""), ("answer", r"The answer is: \boxed{5", r"\boxed{5"),
-    ("answer", "The answer is 5", "5"), ("answer", "The answer is  :  5", "5"), ("answer", "The answer is: 5. ", "5"),
-    ("answer", "The answer is: 5\t \n6", "5"), ("answer", "The answer is:\n5.\n6", "5"), ("answer", "The answer is: 5. And $6$.", "5. And $6$"),
+    ("answer", r"$\boxed{5}$. The answer is: 6. Or $7$.", "5"), ("answer", r"\boxed{}", ""),
+    ("answer", r"The answer is: \boxed{5", r"\boxed{5"),
+    ("answer", "The answer is  :  5", "5"), ("answer", "The answer is 5. ", "5"),
+    ("answer", "The answer is:\n5.\t \n6", "5"), ("answer", "The answer is: 5. And $6$.", "5. And $6$"),
     ("answer", "The answer is 4. The answer is 5.", "5"), ("answer", "The answer is: 4\nThe answer is:\n", None),
     ("answer", "So $5$. The answer is: .", "5"), ("answer", "So $4$ or $\n5$.", "\n5"), ("answer", "So $5", None),
     ("answer", "$$x=5$$ so $y = 7$.", "y = 7"), ("answer", "So $y = 7$, and $$x=5$$", "x=5"),
@@ -105,28 +107,15 @@ EXTRACT = {rule: getattr(hendrycks_math, f"extract_{rule}") for rule in ("answer
     ("harness", r"\[4\] \boxed{5", "4"), ("harness", r"\[4 and $5$", "5"), ("harness", r"\[\] $5$", "5"), ("harness", r"\[\]", r"\[\]"),
     ("harness", "So $4$, $5$ or $6$.", "4$, $5$ or $6"), ("harness", "$$", ""), ("harness", "costs $5", "costs $5"), ("harness", "", ""),
     # behind the last marker, with colon and space exactly, up to a dot that ends a line, and without a final dot
-    ("metamath", "The answer is:   5 . ", "5"), ("metamath", "The answer is: 2.5.", "2.5"), ("metamath", "The answer is: 5.\nThe end.", "5"),
-    ("metamath", "The answer is: 5. \nThe end.", "5. \nThe end"), ("metamath", "The answer is: 4. The answer is: 5", "5"),
+    ("metamath", "The answer is:   5 . ", "5"), ("metamath", "The answer is: 2.5.", "2.5"),
+    ("metamath", "The answer is: 5.\nThe end.", "5"),
+    ("metamath", "The answer is: 4. The answer is: 5. \nThe end.", "5. \nThe end"),
     ("metamath", "The answer is: .\n5", ""), ("metamath", "The answer is: \n5", "5"), ("metamath", "The answer is 5", None),
     ("metamath", "The answer is:5", None), ("metamath", "the answer is: 5", None), ("metamath", r"\boxed{5}", None),
 ])
 def test_extraction(rule, text, expected):
     """What each rule takes for the answer."""
     assert EXTRACT[rule](text) == expected
-
-
-@CASES
-def test_the_last_box_is_read_whatever_is_in_it(cases):
-    """Random LaTeX with balanced braces comes out of the box as it went in."""
-    rng = random.Random(8)
-
-    def balanced(depth):
-        return "".join(f"{{{balanced(depth - 1)}}}" if depth and rng.random() < 0.3 else rng.choice("ab12$\\+ ") for _ in range(4))
-
-    for _ in range(cases // 2):
-        inside, end = balanced(3), rng.choice(["", "}", "{", "$"])
-        text = f"{random_words(rng)}\\boxed{{7}} {random_words(rng)}\\boxed{{{inside}}} {end}"
-        assert hendrycks_math.last_box(text) == inside == hendrycks_math.extract_answer(text), text
 
 
 # ---- what is equal --------------------------------------------------------------------------------------------------
@@ -141,7 +130,7 @@ def test_the_last_box_is_read_whatever_is_in_it(cases):
     # points without a zero
     (".25", "0.25"), ("x .25", "x0.25"), (r"\frac{.5}{2}", r"\frac{0.5}{2}"), ("(.5,.5)", "(.5,.5)"), (r"x \%.25", "x0.25"),
     # x = 5
-    ("x = 5", "5"), ("=5", "5"), ("x=", ""), ("xyz=5", "xyz=5"), ("xy = 5", "xy=5"), ("x=y=5", "x=y=5"), ("x=.25", ".25"), (".x=5", "0.x=5"),
+    ("x = 5", "5"), ("=5", "5"), ("x=", ""), ("xyz=5", "xyz=5"), ("xy = 5", "xy=5"), ("x=y=5", "x=y=5"), (".x=5", "0.x=5"),
     # roots
     (r"2\sqrt34+\sqrt{5}+\sqrt7", r"2\sqrt{3}4+\sqrt{5}+\sqrt{7}"), (r"\sqrt 3", r"\sqrt{}3"), (r"\sqrt\pi", r"\sqrt{\}pi"),
     ("\\sqrt\n3", r"\sqrt{3}"), (r"x=\sqrt{\sqrt2}", r"\sqrt{\sqrt{2}}"),
@@ -187,8 +176,8 @@ MISSED = [
     (r"\(7\)", "7"), (r"\[ x = 7. \]", "7"), ("$7. $", "7"), (r"\$7$", "7"), (" x = 7", "7"), (r"$50\%$", "50.0"), (r"90^\circ", "90.0"),
     # texts and units
     (r"\(A\)", r"\text{A}"), (r"\textbf{B}", r"\text{B}"), (r"\textit{B}", "B"), (r"\textrm{B}", "B"), (r"\textnormal{B}", "B"),
-    (r"\mathrm{No}", "No"), (r"\mathbf{B}", "B"), (r"\mbox{east}", r"\text{east}"), (r"\text{ east}", "east"), (r"\text {A}, \text{B}", "A,B"),
-    (r"5\text{cm}", "5 cm"), ("5\\mbox{ cm\nor so}^2", "5"), (r"5\text{ m}\text{ or so}", "5"),
+    (r"\mathrm{No}", "No"), (r"\mathbf{B}", "B"), (r"\mbox{east}", r"\text{east}"), (r"\text{ east}", "east"),
+    (r"\text {A}, \text{B}", "A,B"), (r"5\text{cm}", "5 cm"), ("5\\mbox{ cm\nor so}^2", "5"), (r"5\text{ m}\text{ or so}", "5"),
     # fractions
     (r"\cfrac12", "0.5"), (r"\frac {1} 2", "1/2"), (r"\frac{5}\pi", r"5/\pi"), (r"\frac{\sqrt{2}}3", r"\sqrt2/3"),
     (r"3\pi/2", r"\frac{3\pi}{2}"), (r"\sqrt{\sqrt{2}}/2", r"\frac{\sqrt{\sqrt{2}}}{2}"), ("x_1/2", r"\frac{x_1}{2}"),
@@ -199,46 +188,25 @@ DIFFERENT = [
     ("12.5", "12"), ("1/3", "0.33"), ("5", "-5"), ("1/2", "2/1"), ("1/0", "2/0"), ("1/0", "0"), ("10", "100"), ("-.5", ".5"), ("--5", "5"),
     ("1-2", "-1"), (r"-\frac{1}{3}", r"\frac{1}{3}"), (r"\sqrt{2}", "1.414"), ("1e3", "1"), ("0.3", r"0.\overline{3}"), (r"50\%", "0.5"),
     # separators
-    ("(1,234)", "1234"), ("1,2", "12"), ("12,34", "1234"), ("1,2345", "12345"), ("1234,567", "1234567"), ("1,000", "1.000"), ("1.2.3", "1.23"),
+    ("(1,234)", "1234"), ("1,2", "12"), ("12,34", "1234"), ("1,2345", "12345"), ("1,000", "1.000"), ("1.2.3", "1.23"),
     # order, letters, brackets, units
-    ("(1,2)", "(2,1)"), ("[0,1)", "[0,1]"), ("[0,1)", "0,1)"), ("A", "a"), (r"x\text{A}", r"x\text{B}"), (r"5\text{ cm}", r"6\text{ cm}"), ("x=5", "x=6"),
-    ("x^2", "x_2"), ("10^3", "103"), ("5 or 6", "5"),
+    ("(1,2)", "(2,1)"), ("[0,1)", "[0,1]"), ("[0,1)", "0,1)"), ("A", "a"), (r"x\text{A}", r"x\text{B}"), (r"5\text{ cm}", r"6\text{ cm}"),
+    ("x=5", "x=6"), ("x^2", "x_2"), ("10^3", "103"), ("5 or 6", "5"),
     # fractions
-    ("a/b", "b/a"), (r"\frac{1}{2}3", r"\frac{1}{2}"), ("2^3/4", r"2^\frac34"), ("x_1^2/3", r"x_1^\frac23"), (r"\frac", ""), (r"\sqrt", r"\frac"),
+    ("a/b", "b/a"), (r"\frac{1}{2}3", r"\frac{1}{2}"), ("2^3/4", r"2^\frac34"), ("x_1^2/3", r"x_1^\frac23"), (r"\sqrt", r"\frac"),
     # nothing
-    ("", "0"), ("", "A"), ("0", "-"),
+    (r"\frac", ""), ("", "0"), ("", "A"), ("0", "-"),
 ]
-ALL = list(dict.fromkeys(itertools.chain(*SAME, *MISSED, WITHOUT_NORMAL)))
 
 
-@pytest.mark.parametrize("texts", SAME)
-def test_equal_by_every_comparison(texts):
-    """What the data set's own code finds equal: so do we."""
-    for left, right in itertools.product(texts, repeat=2):
-        assert hendrycks_math.is_equiv(left, right) and hendrycks_math.equal(left, right), (left, right)
-
-
-@pytest.mark.parametrize("left, right", MISSED)
-def test_equal_as_mended_only(left, right):
-    """What the data set's own code is known not to find equal, and we do."""
-    assert not hendrycks_math.is_equiv(left, right) and not hendrycks_math.is_equiv(right, left)
-    assert hendrycks_math.equal(left, right) and hendrycks_math.equal(right, left)
-
-
-@pytest.mark.parametrize("left, right", DIFFERENT)
-def test_different_by_every_comparison(left, right):
-    """Another value, order, letter, sign or bracket is another answer; nothing is not an answer."""
-    assert not hendrycks_math.is_equiv(left, right) and not hendrycks_math.is_equiv(right, left)
-    assert not hendrycks_math.equal(left, right) and not hendrycks_math.equal(right, left)
-
-
-def test_comparisons_are_symmetric():
-    """Over pairs of the texts above: either order gives one verdict, and `equal` accepts what is_equiv accepts."""
-    pairs = list(itertools.combinations(ALL, 2))
-    for left, right in [*zip(ALL, ALL), *random.Random(1).sample(pairs, 2000)]:
-        same, equivalent = hendrycks_math.equal(left, right), hendrycks_math.is_equiv(left, right)
-        assert same == hendrycks_math.equal(right, left), (left, right)
-        assert (same or not equivalent) and (equivalent or left != right), (left, right)
+@pytest.mark.parametrize("left, right, equivalent, same", [
+    *((*pair, True, True) for texts in SAME for pair in itertools.combinations(texts, 2)),
+    *((*pair, False, True) for pair in MISSED), *((*pair, False, False) for pair in DIFFERENT),
+])
+def test_what_is_equal(left, right, equivalent, same):
+    """By the data set's own comparison, and by ours, which mends what that one is known to miss; in either order."""
+    assert hendrycks_math.is_equiv(left, right) == hendrycks_math.is_equiv(right, left) == equivalent
+    assert hendrycks_math.equal(left, right) == hendrycks_math.equal(right, left) == same
 
 
 def test_no_answer_equals_nothing():
@@ -252,8 +220,8 @@ def test_no_answer_equals_nothing():
     ("+5", 5), ("2.50", Fraction(5, 2)), ("-1,234,567.5", Fraction(-2469135, 2)), ("1000", 1000), (r"-\frac{3}{6}", Fraction(-1, 2)),
     (r"+\frac{-1}{2}", Fraction(-1, 2)), (r"-\frac{-1}{-2}", Fraction(-1, 2)), (r"\frac{1}{0}", None), ("1,00", None), ("1000,000", None),
     ("5.", None), (".5", None), ("1.2.3", None), ("5 ", None), ("", None), ("1e3", None), ("1_000", None), ("--5", None),
-    (r"\frac{1.5}{2}", None), (r"\frac{1}{2}x", None), (r"1\frac{1}{2}", None), ("\u0665", None), ("\\frac{\u0661}{2}", None), ("5\n", None),
-    ("9" * 300, 10 ** 300 - 1), ("9" * 301, None), (rf"\frac{{1}}{{{'9' * 5000}}}", None),
+    (r"\frac{1.5}{2}", None), (r"\frac{1}{2}x", None), (r"1\frac{1}{2}", None), ("\u0665", None),
+    ("\\frac{\u0661}{2}", None), ("5\n", None), ("9" * 300, 10 ** 300 - 1), ("9" * 301, None), (rf"\frac{{1}}{{{'9' * 5000}}}", None),
 ], ids=lambda value: str(value)[:30])
 def test_number(text, value):
     """Plain numbers and simple fractions have a value; anything else, division by zero and endless digits have none."""
@@ -299,25 +267,15 @@ def test_score_gives_what_each_rule_reads():
 
 
 PAGE = [  # subject, level, problem, solution, gold, {completion: verdicts}
-    ("Prealgebra", 1, "A baker fills 7 trays with 12 rolls each. How many rolls does she bake?",
-     r"Seven trays hold $7\cdot 12=\boxed{84}$ rolls.", "84", {
-        r"She bakes $7\cdot12=\boxed{84}$ rolls.": "1110", "7*12 = 84 rolls.\nThe answer is: 84": "1101",
-        "The answer is: 74": "0000", "84": "0010"}),
-    ("Algebra", 2, "Solve $4x=3$.", r"Divide by four: $x=\boxed{\frac{3}{4}}$.", r"\frac{3}{4}", {
-        "Divide.\nThe answer is: 0.75": "1000", "The answer is: x = 3/4.": "1101", "The answer is $x = 3/4$": "1010"}),
     ("Geometry", 1, "A right triangle has two equal sides. How many degrees has each of the smaller angles?",
      r"Half of $90^\circ$: $\boxed{45^\circ}$.", r"45^\circ", {
-        r"It is $45^\circ$.": "1110", "Because $x=45$, it is $45$.": "1100", "It is 45": "0000"}),
-    ("Number Theory", 2, "What is the remainder of $17$ divided by $5$?", r"$17=3\cdot5+2$, so it is $\boxed{2}$.", "2", {
-        r"\[2\]": "0010", r"\[ x = 2 \]": "0010", "The answer is 3": "0000", "The answer is 2": "1100", "The answer is: 2": "1101"}),
-    ("Precalculus", 5, r"For which $t$ between $0$ and $\frac{\pi}{2}$ is $\sin t=\frac12$?", r"At $t=\boxed{\frac{\pi}{6}}$.", r"\frac{\pi}{6}", {
-        r"The answer is: $\pi/6$.": "1000", "The answer is: \\frac{\\pi}{6}.\nDone.": "1101", "The answer is: 30": "0000"}),
-    ("Counting & Probability", 1, "Two of five balls are red. How probable is a red one?", r"It is $\boxed{\frac{2}{5}}$.", r"\frac{2}{5}", {
-        r"Not $\boxed{\frac{1}{5}}$ but $\boxed{\frac{4}{10}}$.": "1000",
+        r"It is $45^\circ$.": "1110", "Because $x=45$, it is $45$.": "1100", "It is 45": "0000", "The answer is: 45": "1101"}),
+    ("Counting & Probability", 3, "Two of five balls are red. How probable is a red one?",
+     r"It is $\boxed{\frac{2}{5}}$.", r"\frac{2}{5}", {
+        r"Not $\boxed{\frac{1}{5}}$ but $\boxed{\frac{4}{10}}$.": "1000", "The answer is $x = 2/5$": "1010",
         "The answer is: \\frac{2}{5}.\nNo, $\\boxed{\\frac{3}{5}}$.": "0001", r"The answer is: \boxed{2/5}": "1110"}),
     ("Number Theory", "?", "Write eleven in base two.", r"$8+2+1$ gives $\fbox{1011_2}$.", "1011_2", {
-        "I cannot do this.": "0000", "1011_2": "0010", "": "0000",
-        r"\[1011_2\] is more than $1010_2$.": "0010", r"The answer is: \boxed{1011_2": "0000"}),
+        "I cannot do this.": "0000", "1011_2": "0010", "": "0000", r"\[ x = 1011_2 \] is more than $1010_2$.": "0010"}),
 ]
 
 
@@ -345,36 +303,26 @@ def test_script_reads_one_completion_by_every_rule():
 
 def latex(rng, value):
     """A Fraction in one of the ways in which solutions write it."""
-    sign, size = "-" * (value < 0), abs(value)
-    ways = []
-    if size.denominator == 1:
-        ways += [f"{sign}{size}", f"{sign}{size.numerator:,}", f"{sign}{size.numerator:,}".replace(",", "{,}"),
-                 f"{sign}{size}.0", f"{sign}\\${size}", f"{sign}{size}\\%", f"{sign}{size}^\\circ", f"x = {sign}{size}", f"{sign}{size}.",
-                 f"{sign}{size}\\text{{ apples}}", f"\\text{{{sign}{size}}}", f"{sign}{size}\\,\\mbox{{ cm}}"]
+    sign, top, bottom, n = "-" * (value < 0), abs(value.numerator), value.denominator, rng.randrange(1, 5)
+    ways = [rf"{sign}\frac{{{n * top}}}{{{n * bottom}}}", rf"\dfrac{{{sign}{n * top}}}{{{n * bottom}}}", f"{sign}{n * top} / {n * bottom}"]
+    if bottom == 1:
+        ways += [f"{sign}{top:,}", f"{sign}{top:,}".replace(",", "{,}"), rf"\${sign}{top}.0", rf"{sign}{top}\%", rf"x = {sign}{top}^\circ",
+                 rf"{sign}{top}\text{{ apples}}", rf"\text{{{sign}{top}}}", rf"{sign}{top}\,\mbox{{ cm}}"]
     if Fraction(written(value)) == value:
-        text = written(value)
-        ways += [text, re.sub(r"^(-?)0\.", r"\1.", text), f"${text}$", f"k={text}"]
-    n = rng.randrange(1, 5)
-    top, bottom = n * size.numerator, n * size.denominator
-    ways += [f"{sign}\\frac{{{top}}}{{{bottom}}}", f"\\dfrac{{{sign}{top}}}{{{bottom}}}", f"{sign}\\tfrac{{{top}}}{{{bottom}}}",
-             f"{sign}{top}/{bottom}", f"{sign}{top} / {bottom}", f"\\left{sign}\\frac{{{top}}}{{{bottom}}}\\right"]
+        ways += [written(value), re.sub(r"^(-?)0\.", r"\1.", written(value)), f"${written(value)}$"]
     return rng.choice(ways)
 
 
 @CASES
 def test_math_answers_are_equal_where_their_fractions_are(cases):
-    """A number in one LaTeX dress, boxed, said or in dollars, is right against another dress exactly if both are one
-    number; the other comparison is never right about two different numbers."""
+    """A number in one LaTeX dress is right against another dress exactly if both are one number; the other comparison is
+    never right about two different numbers."""
     rng, right = random.Random(7), 0
     for _ in range(cases // 2):
-        numerator = rng.randrange(-10**rng.randrange(1, 6), 10**rng.randrange(1, 6))
-        value = Fraction(numerator, rng.choice([1, 1, 2, 3, 7, 8, 100]))
-        other = value if rng.random() < 0.5 else rng.choice([-value, value + 1, 1 / value if value else 1, value * 10])
-        text, answer = latex(rng, value), latex(rng, Fraction(other))
-        inside = text.replace("$", "") if not text.count("\\$") else text
-        completion = random_words(rng) + rng.choice([
-            f"\\boxed{{{text}}}.", f"\\boxed{{7}} or \\boxed{{{text}}}, {random_words(rng)}", f"The answer is: {text}",
-            f"The answer is {text}.\n{random_words(rng)}", f"it is ${inside}$."])
+        value = Fraction(rng.randrange(-10**5, 10**5), rng.choice([1, 1, 2, 3, 7, 8, 100]))
+        other = value if rng.random() < 0.5 else rng.choice([-value, value + 1, value * 10])
+        said = rng.choice([r"\boxed{7} or \boxed{%s}.", "The answer is: %s", "The answer is %s."])
+        completion, answer = random_words(rng) + said % latex(rng, value), latex(rng, other)
         scores = hendrycks_math.score(completion, answer)
         assert scores["answer"]["correct"] == (value == other), (completion, answer)
         assert value == other or not any(score["correct"] for score in scores.values()), (completion, answer)
@@ -384,12 +332,16 @@ def test_math_answers_are_equal_where_their_fractions_are(cases):
 
 @CASES
 def test_garbage_is_scored_without_an_error(cases):
-    """Any string, as completion and as answer, gets verdicts; every text but a blank one equals itself."""
-    rng = random.Random(9)
+    """Any string, as completion and as answer, gets verdicts. A text equals itself, unless it is blank; two others
+    are equal in both orders or in none, and whenever is_equiv says so."""
+    rng, text = random.Random(9), ""
     for _ in range(cases):
-        text, other = random_garbage(rng), random_garbage(rng, 16)
-        verdicts(text, other)
-        assert hendrycks_math.is_equiv(other, other) and hendrycks_math.equal(other, other) == bool(other.strip()), other
+        before, text = text, random_garbage(rng, 16)
+        verdicts(random_garbage(rng), text)
+        assert hendrycks_math.is_equiv(text, text) and hendrycks_math.equal(text, text) == bool(text.strip()), text
+        if before.strip() and text.strip():
+            same = hendrycks_math.equal(before, text)
+            assert same == hendrycks_math.equal(text, before) and same >= hendrycks_math.is_equiv(before, text), (before, text)
 
 
 @pytest.mark.long

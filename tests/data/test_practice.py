@@ -10,8 +10,6 @@ import pytest
 from data import gsm8k, practice as generator, prompting
 from data.calculator import calculate
 
-ANNOTATION = re.compile(r"<<(.*?)=(.*?)>>")
-
 
 @pytest.fixture(scope="module")
 def problems():
@@ -27,38 +25,31 @@ def test_practice_counts():
 
 def test_practice_splits_are_disjoint_for_all_seeds():
     """No question is in train and test, and none comes twice in a split."""
-    train = [[example["question"] for example in generator.practice("train", 600, seed)] for seed in range(3)]
-    test = [[example["question"] for example in generator.practice("test", 300, seed)] for seed in range(3)]
+    train, test = ([[example["question"] for example in generator.practice(split, count, seed)] for seed in range(3)]
+                   for split, count in (("train", 600), ("test", 300)))
     assert all(len(set(questions)) == len(questions) for questions in train + test)
     assert not set().union(*train) & set().union(*test)
     assert train[0] != train[1]
 
 
 def test_every_step_of_practice_is_right(problems):
-    """Each answer line computes once: text, annotation and integer agree, the last is the answer."""
+    """A line computes once: text, annotation and integer agree, the last is the answer. Its numbers stand in the question,
+    come from earlier lines, or are constants such as the 4 legs of a goat."""
     step = re.compile(r"(.*?)([\d.]+(?: ?[-+*/] ?[\d.]+)+) = \$?<<([^<>=]+)=(\d+)>>(\d+)( .*)?\.")
     for problem in problems:
+        known = {*re.findall(r"\d+", problem["question"]), "1", "1.5", "2", "4", "100"}
         *lines, last = problem["answer"].split("\n")
         assert 2 <= len(lines) <= 5
         for line in lines:
             _, shown, expression, value, repeated, _ = step.fullmatch(line).groups()
             assert shown.replace(" ", "") == expression and calculate(expression) == value == repeated
-            assert int(value) >= 2
+            assert int(value) >= 2 and set(re.findall(r"[\d.]+", expression)) <= known, problem
+            known.add(value)
         assert last == f"#### {value}"
 
 
-def test_numbers_of_a_step_are_known(problems):
-    """A step uses numbers of the question, results of earlier steps, or constants such as the 4 legs of a goat."""
-    constants = {"1", "1.5", "2", "4", "100"}
-    for problem in problems:
-        known = set(re.findall(r"\d+", problem["question"])) | constants
-        for expression, value in ANNOTATION.findall(problem["answer"]):
-            assert set(re.findall(r"[\d.]+", expression)) <= known, problem
-            known.add(value)
-
-
 def test_practice_reads_as_text(problems):
-    """Sentences begin with a capital or a number and end in a mark, nothing is left unfilled, and plurals fit."""
+    """Sentences begin with a capital or a number and end in a mark, nothing is left unfilled, plurals and pronouns fit."""
     for problem in problems:
         text = gsm8k.strip_annotations(problem["question"] + "\n" + problem["answer"])
         assert not re.search(r"[{}\[\]<>]|  | [.,?]|None", text), text
@@ -88,7 +79,7 @@ def test_practice_answers_score_as_right():
 
 
 def test_script_shows_the_same_problems_in_another_process():
-    """`python practice.py` prints the first problems, whatever the hash seed."""
+    """`python -m data.practice` prints the first problems, whatever the hash seed."""
     run = subprocess.run([sys.executable, "-m", "data.practice"], capture_output=True, text=True, timeout=60,
                          env={**os.environ, "PYTHONHASHSEED": "12345"})
     assert run.returncode == 0, run.stderr

@@ -30,9 +30,9 @@ def fault(load, path, kind=ValueError):
 
 WORDS = ("so", "He", "pays", "\u00e9t\u00e9", "the", "cost", "is", "\u4e00\u5171", "apples", "=", "(that", "left)", "\u20ac", "\U0001f34e",
          "%", "**sum**", "#", "##", "answer", "\n", "answer:", "-", "x", "per")
-PIECES = ("####", "#### ", "The answer is", "The answer is: ", "<<", ">>", "\\boxed{", "\\fbox{", "\\frac", "\\dfrac", "\\sqrt", "{", "}", "$",
-          "\\[", "\\]", ",", ".", "/", "-", "+", "(", ")", "*", "=", "%", "\n", " ", "0", "1", "23", "456", "7,890", "\\text{ ", "\\text{",
-          "\\mbox{", "\\left", "\\!", "^\\circ", "\\", "_", "\u0663", "\uff11", "\u00b2", "\u2212", "\0", "\ud800")
+PIECES = ("####", "#### ", "The answer is", "The answer is: ", "<<", ">>", "\\boxed{", "\\fbox{", "\\frac", "\\dfrac", "\\sqrt", "{", "}",
+          "$", "\\[", "\\]", ",", ".", "/", "-", "+", "(", ")", "*", "=", "%", "\n", " ", "0", "1", "23", "456", "7,890", "\\text{ ",
+          "\\text{", "\\mbox{", "\\left", "\\!", "^\\circ", "\\", "_", "\u0663", "\uff11", "\u00b2", "\u2212", "\0", "\ud800")
 
 
 def random_words(rng, most=8):
@@ -61,7 +61,8 @@ def random_number(rng, commas=True, dollar=True):
 
 STARTS = ("", "#### ", "The answer is: 1", "\\[", "a")
 REPEATED = ("1", "#", "#### ", "#### 1", "1,111", ",111", "1.", "-", "$", "$a", "$$a$$", "\\[", "\\]", "\\boxed{", "\\frac", "\\frac{}",
-            "\\frac1", "\\sqrt", "{", "{a", "{a}", "}", " ", "1/", "1 / ", "a/", "The answer is: ", "<<", ">>", "\\text{ ", "=", "\u0663", "\n", "a")
+            "\\frac1", "\\sqrt", "{", "{a", "{a}", "}", " ", "1/", "1 / ", "a/", "The answer is: ", "<<", ">>", "\\text{ ", "=", "\u0663",
+            "\n", "a")
 
 
 def assert_linear(*rules):

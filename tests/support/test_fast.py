@@ -75,8 +75,8 @@ def an_mlp(dtype):
 def a_head(trains):
     """20 hidden states, in chunks of 8, under a head that trains or is frozen."""
     def case(dtype):
-        head, hidden, targets = nn.Linear(16, 50, bias=False).to(dtype).requires_grad_(trains), random(20, 16, dtype=dtype), torch.arange(20)
-        return lambda f: 0.3 * f(hidden, head, targets), [hidden, *([head.weight] if trains else [])]
+        head, hidden = nn.Linear(16, 50, bias=False).to(dtype).requires_grad_(trains), random(20, 16, dtype=dtype)
+        return lambda f: 0.3 * f(hidden, head, torch.arange(20)), [hidden, *([head.weight] if trains else [])]
     return case
 
 
@@ -135,7 +135,8 @@ def test_second_derivatives_are_refused_not_wrong(name):
         first.sum().backward()
 
 
-@pytest.mark.parametrize("H, K, T, cached, queries", [(4, 2, 3, 1 << 20, 64), (3, 3, 3, 54, 64), (4, 1, 1, 8, 64), (2, 1, 5, 1, 2), (3, 3, 3, 1, 1)])
+@pytest.mark.parametrize("H, K, T, cached, queries", [
+    (4, 2, 3, 1 << 20, 64), (3, 3, 3, 54, 64), (4, 1, 1, 8, 64), (2, 1, 5, 1, 2), (3, 3, 3, 1, 1)])
 def test_attention_in_pieces_of_any_size(H, K, T, cached, queries, monkeypatch):
     """Grouped heads or not; all rows at once, or two, or one; all queries, or some, or one: torch's values, and finite
     differences."""
@@ -206,6 +207,14 @@ def test_switching_on_and_off():
     assert new == f"{in_use()} {precision()}\n"
 
 
+def test_an_older_torch_has_no_choice(monkeypatch):
+    """Without the switch nothing is chosen, and nothing fails."""
+    monkeypatch.setattr(fast, "has_onednn_switch", lambda: False)
+    fast.switch_on()
+    with fast.onednn("bf16"):
+        assert precision() in (None, "none") and not fast.onednn_multiplies(torch.zeros(2))
+
+
 needs_switch = pytest.mark.skipif(not HAS_SWITCH, reason="this torch has no such switch")
 
 
@@ -233,17 +242,9 @@ def test_an_error_leaves_the_choice_of_products_as_it_was(chosen, monkeypatch):
     assert seen == ["ieee"] * 5 and precision() == chosen
 
 
-def test_an_older_torch_has_no_choice(monkeypatch):
-    """Without the switch nothing is chosen, and nothing fails."""
-    monkeypatch.setattr(fast, "has_onednn_switch", lambda: False)
-    fast.switch_on()
-    with fast.onednn("bf16"):
-        assert precision() in (None, "none")
-    assert not fast.onednn_multiplies(torch.zeros(2))
-
-
 @needs_switch
-@pytest.mark.parametrize("slow, rounds, chosen", [("ieee", False, "bf16"), ("bf16", False, "ieee"), (None, False, "ieee"), ("ieee", True, "ieee")])
+@pytest.mark.parametrize("slow, rounds, chosen", [
+    ("ieee", False, "bf16"), ("bf16", False, "ieee"), (None, False, "ieee"), ("ieee", True, "ieee")])
 def test_products_are_given_to_onednn_only_where_faster_and_exact(slow, rounds, chosen, monkeypatch):
     """A CPU where the default is slow, one where oneDNN is, one where they are alike, one that rounds."""
     multiply, clock = torch.Tensor.__matmul__, [0.0]

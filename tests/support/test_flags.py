@@ -24,24 +24,14 @@ def test_help_lists_a_flag_under_the_methods_that_take_it(capsys):
     assert found == owners and {"--rank", "--gamma", "--sets", "--core-only", "--group-by"} <= owners.keys()
 
 
-def test_flags_become_the_arguments_of_a_method():
-    """Those of attach, with the seed of the run where it draws; those of the regularizer, with their defaults."""
-    def options(*argv):
-        return flags.method_options(flags.parse_arguments(argv))
-    assert options("--method", "SORSA", "--rank", "8", "--targets", "q_proj,v_proj") == (
-        {"targets": ["q_proj", "v_proj"], "rank": 8}, {"gamma": 4e-4, "reduction": "mean"})
-    assert options("--method", "sorsa", "--gamma", "0", "--reduction", "sum")[1] == {"gamma": 0.0, "reduction": "sum"}
-    assert options("--method", "lora", "--seed", "3", "--alpha", "2") == ({"alpha": 2.0, "seed": 3}, {})
-    assert options("--method", "lotr", "--core-only", "--group-by", "name")[0] == {"core_only": True, "group_by": "name", "seed": 0}
-
-
 @pytest.mark.parametrize("given, device, examples, expected", [
     ([], "cpu", 100, (40, 8, 8, 1, 10)), ([], "cuda", 3200, (100, 32, 32, 10, 25)),
     (["--epochs", "2.5", "--batch", "8"], "cpu", 100, (30, 8, 8, 1, 8)),
     (["--steps", "7", "--batch", "16", "--micro-batch", "32"], "cpu", 10, (7, 10, 10, 1, 2))])
 def test_the_budget_by_what_is_there(given, device, examples, expected):
-    """Minutes of work on a CPU, an epoch on a GPU, or what is given; a batch has no more examples than there are."""
-    args = flags.parse_arguments(["--method", "lora", *given])
+    """Minutes of work on a CPU, an epoch on a GPU, or what is given; a batch has no more examples than there are. The rate
+    is the method's, whose name may be written in any case."""
+    args = flags.parse_arguments(["--method", "LoRA", *given])
     flags.choose_budget(args, torch.device(device), examples)
     assert (args.steps, args.batch, args.micro_batch, args.log_every, args.eval_every) == expected
     assert args.save_every == args.eval_every and args.lr == METHODS["lora"].learning_rate
@@ -66,10 +56,3 @@ def test_what_is_given_beside_the_recipe_counts():
     assert (args.lr, args.batch, args.steps, args.epochs, args.rank, args.params) == (1e-3, 16, 3, None, None, 30_000)
     assert args.recipe_set == {"template": "alpaca", "limit": 100_000, "cut": (512, 512), "schedule": "cosine", "warmup": 0.03,
                                "weight_decay": 0.0, "clip": 1.0, "seed": 42, "gamma": 4e-4, "reduction": "mean"}
-
-
-@pytest.mark.parametrize("method", sorted(set(METHODS) - set(RATES)))
-def test_no_recipe_is_made_up(method):
-    """The other papers trained on other tasks."""
-    with pytest.raises(ValueError, match=f"known for sorsa, pissa, lora, full: the paper behind {method} trained on other tasks"):
-        flags.parse_arguments(["--method", method, "--recipe", "paper"])

@@ -2,10 +2,9 @@
 import pytest
 import torch
 
-import adapter
 from data import prompting
 from support import fast, generate
-from tests.toy import attach, perturb, tokens, toy_model
+from tests.toy import tokens, toy_model
 from weights import base_model
 
 NEVER = -1  # an end that no model chooses
@@ -83,14 +82,6 @@ def test_progress_is_told(case):
     assert told[-1] == (13, sum(map(len, expected))) and {5, 10, 13} <= {finished for finished, _ in told}
 
 
-def test_adapted_and_merged_models_generate_the_same(case):
-    """Merging changes the weights' form, not the text."""
-    model, prompts = perturb(attach(toy_model(seed=3), "sorsa"), 0.05), case[1]
-    before = generate.generate(model, prompts, NEVER, max_new=20)
-    adapter.merge(model)
-    assert generate.generate(model, prompts, NEVER, max_new=20) == before
-
-
 def test_a_prompt_longer_than_the_context_is_refused():
     """A prompt must leave room for the new tokens."""
     with pytest.raises(ValueError, match="a prompt of 250 tokens and 20 new ones do not fit the model's context of 256"):
@@ -133,12 +124,3 @@ def test_the_real_model_generates_what_the_naive_loop_does(real_base):
     expected = [naive_greedy(real_base.model, ids, 12, eos) for ids in asked]
     fast.switch_on()
     assert generate.generate(real_base.model, asked, eos, max_new=12) == expected
-
-
-def test_the_real_model_uses_the_calculator(real_base):
-    """In the form of its examples it writes an annotation, whose result is computed."""
-    shots = [{"question": "Sam has 4 bags with 6 figs each. How many figs?", "answer": "Sam has 4*6 = <<4*6=24>>24 figs.\n#### 24"}] * 2
-    prompt = prompting.prompt("Eve has 137 boxes with 68 pens each. How many pens does she have?", shots)
-    fast.switch_on()
-    answer = generate.complete(real_base.model, real_base.tokenizer, [prompt], 24, calculator=True)[0]
-    assert "<<137*68=9316>>" in answer["text"]

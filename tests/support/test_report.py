@@ -56,17 +56,3 @@ def test_the_parameter_table_has_a_line_per_kind_of_module():
     assert [line.split() for line in lines if line.startswith("mlp.down_proj")] == [
         ["mlp.down_proj", "A", "[4,", "48]", "B", "[32,", "4]", "2", f"{2 * 4 * (48 + 32)}"]]
     assert report.shape_range([[2, 64], [9, 64]]) == "[2-9, 64]"
-
-
-@pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (75, "1m15s"), (7260, "2h01m")])
-def test_durations(seconds, text):
-    """As a person would say them."""
-    assert report.duration(seconds) == text
-
-
-def test_a_log_line_shows_what_is_new():
-    """Numbers that have no place of their own come with their names."""
-    line = {"step": 3, "loss": 1.5, "lr": 1e-3, "grad_norm": 0.25, "tokens_per_second": 1234.0, "padding": 0.125, "gflops": 9.0,
-            "memory_gb": 0.5, "largest": 0.75}
-    assert report.log_line(line, 10, 75) == ("step  3/10  loss 1.5000  lr 1.0e-03  |g| 0.25  largest 0.75  1,234 tok/s  pad 12%  9 GFLOP/s  "
-                                             "0.50 GB  1m15s left")

@@ -68,7 +68,8 @@ def test_a_peft_folder_gives_our_logits(family, method, targets, modules, models
     assert (len(config["rank_pattern"]) > 0) == by_layer
 
 
-@pytest.mark.parametrize("family, method", [("llama3.1", "sorsa"), ("llama3.1", "full"), ("gpt2", "lora"), ("qwen2", "lotr"), ("gguf", "cora")])
+@pytest.mark.parametrize("family, method", [
+    ("llama3.1", "sorsa"), ("llama3.1", "full"), ("gpt2", "lora"), ("qwen2", "lotr"), ("gguf", "cora")])
 def test_an_hf_folder_gives_our_logits(family, method, models, exported):
     """AutoModelForCausalLM.from_pretrained, and our own loader, on the merged model; the tokenizer comes along."""
     expected, folder = exported(family, method, "hf")

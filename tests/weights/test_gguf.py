@@ -1,16 +1,12 @@
 """Reading GGUF: against the gguf library, by hand, and damaged."""
 import os
-import random
 import struct
 
 import numpy as np
 import pytest
-import torch
 
 from tests.tiny import one_line, short, write_gguf
-from weights import gguf
-from weights.gguf import dequantize, read_gguf
-from weights.safetensors import read_safetensors, write_safetensors
+from weights.gguf import DECODERS, dequantize, read_gguf
 
 F32 = np.float32
 
@@ -33,6 +29,7 @@ def test_gguf_gives_back_what_was_written(small):
     assert np.array_equal(dequantize(tensors["a"].raw, "F32", (2, 3)), [[0, 1, 2], [3, 4, 5]])
 
 
+@pytest.mark.peers
 def test_gguf_reading_equals_the_gguf_library(tiny_gguf, real_gguf, real_reader):
     """Same fields, same tensors, same bytes, for a file of our writer and for the default model."""
     for path, theirs in ((tiny_gguf, type(real_reader)(tiny_gguf)), (real_gguf, real_reader)):
@@ -46,9 +43,10 @@ def test_gguf_reading_equals_the_gguf_library(tiny_gguf, real_gguf, real_reader)
             assert np.array_equal(ours.raw, tensor.data.view(np.uint8).reshape(-1))
 
 
-@pytest.mark.parametrize("type_name", gguf.DECODERS)
+@pytest.mark.peers
+@pytest.mark.parametrize("type_name", DECODERS)
 def test_dequantize_equals_the_gguf_library(type_name):
-    """Bit by bit, on random blocks that use every integer, and on weights quantized by that library."""
+    """Bit by bit, on weights of very different sizes, quantized by that library."""
     gguf = pytest.importorskip("gguf")
     from gguf import quants
     number, random = gguf.GGMLQuantizationType[type_name], np.random.default_rng(0)
@@ -59,10 +57,21 @@ def test_dequantize_equals_the_gguf_library(type_name):
         assert ours.dtype == F32 and np.array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
-def test_dequantize_by_hand():
-    """One Q4_1 block: d = 0.5, m = -1, lower halves are weights 0..15, upper halves weights 16..31."""
-    raw = np.frombuffer(np.array([0.5, -1], np.float16).tobytes() + bytes([0x21] * 15 + [0xF0]), np.uint8)
-    assert dequantize(raw, "Q4_1", (1, 32)).tolist() == [[-0.5] * 15 + [-1] + [0] * 15 + [6.5]]
+@pytest.mark.parametrize("type_name, head, body, expected", [
+    # d = 0.5, m = -1; the lower halves of the bytes are weights 0..15, the upper ones weights 16..31
+    ("Q4_1", [0.5, -1], bytes([0x21] * 15 + [0xF0]), [-0.5] * 15 + [-1] + [0] * 15 + [6.5]),
+    ("Q4_0", [0.5], bytes([0x21] * 15 + [0xF0]), [-3.5] * 15 + [-4] + [-3] * 15 + [3.5]),
+    # the fifth bits first: of weight 0 and of weight 31
+    ("Q5_0", [0.5], bytes([1, 0, 0, 0x80] + [0x21] * 16), [0.5] + [-7.5] * 15 + [-7] * 15 + [1]),
+    ("Q5_1", [0.5, -1], bytes([1, 0, 0, 0x80] + [0x21] * 16), [7.5] + [-0.5] * 15 + [0] * 15 + [8]),
+    ("Q8_0", [0.5], bytes([0xFF] + [2] * 31), [-0.5] + [1] * 31),
+    ("F16", [0.5] * 32, b"", [0.5] * 32),
+    ("BF16", [], bytes([0x80, 0xBF] * 32), [-1] * 32),
+])
+def test_dequantize_by_hand(type_name, head, body, expected):
+    """One block of each type."""
+    raw = np.frombuffer(np.array(head, np.float16).tobytes() + body, np.uint8)
+    assert dequantize(raw, type_name, (1, 32)).tolist() == [expected]
 
 
 def test_unsupported_tensor_types_are_named():
@@ -71,16 +80,22 @@ def test_unsupported_tensor_types_are_named():
         dequantize(np.zeros(144, np.uint8), "Q4_K", (1, 256))
 
 
+# ---- damaged --------------------------------------------------------------------------------------------------------
+
+def header(tensors, fields, *keys):
+    """The beginning of a GGUF file with so many tensors and fields, and the keys, each with the bytes behind it."""
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(struct.pack("<Q", len(key)) + key + rest for key, rest in keys)
+
+
 def field(key, kind, payload):
     """A GGUF file whose one metadata field has these bytes."""
-    return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<I", kind) + payload
+    return header(0, 1, (key, struct.pack("<I", kind) + payload))
 
 
 def described(*entries):
     """A GGUF file with tensors of the given (name, shape as stored, type number, offset) and 1 kB of data."""
-    text = b"".join(struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, *rest)
-                    for name, shape, *rest in entries)
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(entries), 0) + text
+    head = header(len(entries), 0, *((name, struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, *rest))
+                                     for name, shape, *rest in entries))
     return head + bytes(-len(head) % 32 + 1024)
 
 
@@ -93,9 +108,9 @@ HUGE = 2 ** 64 - 1
     (b"PK\x03\x04" + bytes(40), "expected a little-endian GGUF file, version 2 or 3"),
     (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
     (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version 50331648"),
-    (b"GGUF" + struct.pack("<IQQ", 3, HUGE, 0), "truncated: a tensor name"),
-    (b"GGUF" + struct.pack("<IQQ", 3, 0, HUGE), "truncated: a metadata key"),
-    (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, HUGE), "truncated: a metadata key needs bytes 32.."),
+    (header(HUGE, 0), "truncated: a tensor name"),
+    (header(0, HUGE), "truncated: a metadata key"),
+    (header(0, 1) + struct.pack("<Q", HUGE), "truncated: a metadata key needs bytes 32.."),
     (field(b"\xff\xfe", 4, bytes(4)), "a metadata key is not UTF-8 at byte 32"),
     (field(b"k", 8, struct.pack("<Q", 2) + b"\xc3("), "k is not UTF-8 at byte 45"),
     (field(b"k", 99, bytes(8)), "metadata field k has the unknown type 99"),
@@ -104,15 +119,14 @@ HUGE = 2 ** 64 - 1
     (field(b"k", 9, struct.pack("<IQ", 12, HUGE) + bytes(99)), "truncated: k"),
     (field(b"general.alignment", 4, struct.pack("<I", 0)), "general.alignment is 0"),
     (field(b"general.alignment", 7, b"\1"), "general.alignment is True"),
+    (header(0, 2, *[(b"k", struct.pack("<II", 4, 0))] * 2), "metadata field k occurs twice"),
     (described((b"t", (4,), 0, 0), (b"t", (4,), 0, 32)), "tensor t occurs twice"),
     (described((b"t", (64,), 0, 0), (b"u", (4,), 0, 32)), "tensor u at offset 32 .* overlaps"),
     (described((b"t", (4,), 0, 8)), "tensor t at offset 8 is not aligned to 32"),
     (described((b"t", (257,), 0, 0)), "truncated: tensor t needs bytes 64..1092, the file has 1088"),
-    (described((b"t", (4,), 0, HUGE - 31)), "truncated: tensor t"),
     (described((b"t", (HUGE, HUGE, HUGE, HUGE), 0, 0)), "truncated: tensor t"),
     (described((b"t", (4, 0), 0, 0)), r"tensor t of type F32 has shape \(0, 4\)"),
     (described((b"t", (33,), 3, 0)), r"tensor t of type Q4_1 has shape \(33,\)"),
-    (described((b"t", (), 0, 0)), "tensor t has 0 dimensions"),
     (described((b"t", (1,) * 5, 0, 0)), "tensor t has 5 dimensions"),
     (described((b"t\n\x1b[2J", (4,), 77, 0)), r"tensor t\?\?\[2J has type number 77; supported: F32"),
 ], ids=short)
@@ -123,15 +137,6 @@ def test_damaged_gguf_files_are_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_gguf(path)
     assert one_line(error).startswith(f"{path}: ")
-
-
-def test_a_repeated_metadata_field_is_named(tmp_path):
-    """The second of two fields of one name."""
-    path = tmp_path / "bad.gguf"
-    once = field(b"k", 4, bytes(4))
-    path.write_bytes(once[:16] + struct.pack("<Q", 2) + once[24:] * 2)
-    with pytest.raises(ValueError, match="metadata field k occurs twice"):
-        read_gguf(path)
 
 
 def test_a_gguf_file_cut_anywhere_is_named(small):
@@ -146,46 +151,11 @@ def test_a_gguf_file_cut_anywhere_is_named(small):
     read_gguf(small)
 
 
-def damage(content, choose):
-    """Random damage: bytes changed, a stretch removed or inserted, the end cut off."""
-    content = bytearray(content)
-    for _ in range(choose.randint(1, 4)):
-        place = choose.randrange(len(content))
-        kind = choose.randrange(4)
-        if kind == 0:
-            content[place] = choose.choice((0, 1, 0x7F, 0x80, 0xFF, choose.randrange(256)))
-        elif kind == 1:
-            content[place:place + 8] = struct.pack("<Q", choose.choice((0, 1, 2 ** 31, 2 ** 62, HUGE, len(content))))
-        elif kind == 2:
-            del content[place:place + choose.randint(1, 20)]
-        else:
-            content[place:place] = choose.randbytes(choose.randint(1, 20))
-    return bytes(content[:choose.randint(1, len(content))] if choose.random() < 0.2 else content)
-
-
-def test_randomly_damaged_files_are_read_or_refused(small, tmp_path):
-    """2000 mutations of each format: a ValueError of one line naming the file, or a file that is still in order."""
-    safetensors = tmp_path / "small.safetensors"
-    tensors = {"a": torch.ones(2, 3), "b": torch.zeros(0, 2), "c": torch.tensor(1)}
-    write_safetensors(safetensors, tensors, {"k": "v"})
-    for path, read in ((small, read_gguf), (safetensors, read_safetensors)):
-        content, choose, refused = path.read_bytes(), random.Random(0), 0
-        for _ in range(2000):
-            path.unlink()
-            path.write_bytes(damage(content[:600], choose) + content[600:])
-            try:
-                read(path)
-            except ValueError as error:
-                assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
-                refused += 1
-        assert refused > 1000
-
-
-@pytest.mark.parametrize("kind", [struct.pack("<I", 8), struct.pack("<II", 9, 0), struct.pack("<II", 9, 8)], ids=["text", "bytes", "texts"])
+@pytest.mark.parametrize("kind", [(8,), (9, 0), (9, 8)], ids=["text", "bytes", "texts"])
 def test_endless_metadata_are_refused_unread(kind, tmp_path):
     """In a file of a terabyte of nothing, a text, an array of bytes and one of texts, many gigabytes each."""
     path = tmp_path / "a.gguf"
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + kind + struct.pack("<Q", 1 << 36))
+    path.write_bytes(header(0, 1, (b"k", struct.pack(f"<{len(kind)}IQ", *kind, 1 << 36))))
     os.truncate(path, 1 << 40)
     with pytest.raises(ValueError, match="a header of more than 33554432 bytes") as error:
         read_gguf(path)

@@ -1,4 +1,4 @@
-"""safetensors: against the library, interrupted, and damaged."""
+"""safetensors: against the library, and damaged."""
 import json
 import os
 import struct
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import one_line, short
-from weights import files
+from weights import safetensors
 from weights.safetensors import read_safetensors, write_safetensors
 
 HUGE = 2 ** 64 - 1
@@ -16,9 +16,8 @@ HUGE = 2 ** 64 - 1
 
 def assorted():
     """Tensors of every dtype, among them a scalar, an empty one, strided ones, special values and odd sizes."""
-    random = torch.Generator().manual_seed(0)
-    numbers = torch.randn(5, 3, generator=random) * 100
-    tensors = {f"t.{name}": numbers.to(dtype) for name, dtype in files.DTYPES.items()}
+    numbers = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 100
+    tensors = {f"t.{name}": numbers.to(dtype) for name, dtype in safetensors.DTYPES.items()}
     return tensors | {"scalar": torch.tensor(2.5, dtype=torch.bfloat16), "empty": torch.zeros(0, 4),
                       "transposed": numbers.T, "strided": numbers[:, 0], "bytes": torch.arange(3, dtype=torch.uint8),
                       "special": torch.tensor([float("inf"), -0.0, float("nan"), 1e-45]),
@@ -34,9 +33,14 @@ def equal(a, b):
                                         and bits(a[name]) == bits(b[name]) for name in a)
 
 
-def test_safetensors_round_trip(tmp_path):
-    """What was written comes back, bit by bit, with its metadata."""
-    path = tmp_path / "a.safetensors"
+@pytest.fixture
+def path(tmp_path):
+    """Where a test may write a file."""
+    return tmp_path / "a.safetensors"
+
+
+def test_what_was_written_comes_back(path):
+    """Bit by bit, with its metadata."""
     write_safetensors(path, assorted(), {"method": "sorsa", "ü": '"\n'})
     tensors, metadata = read_safetensors(path)
     assert equal(tensors, assorted()) and metadata == {"method": "sorsa", "ü": '"\n'}
@@ -44,45 +48,41 @@ def test_safetensors_round_trip(tmp_path):
     assert read_safetensors(path) == ({}, {})
 
 
-def test_written_tensors_are_aligned(tmp_path):
+def test_written_tensors_are_aligned(path):
     """Header and tensors begin where their numbers can be read in place: at multiples of 8 and of the element size."""
-    path = tmp_path / "a.safetensors"
     write_safetensors(path, {"a": torch.ones(3, dtype=torch.int8), "b": torch.ones(1, dtype=torch.float64)})
     size = struct.unpack("<Q", path.read_bytes()[:8])[0]
     header = json.loads(path.read_bytes()[8:8 + size])
     assert size % 8 == 0 and header["b"]["data_offsets"] == [0, 8] and header["a"]["data_offsets"] == [8, 11]
 
 
-def test_safetensors_library_reads_ours_and_we_read_theirs(tmp_path):
+@pytest.mark.peers
+def test_safetensors_library_reads_ours_and_we_read_theirs(path):
     """Both ways, bit by bit."""
     library = pytest.importorskip("safetensors.torch")
     from safetensors import safe_open
-    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
-    write_safetensors(ours, assorted(), {"k": "v"})
-    assert equal(library.load_file(ours), assorted())
-    with safe_open(ours, "pt") as file:
+    write_safetensors(path, assorted(), {"k": "v"})
+    assert equal(library.load_file(path), assorted())
+    with safe_open(path, "pt") as file:
         assert file.metadata() == {"k": "v"}
-    library.save_file({name: tensor.clone().contiguous() for name, tensor in assorted().items()}, theirs, {"k": "v"})
-    tensors, metadata = read_safetensors(theirs)
+    library.save_file({name: tensor.clone().contiguous() for name, tensor in assorted().items()}, path, {"k": "v"})
+    tensors, metadata = read_safetensors(path)
     assert equal(tensors, assorted()) and metadata == {"k": "v"}
 
 
-def test_read_tensors_outlive_and_do_not_touch_the_file(tmp_path):
+def test_read_tensors_outlive_and_do_not_touch_the_file(path):
     """They may be written to, and used after the file was replaced or removed."""
-    path = tmp_path / "a.safetensors"
     write_safetensors(path, {"a": torch.ones(3)})
     tensors, _ = read_safetensors(path)
     tensors["a"] += 1
-    assert read_safetensors(path)[0]["a"].tolist() == [1, 1, 1]
     untouched = read_safetensors(path)[0]["a"]
     write_safetensors(path, {"a": torch.zeros(3)})
     path.unlink()
     assert tensors["a"].tolist() == [2, 2, 2] and untouched.tolist() == [1, 1, 1]
 
 
-def test_misaligned_tensors_are_read(tmp_path):
+def test_misaligned_tensors_are_read(path):
     """The format allows a float to begin at any byte."""
-    path = tmp_path / "a.safetensors"
     entries = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
                "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
                "c": {"dtype": "F32", "shape": [0, 2], "data_offsets": [9, 9]}}
@@ -91,9 +91,8 @@ def test_misaligned_tensors_are_read(tmp_path):
     assert tensors["b"].tolist() == [1.5, -2] and tensors["b"].data_ptr() % 4 == 0 and tensors["c"].shape == (0, 2)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    """Whether writing fails at the start, in the middle or at the end; nothing else stays in the folder."""
-    path = tmp_path / "a.safetensors"
+def test_what_cannot_be_stored_leaves_the_old_file(path):
+    """A dtype that the format lacks, metadata that are no texts, a tensor without numbers."""
     write_safetensors(path, {"a": torch.ones(2)})
     before = path.read_bytes()
     with pytest.raises(ValueError, match="tensor b of torch.complex64 cannot be stored; supported: F64, F32"):
@@ -102,15 +101,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_safetensors(path, {"a": torch.ones(1)}, {"rank": 8})
     with pytest.raises(Exception):
         write_safetensors(path, {"a": torch.ones(1), "b": torch.ones(1, device="meta")})
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
-    def full(_):
-        raise OSError("disk full")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_safetensors(path, {"a": torch.zeros(9)})
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
+# ---- damaged --------------------------------------------------------------------------------------------------------
 
 def packed(header, data=b""):
     """A safetensors file with this header (an object, or its text)."""
@@ -119,6 +113,7 @@ def packed(header, data=b""):
 
 
 def entry(dtype="F32", shape=[2], offsets=[0, 8]):
+    """A header of one tensor, of 8 bytes unless told otherwise."""
     return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
 
@@ -126,7 +121,6 @@ def entry(dtype="F32", shape=[2], offsets=[0, 8]):
     (b"", "the file is empty"),
     (b"\1\2\3", "truncated: the header needs bytes 0..8, the file has 3"),
     (struct.pack("<Q", HUGE) + b"{}", "truncated: the header"),
-    (packed(b"{'a': 1}"), "the header is not valid JSON"),
     (packed(b'{"\xff": 1}'), "the header is not valid JSON"),
     (packed(b"[" * 200000), "the header is not valid JSON"),
     (packed(b'{"a": {}, "a": {}}'), "a key occurs twice"),
@@ -136,7 +130,6 @@ def entry(dtype="F32", shape=[2], offsets=[0, 8]):
     (packed(entry(dtype="F8_E4M3"), bytes(8)), "tensor a has dtype F8_E4M3; supported: F64"),
     (packed(entry(dtype=["F32"]), bytes(8)), "tensor a has dtype"),
     (packed(entry(shape=[-2]), bytes(8)), r"tensor a has shape \[-2\]"),
-    (packed(entry(shape=[2.0]), bytes(8)), r"tensor a has shape \[2.0\]"),
     (packed(entry(shape=[True, 2]), bytes(8)), r"tensor a has shape \[True, 2\]"),
     (packed(entry(shape=2), bytes(8)), "tensor a has shape 2"),
     (packed(entry(shape=[1] * 65), bytes(8)), "tensor a has shape"),
@@ -149,18 +142,16 @@ def entry(dtype="F32", shape=[2], offsets=[0, 8]):
     (packed(entry(offsets=[4, 12]), bytes(12)), "tensor a at offset 4 overlaps another or leaves a gap"),
     (packed({**entry(), "b": entry(offsets=[4, 12])["a"]}, bytes(12)), "tensor b at offset 4 overlaps"),
 ], ids=short)
-def test_damaged_safetensors_files_are_named(tmp_path, content, message):
+def test_damaged_safetensors_files_are_named(path, content, message):
     """One line with the file and the fault."""
-    path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         read_safetensors(path)
     assert one_line(error).startswith(f"{path}: ")
 
 
-def test_an_endless_header_is_refused_unread(tmp_path):
+def test_an_endless_header_is_refused_unread(path):
     """A file of a terabyte of nothing, whose header is half of it, costs no memory and no time."""
-    path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 39))
     os.truncate(path, 1 << 40)
     with pytest.raises(ValueError, match="a header of more than 33554432 bytes") as error:
