@@ -33,7 +33,9 @@ class LoRALinear(adapter.AdaptedLinear):
 
     def forward(self, x):
         A, B = self.A.to(x), self.B.to(x)
-        return self.base(x) + self.scale * (x @ A.T) @ B.T  # (..., out)
+        h = self.base(x)  # (..., out)
+        h += self.scale * (x @ A.T) @ B.T  # in place: one tensor of this size less
+        return h
 
     def delta(self):
         """(out, in): what forward adds to `weight`."""

@@ -74,7 +74,9 @@ class LoTRLinear(adapter.AdaptedLinear):
 
     def forward(self, x):
         A, B, G = self.A.to(x), self.B.to(x), self.G.to(x)
-        return self.base(x) + self.scale * (x @ (A @ G)) @ B.T  # (..., out); A G (in, r) is the same for all tokens
+        h = self.base(x)  # (..., out)
+        h += self.scale * (x @ (A @ G)) @ B.T  # A G (in, r) is the same for all tokens
+        return h
 
     def delta(self):
         """(out, in): what forward adds to `weight`."""

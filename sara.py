@@ -125,7 +125,9 @@ class SARALinear(adapter.AdaptedLinear):
 
     def forward(self, x):
         A, lam, B = self.A.to(x), self.lam.to(x), self.B.to(x)
-        return self.base(x) + self.scale * ((x @ A.T) * lam) @ B.T  # W0 x + B diag(lam) A x, (..., out)
+        y = self.base(x)  # W0 x, (..., out)
+        y += self.scale * ((x @ A.T) * lam) @ B.T  # + B diag(lam) A x
+        return y
 
     def delta(self):
         """(out, in): what forward adds to `weight`."""
@@ -195,7 +197,9 @@ class MoSARALinear(adapter.AdaptedLinear):
         mix = (self.gates(h) @ self.Lam).to(x.dtype)  # Lam^T g (..., k): one product with U for all sets
         if self.v_mode == "output":
             return (1 + v) * (self.base(x) + (mix * h) @ self.U.T)  # (..., out)
-        return self.base(x) + (mix * h) @ (v[:, None] * self.U).T  # v folded into U, which is smaller than the output
+        y = self.base(x)  # (..., out)
+        y += (mix * h) @ (v[:, None] * self.U).T  # v folded into U, which is smaller than the output
+        return y
 
     def delta(self, gates=None):
         """(out, in): diag(v) U diag(Lam^T gates) Vt for gates (n,), which only n = 1 can do without.

@@ -52,7 +52,9 @@ class SORSALinear(adapter.AdaptedLinear):
 
     def forward(self, x):
         U, S, Vt = self.U.to(x), self.S.to(x), self.Vt.to(x)
-        return self.base(x) + ((x @ Vt.T) * S) @ U.T  # W_r x + U diag(S) V^T x, (..., out)
+        h = self.base(x)  # W_r x, (..., out)
+        h += ((x @ Vt.T) * S) @ U.T  # + U diag(S) V^T x
+        return h
 
     def delta(self):
         """(out, in): the principal part W_p, what forward adds to `weight`. Not zero at step 0."""

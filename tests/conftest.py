@@ -41,12 +41,6 @@ def real_base(real_gguf):
 
 
 @pytest.fixture(scope="session")
-def real_reader(real_gguf):
-    """The default model's file as the gguf library reads it, which takes seconds."""
-    return pytest.importorskip("gguf").GGUFReader(real_gguf)
-
-
-@pytest.fixture(scope="session")
 def gsm8k_data():
     """The folder with GSM-8K's train.jsonl and test.jsonl: $GSM8K_DATA, or shared/data/gsm8k beside the repository."""
     folder = Path(os.environ.get("GSM8K_DATA") or ROOT.parent / "shared" / "data" / "gsm8k")

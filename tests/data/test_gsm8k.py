@@ -5,8 +5,6 @@ import http.client
 import json
 import random
 import re
-import subprocess
-import sys
 import urllib.error
 from fractions import Fraction
 
@@ -14,7 +12,7 @@ import pytest
 
 from data import gsm8k, prompting
 from data.calculator import decimal as written
-from tests.data.texts import CASES, assert_linear, fault, random_garbage, random_number, random_words, write_records
+from tests.data.texts import CASES, assert_linear, fault, random_garbage, random_number, random_words, shown, write_records
 
 GOOD = {"question": "How many legs have 3 cats?", "answer": "3*4 = <<3*4=12>>12 legs.\n#### 12"}
 
@@ -179,22 +177,19 @@ def test_each_rule_reads_as_decided(completion, gold, expected):
 
 @pytest.mark.parametrize("text, expected", [
     # signs, dollars, separators, decimals
-    ("#### -7", -7), ("#### - 7", 7), ("#### +7", 7), ("#### -$7", -7), ("#### $-7", -7), ("#### $1,234.50", Fraction("1234.5")),
-    ("#### .5", Fraction(1, 2)), ("#### 5,", 5), ("#### 1 450", 1), ("#### 1,45", 1), ("#### 1234,567", 1234), ("#### 1,4500", 1),
+    ("#### -$7", -7), ("#### $-7", -7), ("#### - 7", 7), ("#### +7", 7), ("#### $1,234.50", Fraction("1234.5")),
+    ("#### .5", Fraction(1, 2)), ("#### 1 450", 1), ("#### 1,45", 1), ("#### 1234,567", 1234), ("#### 1,4500", 1),
     ("#### 12 -3", 12), ("#### x7", 7), ("#### (3)-4", 3), ("#### (-4)", -4), ("\uff17 apples", 7), ("#### \u22125", 5),
     # ratios
-    ("#### 1/3", Fraction(1, 3)), ("#### -6 / 4", Fraction(-3, 2)), ("#### 6/0", 6), ("#### 1,000/10", 100), ("#### 3 of 4", 3),
-    ("6/2", 2), ("The answer is 3/4 of 8", Fraction(3, 4)),
+    ("#### 1/3", Fraction(1, 3)), ("#### -6 / 4", Fraction(-3, 2)), ("#### 6/0", 6), ("#### 1,000/10", 100), ("6/2", 2),
     # which marker counts
-    ("#### about 7, not 8", 7), ("#### **7**", 7), ("####\t7", 7), ("##### 7", 7), ("#### 5 #### 6", 6),
-    ("so 8 or 9\n####", 9), ("so 8\n#### \n7", 7), ("so 8\n#### none", 8), ("The answer is 8.\n#### none\n9", 8),
-    ("#### 5\nThe answer is 6.", 5), ("The answer is 5, I think: 6.", 5), ("The answer is:\n5\n6", 5),
-    ("The answer is 5. The answer is 6. 7", 6), ("6. The answer is five", 6), ("the answer is 5, not 6", 6), ("The final answer is 5.", 5),
+    ("#### **7**, not 8", 7), ("####\t7", 7), ("##### 7", 7), ("#### 5 #### 6", 6), ("so 8\n#### \n7", 7),
+    ("The answer is 8.\n#### none\n9", 8), ("#### 5\nThe answer is 6.", 5), ("The answer is:\n5\n6", 5),
+    ("The answer is 5. The answer is 6. 7", 6), ("6. The answer is five", 6), ("the answer is 5, not 6", 6),
     # the last number of all
-    ("12 -3", -3), ("12-3", 3), ("(2)-3", 3), ("1 450", 450), ("3 dollars and .25", Fraction(1, 4)), ("from 1,000 to 2,000,000", 2000000),
-    ("1e3", 3), ("costs $5.", 5),
+    ("12 -3", -3), ("12-3", 3), ("(2)-3", 3), ("1 450", 450), ("3 dollars and .25", Fraction(1, 4)), ("1e3", 3), ("costs $5.", 5),
     # nothing
-    ("none", None), ("####", None), ("$, - . /", None), ("#### " + "9" * 5000, None), ("#### 1/" + "9" * 5000, None), ("9" * 5000, None),
+    ("####", None), ("$, - . /", None), ("#### " + "9" * 5000, None), ("#### 1/" + "9" * 5000, None), ("9" * 5000, None),
 ], ids=lambda value: str(value)[:30])
 def test_our_rule(text, expected):
     """extract_answer: signs, separators, ratios, markers, and what it is known not to read."""
@@ -202,19 +197,16 @@ def test_our_rule(text, expected):
 
 
 @pytest.mark.parametrize("rule, text, expected", [
-    ("strict", "#### -7", "-7"), ("strict", "#### 7,000.5.", "7000.5"), ("strict", "#### 1\n#### 2", "1"), ("strict", "####  7", None),
-    ("strict", "#### x7", None), ("strict", "#### -$7", None), ("strict", "#### +7", None), ("strict", "#### 6/2", "6"),
-    ("strict", "#### ,", ""), ("strict", "### 7", None), ("strict", "##### 7", "7"),
-    ("flexible", "-7", "-7"), ("flexible", "1 and 2", "2"), ("flexible", "$1,000.", "1000"), ("flexible", "-$5", "-5"),
-    ("flexible", "10-5", "-5"), ("flexible", "a 5 b $$", ""), ("flexible", "5 ... ", ".."), ("flexible", "$", None),
-    ("flexible", "#### 5 (3+4)", "4"),
-    ("metamath", "The answer is: 7 8", 7), ("metamath", "The answer is: 1. The answer is: 2", 2), ("metamath", "The answer is 7", None),
-    ("metamath", "The answer is:7", None), ("metamath", "the answer is: 7", None), ("metamath", "The answer is: x", None),
-    ("metamath", "The answer is: +7", 7), ("metamath", "The answer is: -7.", -7), ("metamath", "The answer is: - 7", 7),
-    ("metamath", "The answer is: .5", 0), ("metamath", "The answer is: 1.5", 2), ("metamath", "The answer is: 2.5", 2),
-    ("metamath", "The answer is: $2,500.75", 2500), ("metamath", "The answer is: 7/2", 4), ("metamath", "The answer is: -9/3", -3),
-    ("metamath", "The answer is: 7/0", 7), ("metamath", "The answer is: /5", None), ("metamath", "The answer is: " + "9" * 5000, None),
-    ("metamath", "The answer is: 1/" + "9" * 5000, 0), ("metamath", f"The answer is: {'9' * 5000}/{'9' * 5000}", None),
+    ("strict", "#### -7,000.5.", "-7000.5"), ("strict", "####  7", None), ("strict", "#### x7", None), ("strict", "#### +7", None),
+    ("strict", "#### 6/2", "6"), ("strict", "#### ,", ""), ("strict", "### 7", None), ("strict", "##### 7", "7"),
+    ("flexible", "1 and -7", "-7"), ("flexible", "-$1,000.", "-1000"), ("flexible", "5,", "5"), ("flexible", "10-5", "-5"),
+    ("flexible", "a 5 b $$", ""), ("flexible", "5.", "5"), ("flexible", "$", None), ("flexible", "#### 5 (3+4)", "4"),
+    ("metamath", "The answer is: 1. The answer is: 7 8", 7), ("metamath", "The answer is 7", None), ("metamath", "The answer is:7", None),
+    ("metamath", "the answer is: 7", None), ("metamath", "The answer is: x", None), ("metamath", "The answer is: +7", 7),
+    ("metamath", "The answer is: -7.", -7), ("metamath", "The answer is: - 7", 7), ("metamath", "The answer is: .5", 0),
+    ("metamath", "The answer is: 1.5", 2), ("metamath", "The answer is: 2.5", 2), ("metamath", "The answer is: $2,500.75", 2500),
+    ("metamath", "The answer is: 7/2", 4), ("metamath", "The answer is: 7/0", 7), ("metamath", "The answer is: /5", None),
+    ("metamath", "The answer is: " + "9" * 5000, None), ("metamath", "The answer is: 1/" + "9" * 5000, 0),
 ], ids=lambda value: str(value)[:30])
 def test_the_rules_of_others(rule, text, expected):
     """strict and flexible read as the harness, metamath as MetaMath does, rounding half to even; all with their flaws."""
@@ -223,19 +215,16 @@ def test_the_rules_of_others(rule, text, expected):
 
 @pytest.mark.parametrize("answer, expected", [
     ("So.\n#### 72", "72"), ("#### 1,450,000", "1450000"), ("#### -47", "-47"), ("#### 2.5", "2.5"), ("#### 7 \n", "7"),
+    ("72", None), ("####72", None), ("#### ", None), ("#### many", None), ("#### 7\nor 8", None), ("#### 1.", None), ("", None),
 ])
 def test_gold(answer, expected):
-    """gold is the text after the marker without commas."""
-    assert gsm8k.gold(answer) == expected
-
-
-@pytest.mark.parametrize("answer", ["72", "####72", "#### ", "#### many", "#### 7\nor 8", "#### 1.", ""])
-def test_answer_without_gold(answer):
-    """An answer that does not end in a marked number raises, whoever scores against it."""
-    with pytest.raises(ValueError, match="#### number"):
-        gsm8k.gold(answer)
-    with pytest.raises(ValueError, match="#### number"):
-        gsm8k.score("#### 7", answer)
+    """gold is the text after the marker without commas; an answer without one raises, whoever scores against it."""
+    if expected is not None:
+        assert gsm8k.gold(answer) == expected
+        return
+    for read in (gsm8k.gold, lambda answer: gsm8k.score("#### 7", answer)):
+        with pytest.raises(ValueError, match="#### number"):
+            read(answer)
 
 
 def test_real_answers_score_as_right(gsm8k_data):
@@ -249,9 +238,7 @@ def test_real_answers_score_as_right(gsm8k_data):
 
 def test_script_reads_one_completion_by_every_rule():
     """`python -m data.gsm8k` prints a line per rule."""
-    run = subprocess.run([sys.executable, "-m", "data.gsm8k"], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
-    assert [line.split(":")[0].strip() for line in run.stdout.splitlines()[-4:]] == list(gsm8k.RULES)
+    assert [line.split(":")[0].strip() for line in shown("data.gsm8k").splitlines()[-4:]] == list(gsm8k.RULES)
 
 
 # ---- random completions ---------------------------------------------------------------------------------------------

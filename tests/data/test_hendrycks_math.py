@@ -3,8 +3,6 @@ import itertools
 import json
 import random
 import re
-import subprocess
-import sys
 import time
 from fractions import Fraction
 
@@ -12,7 +10,7 @@ import pytest
 
 from data import hendrycks_math
 from data.calculator import decimal as written
-from tests.data.texts import CASES, assert_linear, fault, random_garbage, random_words, write_records
+from tests.data.texts import CASES, assert_linear, fault, random_garbage, random_words, shown, write_records
 
 GOOD = {"problem": "What is $2+3$?", "solution": r"It is $2+3=\boxed{5}$.", "level": "Level 1", "type": "Prealgebra"}
 READ = {"question": "What is $2+3$?", "answer": "5", "subject": "Prealgebra", "level": "1"}
@@ -292,9 +290,7 @@ def test_a_page_of_problems(tmp_path):
 
 def test_script_reads_one_completion_by_every_rule():
     """`python -m data.hendrycks_math` prints a line per rule, and only ours finds the example right."""
-    run = subprocess.run([sys.executable, "-m", "data.hendrycks_math"], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
-    lines = [line.strip() for line in run.stdout.splitlines()[-4:]]
+    lines = [line.strip() for line in shown("data.hendrycks_math").splitlines()[-4:]]
     assert [line.partition(":")[0] for line in lines] == list(hendrycks_math.RULES)
     assert [re.search(r"\((\w+)\)$", line)[1] for line in lines] == ["correct", "wrong", "wrong", "wrong"]
 

@@ -98,7 +98,7 @@ def test_the_pairs_of_names_are_those_of_the_known_data_sets():
     ({"instruction": "i", "response": "r", "output": "o"}, {"question": "i", "answer": "o"}),
     ({"query": "q", "answer": "a", "problem": "p", "solution": "s"}, {"question": "p", "answer": "s"}),
     ({**GSM8K, "query": "q", "response": " "}, GSM8K), ({**GSM8K, "query": "q", "response": None}, GSM8K),
-    ({**GSM8K, "query": 1, "response": "r"}, GSM8K),
+    ({**GSM8K, "query": 1, "response": "r"}, GSM8K), ({**GSM8K, "query": "\ud800", "response": "r"}, GSM8K),
     ({"query": " q\n", "response": "\t0 ", "input": " i\n"}, {"question": " q\n\n\n i\n", "answer": "\t0 "}),
 ])
 def test_the_first_complete_pair_counts(record, expected):

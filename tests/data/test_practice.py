@@ -1,14 +1,12 @@
 """The generated problems: right, readable, deterministic, and apart from the test split."""
-import os
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 
 from data import gsm8k, practice as generator, prompting
 from data.calculator import calculate
+from tests.data.texts import shown
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +78,6 @@ def test_practice_answers_score_as_right():
 
 def test_script_shows_the_same_problems_in_another_process():
     """`python -m data.practice` prints the first problems, whatever the hash seed."""
-    run = subprocess.run([sys.executable, "-m", "data.practice"], capture_output=True, text=True, timeout=60,
-                         env={**os.environ, "PYTHONHASHSEED": "12345"})
-    assert run.returncode == 0, run.stderr
+    printed = shown("data.practice", PYTHONHASHSEED="12345")
     for problem in generator.practice("train", 3):
-        assert prompting.prompt(problem["question"]) + prompting.target(problem["answer"]) in run.stdout
+        assert prompting.prompt(problem["question"]) + prompting.target(problem["answer"]) in printed

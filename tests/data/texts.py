@@ -1,8 +1,12 @@
-"""What the tests of data share: files of records, and random texts for the calculator and the rules of scoring."""
+"""What the tests of data share: files of records, what a file prints, random texts for the calculator and the rules of scoring."""
 import itertools
 import json
+import os
+import subprocess
+import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +28,14 @@ def fault(load, path, kind=ValueError):
     message = str(error.value)
     assert message.startswith(f"{path}:") and "\n" not in message
     return message.removeprefix(str(path))
+
+
+def shown(module, **environment):
+    """What `python -m MODULE` prints."""
+    done = subprocess.run([sys.executable, "-m", module], cwd=Path(__file__).parents[2], env={**os.environ, **environment},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # ---- random texts ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 
 from tests.tiny import HEAD_DIM, one_line, short, tiny_metadata, tiny_tensors, write_gguf
 from weights import base_model
+from weights.huggingface import llama_fields
 
 F32 = np.float32
 
@@ -120,35 +121,13 @@ def test_unknown_names_say_what_model_takes(tmp_path):
 # ---- the default model ----
 
 @pytest.mark.peers
-def test_the_default_model_equals_transformers(real_base, real_reader):
-    """Weights taken from the file by the gguf library, in transformers' Llama: same weights bit by bit, same logits."""
+def test_the_default_model_equals_transformers(real_base):
+    """Its weights and numbers in transformers' Llama give the same logits."""
     transformers = pytest.importorskip("transformers")
-    from gguf.quants import dequantize
-    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-             "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-             "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-    state = {}
-    for tensor in real_reader.tensors:
-        weight, parts = torch.tensor(dequantize(tensor.data, tensor.tensor_type)), tensor.name.split(".")
-        if parts[0] != "blk":
-            state[{"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[parts[0]] + ".weight"] = weight
-            continue
-        if parts[2] in ("attn_q", "attn_k"):
-            heads = weight.view(-1, 64, 576)
-            weight = torch.cat((heads[:, 0::2], heads[:, 1::2]), 1).reshape(-1, 576)
-        state[f"model.layers.{parts[1]}.{names[parts[2]]}.weight"] = weight
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-
-    ours = real_base.model.state_dict()
-    assert ours.keys() == state.keys() and all(torch.equal(ours[name], state[name]) for name in state)
-
-    config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, rms_norm_eps=1e-5, max_position_embeddings=8192, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0})
+    config = transformers.LlamaConfig(**{**llama_fields(real_base.model.config, eos_id=2), "architectures": None})
     with torch.device("meta"):  # no time for random weights
         theirs = transformers.LlamaForCausalLM(config).eval()
-    theirs.load_state_dict(state, assign=True)
+    theirs.load_state_dict(real_base.model.state_dict(), assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
     prompts = ("The capital of France is", "Question: Tom has 12 apples and eats 5. How many are left?\nAnswer:",
                "def add(a, b):\n    return a +", "Der schnelle braune Fuchs springt über")
