@@ -198,8 +198,8 @@ def fit(model, params, targets=adapter.TARGETS):
 
 def fit_init(model, params, targets=adapter.TARGETS):
     """The same for cora-init's r (in + out), which is LoRA's count."""
-    linears = adapter.find_linears(model, targets, rank=1)
-    return adapter.nearest_rank(linears, params, lambda rank: rank * sum(sum(m.weight.shape) for _, m in linears))
+    import lora
+    return lora.fit(model, params, targets)
 
 
 HELP = {"basis": "where B comes from", "a_init": "start of A; random moves the output at step 0",

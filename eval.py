@@ -163,7 +163,8 @@ def settle(args, on_cpu):
     args.limit = args.limit if args.limit is not None else 128 if on_cpu else 0
     args.batch = args.batch or (128 if on_cpu else 512)
     args.out = args.out or (folder_of(args.run) if args.run else None)
-    check_folder(args.out or Path("runs"), "--out") if args.ask is None else None
+    if args.ask is None:
+        check_folder(args.out or Path("runs"), "--out")
     return run
 
 
@@ -187,7 +188,8 @@ def answer_all(args, base, examples, shots):
 
 
 def held_out_examples(args, base, run):
-    """(encoded examples, a description of them): those of the file that the run held out, or of another file all."""
+    """(encoded examples, a description of them): of the run's own file those that it held out, of
+    another the first --limit."""
     examples, source = instructions.load(args.data)
     if run.get("strip_annotations") is True:
         examples = batching.without_annotations(examples)
@@ -212,7 +214,7 @@ def held_out_examples(args, base, run):
 
 
 def evaluate_loss(args, base, run, described):
-    """The mean loss per answer token on a file of instructions and responses: a summary, printed and written."""
+    """The mean loss per answer token on a file of instructions and responses, printed: its summary."""
     encoded, source = held_out_examples(args, base, run)
     print(f"data      {source}; {batching.answer_tokens(encoded):,} answer tokens, prompt {args.template}")
     loss = mean_loss(base.model, encoded, min(args.batch, 8), base.model.lm_head.weight.device)
@@ -281,17 +283,17 @@ def main(argv=None):
     described = {"model": base.name, "method": method, "benchmark": args.benchmark, "data": str(args.data),
                  "dtype": precision, "device": str(device), "torch": torch.__version__}
     out = args.out or Path("runs") / f"base-{Path(base.name).stem}"
-    *predictions, result = run_folder.EVAL_FILES[args.benchmark]
+    files = [out / name for name in run_folder.EVAL_FILES[args.benchmark]]
     if args.benchmark == "loss":
         summary = evaluate_loss(args, base, run, described)
+        out.mkdir(parents=True, exist_ok=True)
     else:
         summary, records = evaluate_accuracy(args, base, described)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in predictions:
-        with atomic_write(out / name) as file:
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_write(files[0]) as file:
             file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-        print_accuracy(summary, out / name)
-    write_json(out / result, summary)
+        print_accuracy(summary, files[0])
+    write_json(files[-1], summary)
     return summary
 
 

@@ -163,7 +163,8 @@ def main(argv=None):
     if args.saved:
         resume.restore(args.resume, args.saved, model, optimizer, args.steps)
         args.saved = None  # its file, which the next checkpoint replaces, is let go
-    report.describe(args, base, optimizer, regularizer, device, source, data)
+    gflop = report.gflop_per_token(model, data.train, args.compile)
+    report.describe(args, base, optimizer, regularizer, device, source, data, gflop[1])
     if args.dry_run:
         return report.describe_first_step(args, base, data, progress.step)
 
@@ -185,11 +186,11 @@ def main(argv=None):
             print_sample(args, base, data.example, "before")
             started = time.perf_counter()
             progress.held_out[0] = held_out(0)
-            expected = report.expected_seconds(args, model, data, time.perf_counter() - started)
+            expected = report.expected_seconds(args, data, gflop, time.perf_counter() - started)
             print(f"expecting about {report.duration(expected)} of training", flush=True)
         with resume.noted_signals() as signals:
             train(args, model, optimizer, data.train,
-                  Monitor(args, model, optimizer, data, progress, held_out, save, log, signals),
+                  Monitor(args, model, optimizer, data, gflop[1], progress, held_out, save, log, signals),
                   method.regularize and (lambda: method.regularize(model, args.lr, **regularizer)))
 
     path = args.out / run_folder.ADAPTER

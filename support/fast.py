@@ -37,7 +37,7 @@ from support import loss
 CACHED = 1 << 20  # numbers, 4 MB of fp32: so much stays in a processor's cache from one pass to the next
 QUERIES = 64  # about so many of a row are looked at together
 GRAPH_MULTIPLE = 64  # CUDA graphs are recorded anew for every shape: rows are padded to a multiple of so many tokens
-plain_attention = decoder.attention
+plain_attention = decoder.attention  # kept, as switch_on puts another in its place
 CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 100 MB
 
 

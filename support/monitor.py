@@ -13,16 +13,15 @@ from support import report
 class Monitor:
     """Watches over a run: `check` before the optimizer moves anything, `after` when it has.
 
-    data is a batching.Data, progress a resume.Progress, which is kept up to date, log a text file, signals the list of
-    resume.noted_signals. held_out(step) measures and returns the held-out loss, save() writes a checkpoint. `numbers`
-    of a step are {name: float or tensor ()}, with "loss" among them.
+    data is a batching.Data, gflop what training takes per token, progress a resume.Progress, which is kept up to date,
+    log a text file, signals the list of resume.noted_signals. held_out(step) measures and returns the held-out loss,
+    save() writes a checkpoint. `numbers` of a step are {name: float or tensor ()}, with "loss" among them.
     """
 
-    def __init__(self, args, model, optimizer, data, progress, held_out, save, log, signals):
-        self.args, self.optimizer, self.data, self.progress = args, optimizer, data, progress
+    def __init__(self, args, model, optimizer, data, gflop, progress, held_out, save, log, signals):
+        self.args, self.optimizer, self.data, self.gflop, self.progress = args, optimizer, data, gflop, progress
         self.held_out, self.save, self.log, self.signals = held_out, save, log, signals
         self.device = model.lm_head.weight.device
-        self.gflop = report.gflop_per_token(model, data.train, args.compile)[1]
         # A fused optimizer on a GPU can be told to stand still; any other is waited for.
         self.waits = self.device.type == "cpu" or not optimizer.defaults.get("fused")
         self.usual = collections.deque(maxlen=20)  # the latest logged losses

@@ -16,8 +16,8 @@ from support.fast import CHUNK, eagerly, onednn_multiplies
 WORDS = {"loss": "loss", "grad_norm": "gradient norm", "regularizer": "R"}  # for the names in the log
 
 
-def describe(args, base, optimizer, regularizer, device, source, data):
-    """Print everything that was chosen, before anything is spent."""
+def describe(args, base, optimizer, regularizer, device, source, data, gflop):
+    """Print everything that was chosen, before anything is spent. gflop: of training, per token."""
     model, encoded, held_out = base.model, data.train, data.held_out
     settings, targets = {**model.adapter_config, **regularizer}, model.adapter_config["targets"]
     hidden, unset = ("method", "targets", "seed", "ks", "norms"), (None, [], False)
@@ -54,7 +54,7 @@ def describe(args, base, optimizer, regularizer, device, source, data):
     print(f"plan      {args.steps} steps of {args.batch} examples ({epochs:.2f} epochs), "
           f"{args.micro_batch} per forward pass{', blocks recomputed' * args.recompute}"
           f"{f', compiled ({args.compile})' if args.compile else ''}; "
-          f"{gflop_per_token(model, encoded, args.compile)[1]:.2f} GFLOP per token")
+          f"{gflop:.2f} GFLOP per token")
     print(f"          {type(optimizer).__name__}, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
           f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
     if regularizer.get("gamma"):
@@ -156,10 +156,11 @@ def gflop_per_token(model, encoded, compiled=None):
             1e-9 * (both.get_total_flops() / tokens.numel() + (6 if head.requires_grad else 4) * share))
 
 
-def expected_seconds(args, model, data, forward_seconds):
-    """How long training should take, held-out losses included, from how long one held-out loss took."""
+def expected_seconds(args, data, gflop, forward_seconds):
+    """How long training should take, held-out losses included, from how long one held-out loss took and what a token
+    takes: gflop is (forward, training)."""
     encoded, held_out = data.train, data.held_out
-    forward_gflop, train_gflop = gflop_per_token(model, encoded, args.compile)
+    forward_gflop, train_gflop = gflop
     tokens = args.steps * args.batch * token_count(encoded) / len(encoded)
     per_token = forward_seconds / token_count(held_out) * train_gflop / forward_gflop
     return tokens * per_token + math.ceil(args.steps / args.eval_every) * forward_seconds

@@ -8,7 +8,7 @@ import json
 
 import adapter
 from methods import METHODS, arguments
-from weights.files import fault, json_object
+from weights.files import AGAIN, fault, json_object
 from weights.safetensors import read_safetensors, write_safetensors
 
 KINDS = {int: ("a whole number", lambda value: type(value) is int and -1 << 63 <= value < 1 << 63),
@@ -57,28 +57,28 @@ def checked_config(path, metadata):
     return config
 
 
-def check_config(path, config):
-    """ValueError unless `config`, as it is in a file after JSON, names a method and arguments that its attach takes."""
+def check_config(path, config, fix=None):
+    """ValueError unless `config`, as it is in a file after JSON, names a method and arguments that its attach takes.
+    `fix` is the message's remedy, where it is not that of a file."""
     if not isinstance(config.get("method"), str) or config["method"] not in METHODS:
-        raise fault(path, f"unknown method {config.get('method')!r}", f"known: {', '.join(METHODS)}")
+        raise fault(path, f"unknown method {config.get('method')!r}", fix or f"known: {', '.join(METHODS)}")
     known = arguments(METHODS[config["method"]].attach)
     for key, value in config.items():
         if key == "method":
             continue
         if key not in known:
-            raise fault(path, f"{config['method']} has no setting {key}", "was it written by another version?")
+            raise fault(path, f"{config['method']} has no setting {key}", fix or "was it written by another version?")
         kind, is_kind = KINDS[known[key].kind]
         if not is_kind(value) and not (value is None and known[key].default is None):
-            raise fault(path, f"the setting {key} is {value!r}, expected {kind}")
+            raise fault(path, f"the setting {key} is {value!r}, expected {kind}", fix or AGAIN)
 
 
 def check_recorded(method, model):
     """ValueError unless attach has recorded what it takes to do it again, without which a file could not be loaded."""
-    try:
-        check_config(f"{method}'s attach", json.loads(json.dumps(getattr(model, "adapter_config", {}))))
-    except ValueError as error:
-        raise ValueError(f"{str(error).rpartition(';')[0]}; end attach with adapter.record(model, NAME, ...) and its "
-                         "own arguments, each with a default, and an annotation where that is None") from None
+    config = json.loads(json.dumps(getattr(model, "adapter_config", {})))
+    check_config(f"{method}'s attach", config,
+                 "end attach with adapter.record(model, NAME, ...) and its own arguments, each with a default, and an "
+                 "annotation where that is None")
 
 
 def attach_saved(model, path, tensors, config, force=False):

@@ -151,7 +151,7 @@ def test_the_way_of_a_gpu():
     data = types.SimpleNamespace(train=toy_examples(16), numbers=range(10, 26))
     model, plain = (attach(toy_model(), "lora") for _ in range(2))
     optimizer, other = (torch.optim.AdamW(train.decay_groups(some, 0.1), lr=1e-2, fused=True) for some in (model, plain))
-    monitor = Monitor(args, model, optimizer, data, None, None, None, None, [])
+    monitor = Monitor(args, model, optimizer, data, 1.0, None, None, None, None, [])
     monitor.waits = False
 
     def take_step(model, optimizer, look=lambda loss: None):
