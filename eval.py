@@ -82,7 +82,7 @@ def parse_arguments(argv):
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and eval.json (default: the run)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in train.py")
     parser.add_argument("--plain", action="store_true", help="leave off what makes it fast (support/fast.py)")
     args = parser.parse_args(argv)
     if args.run is None and args.model is None:
@@ -120,6 +120,8 @@ def load_for_eval(args, device, dtype):
         base, method = load_run(args.run, args.model, device, dtype, args.force)
     if not any(layer.unmergeable for _, layer in adapter.adapted_layers(base.model)):
         adapter.merge(base.model)
+        base.model.requires_grad_(False)  # full fine-tuning's parameters too
+    adapter.cast_frozen(base.model, dtype)
     base.model.eval().requires_grad_(False)
     return base, method
 
@@ -269,10 +271,10 @@ def answer_one(args, base, shown):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    device, dtype = choose_device(args.device, args.dtype)
-    run = settle(args, device.type == "cpu")
     if not args.plain:
         fast.switch_on()
+    device, dtype = choose_device(args.device, args.dtype, args.plain)
+    run = settle(args, device.type == "cpu")
     base, method = load_for_eval(args, device, dtype)
     precision = str(dtype).removeprefix("torch.")
     shown = f"{base.name}, method {method}, {precision} on {device}"

@@ -131,15 +131,15 @@ def main(argv=None):
     args = parse_arguments(argv)
     options, regularizer = method_options(args)
     method = METHODS[args.method]
-    device, dtype = choose_device(args.device, args.dtype)
+    if not args.plain:
+        fast.switch_on()
+    device, dtype = choose_device(args.device, args.dtype, args.plain)
     # Full fine-tuning keeps fp32 weights, where small steps survive, and computes in bf16 on a GPU.
     weights = torch.float32 if args.method == "full" else dtype
     args.autocast = "bfloat16" if weights != dtype else None
     args.dtype = str(dtype).removeprefix("torch.")
     args.multiple = fast.GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1
     run_folder.check_out(args)
-    if not args.plain:
-        fast.switch_on()
 
     print(f"loading {args.model}, attaching {args.method} ...", flush=True)
     examples, source = load_examples(args.data)
@@ -154,6 +154,7 @@ def main(argv=None):
         method.attach(model, **options)
         del options  # --extra can be large
     adapter_file.check_recorded(args.method, model)
+    adapter.cast_frozen(model, weights)
     if args.compile:
         fast.compile_blocks(model, args.compile)
     choose_budget(args, device, len(data.train))

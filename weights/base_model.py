@@ -1,7 +1,7 @@
 """The base model by its name: the default model, fetched once, a GGUF file, a folder in Hugging Face layout, a hub id.
 
-`load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, in the dtype asked for, one at
-a time, each let go before the next is read: no second copy of the weights exists. Nothing read here can run code.
+`load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, one at a time, each let go
+before the next is read: no second copy of the weights exists. Nothing read here can run code.
 """
 import math
 import os
@@ -43,6 +43,9 @@ class Base(NamedTuple):
 def load(name, dtype=torch.float32, device="cpu"):
     """The model and tokenizer called `name` -> Base. All parameters require gradients; the methods freeze.
 
+    Nothing is rounded: tensors that the file holds in `dtype` stay so, all others become fp32. `adapter.cast_frozen`
+    rounds to `dtype` what does not train, once the method has taken from it what it needs.
+
     name is DEFAULT_MODEL, the path of a GGUF file of a Llama-type model or of a folder in Hugging Face layout, or a hub
     id, which is fetched once. Raises ValueError or FileNotFoundError for another name, ConnectionError where the hub
     cannot be reached or refuses, ValueError for files that are damaged or hold something else.
@@ -52,7 +55,8 @@ def load(name, dtype=torch.float32, device="cpu"):
     if name == DEFAULT_MODEL:
         check_default(path, digest)
     config, tokenizer, tensors = (read_folder if path.is_dir() else read_gguf_model)(path)
-    weights = {name: weight.to(device, dtype).contiguous() for name, weight in tensors}
+    weights = {name: weight.to(device, dtype if weight.dtype == dtype else torch.float32).contiguous()
+               for name, weight in tensors}
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model = empty_model(config)

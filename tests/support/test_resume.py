@@ -45,6 +45,15 @@ def test_a_continued_run_is_the_uninterrupted_one(method, place, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize("method", ["full", "sorsa", "mosara"])
+def test_a_continued_run_in_bf16(method, place, tmp_path):
+    """The same, to the bit, where the frozen weights are bf16, or full fine-tuning multiplies in it."""
+    flags = place.flags(method, "--dtype", "bfloat16")
+    begin(flags, tmp_path / "whole")
+    interrupted(flags, tmp_path / "parts", 2)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.parametrize("more", [
     ["--method", "lora", "--epochs", "1.5", "--params", "3k", "--template", "alpaca", "--strip-annotations"],
     ["--method", "lora", "--steps", "6", "--rank", "3", "--alpha", "7", "--targets", "q_proj,down_proj", "--limit", "13",

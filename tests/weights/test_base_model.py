@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import adapter
 from tests.tiny import HEAD_DIM, one_line, short, tiny_metadata, tiny_tensors, write_gguf
 from weights import base_model
 from weights.huggingface import llama_fields
@@ -52,11 +53,12 @@ def test_load_draws_no_random_weights(tiny_gguf):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_load_in_another_dtype(tiny_gguf):
-    """bf16 weights are the fp32 weights rounded."""
-    exact, rounded = base_model.load(tiny_gguf).model, base_model.load(tiny_gguf, torch.bfloat16).model
-    for a, b in zip(exact.parameters(), rounded.parameters()):
-        assert b.dtype == torch.bfloat16 and torch.equal(a.bfloat16(), b)
+def test_nothing_is_rounded_before_attach(tiny_gguf):
+    """Loaded to compute in bf16, a file's numbers are as they are in fp32, as a method may take W apart; cast_frozen rounds them."""
+    exact, loaded = base_model.load(tiny_gguf).model, base_model.load(tiny_gguf, torch.bfloat16).model
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(exact.parameters(), loaded.parameters()))
+    adapter.cast_frozen(loaded.requires_grad_(False), torch.bfloat16)
+    assert all(torch.equal(a.bfloat16(), b) and b.dtype == torch.bfloat16 for a, b in zip(exact.parameters(), loaded.parameters()))
 
 
 def test_load_with_a_head_of_its_own(tmp_path):

@@ -123,16 +123,20 @@ def test_a_hub_id_stays_the_models_name(folder, monkeypatch):
     assert base_model.load(str(folder)).name == str(folder.resolve())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+HALVES = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_files_arrive_in_the_dtype_asked_for(dtype, tmp_path):
-    """A bf16 or fp16 folder loads as fp32 with the file's numbers, or as bf16."""
+    """A bf16 or fp16 folder loads as fp32 with the file's numbers, or stays what it is where that is asked for."""
     model = toy_model(vocab_size=320)
     write_folder(tmp_path, model, dtype)
     loaded = base_model.load(str(tmp_path)).model
     for name, parameter in model.named_parameters():
         assert loaded.get_parameter(name).dtype == torch.float32
         assert torch.equal(loaded.get_parameter(name), parameter.to(dtype).float())
-    assert base_model.load(str(tmp_path), torch.bfloat16).model.lm_head.weight.dtype == torch.bfloat16
+    kept, widened = base_model.load(str(tmp_path), dtype).model, base_model.load(str(tmp_path), HALVES[dtype == HALVES[0]])
+    assert kept.lm_head.weight.dtype == dtype and widened.model.lm_head.weight.dtype == torch.float32
 
 
 MEASURE = """
@@ -148,7 +152,7 @@ print(1024 * (kilobytes("VmHWM") - before) / sum(p.numel() * p.element_size() fo
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see its own memory")
-@pytest.mark.parametrize("stored, wanted", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")])
+@pytest.mark.parametrize("stored, wanted", [("bfloat16", "float32"), ("float32", "float32"), ("float16", "float16")])
 def test_loading_holds_no_second_copy_of_the_weights(stored, wanted, tmp_path):
     """Peak memory, mapped pages included, stays below 1.2 times the loaded weights (50 million of them)."""
     config = Config(vocab_size=4000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=3, num_attention_heads=4,
