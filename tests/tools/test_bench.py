@@ -112,14 +112,14 @@ def test_what_each_fast_form_buys(monkeypatch, capsys):
 
 def test_the_cost_of_a_small_case(monkeypatch):
     """A training step and a generation of a random Llama, per token; each width of the table has a model."""
-    case = argparse.Namespace(width=64, layers=1, batch=2, length=9, rank=2, params=None, problems=None, max_new=3)
+    case = argparse.Namespace(width=64, layers=1, batch=2, length=9, rank=2, params=None, problems=None, max_new=3, dtype="float32", side="lora")
     assert bench.cost_side(case)["us_per_token"] > 0
     case.problems = 3
     assert bench.cost_side(case)["us_per_token"] > 0
     monkeypatch.setattr(bench, "DEVICE", torch.device("meta"))
     for width in {case.get("width", 576) for case in bench.COST}:
         with torch.device("meta"):
-            config = bench.random_llama(argparse.Namespace(width=width, layers=1)).config
+            config = bench.random_llama(argparse.Namespace(width=width, layers=1, dtype="float32", side="lora")).config
         assert config.num_attention_heads % config.num_key_value_heads == 0
     assert {key for case in bench.COST for key in case} == {"batch", "length", "rank", "width", "problems", "max_new"}
 
