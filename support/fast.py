@@ -42,8 +42,9 @@ plain_attention = decoder.attention  # kept, as switch_on puts another in its pl
 CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 100 MB
 
 
-def switch_on(names=None):
-    """From here on, in this process, what is in NAMES is used: all of it, or what is given."""
+def switch_on(names=None, chosen=None):
+    """From here on, in this process, what is in NAMES is used: all of it, or what is given. `chosen`: the `products` of
+    the process that this one goes on for."""
     names = NAMES if names is None else names
     for name, (owner, attribute, _, fast) in FORMS.items():
         if name in names:
@@ -51,7 +52,7 @@ def switch_on(names=None):
     if "malloc" in names:
         keep_freed_memory()
     if "onednn" in names:
-        fast_products()
+        fast_products(chosen)
 
 
 def switch_off():
@@ -83,6 +84,11 @@ def has_onednn_switch():
     return hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
 
 
+def products():
+    """Who multiplies fp32 matrices on a CPU: "bf16" is oneDNN, "ieee" or "none" MKL, None a torch without the switch."""
+    return torch.backends.mkldnn.matmul.fp32_precision if has_onednn_switch() else None
+
+
 @contextlib.contextmanager
 def onednn(precision):
     """A block in which oneDNN multiplies fp32 matrices on a CPU ("bf16") or not ("ieee"); what was set is set again."""
@@ -97,8 +103,9 @@ def onednn(precision):
         products.fp32_precision = before
 
 
-def fast_products():
-    """Let oneDNN multiply fp32 matrices on the CPU where it is as exact as torch's default, MKL, and clearly faster.
+def fast_products(chosen=None):
+    """Let oneDNN multiply fp32 matrices on the CPU where it is as exact as torch's default, MKL, and clearly faster, or
+    where it was `chosen` before: "bf16", and not "ieee".
 
     MKL has a slow path for CPUs that are not Intel's: on an AMD one oneDNN is twice as fast. Its switch also permits
     rounding to bf16, which it makes use of on some CPUs: so one product is checked against fp64, and timed.
@@ -113,9 +120,10 @@ def fast_products():
             return a @ a
 
     is_exact = (product("bf16") - exact).norm() < 1e-6 * exact.norm()
-    times = trial({precision: functools.partial(product, precision) for precision in ("ieee", "bf16")})
-    is_faster = times["bf16"] <= 0.75 * times["ieee"]
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if is_exact and is_faster else "ieee"
+    if chosen not in ("ieee", "bf16"):
+        times = trial({precision: functools.partial(product, precision) for precision in ("ieee", "bf16")})
+        chosen = "bf16" if times["bf16"] <= 0.75 * times["ieee"] else "ieee"
+    torch.backends.mkldnn.matmul.fp32_precision = chosen if is_exact else "ieee"
 
 
 def bf16_pays():
@@ -161,8 +169,7 @@ def wide(x):
 def onednn_multiplies(x):
     """Whether oneDNN takes the products of x: bf16 ones always, fp32 ones where `fast_products` has given them to it.
     It is slow at small ones, of which torch's attention consists."""
-    return eager_on_cpu(x) and (x.dtype == torch.bfloat16 or has_onednn_switch()
-                                and torch.backends.mkldnn.matmul.fp32_precision == "bf16")
+    return eager_on_cpu(x) and (x.dtype == torch.bfloat16 or products() == "bf16")
 
 
 # ---- positions ------------------------------------------------------------------------------------------------------

@@ -270,10 +270,12 @@ def test_an_error_leaves_the_choice_of_products_as_it_was(chosen, monkeypatch):
 
 
 @needs_switch
-@pytest.mark.parametrize("slow, rounds, chosen", [
-    ("ieee", False, "bf16"), ("bf16", False, "ieee"), (None, False, "ieee"), ("ieee", True, "ieee")])
-def test_products_are_given_to_onednn_only_where_faster_and_exact(slow, rounds, chosen, monkeypatch):
-    """A CPU where the default is slow, one where oneDNN is, one where they are alike, one that rounds."""
+@pytest.mark.parametrize("slow, rounds, before, chosen", [
+    ("ieee", False, None, "bf16"), ("bf16", False, None, "ieee"), (None, False, None, "ieee"), ("ieee", True, None, "ieee"),
+    ("ieee", False, "ieee", "ieee"), ("bf16", False, "bf16", "bf16"), ("ieee", True, "bf16", "ieee"), ("ieee", False, "none", "bf16")])
+def test_products_are_given_to_onednn_only_where_faster_and_exact(slow, rounds, before, chosen, monkeypatch):
+    """A CPU where the default is slow, one where oneDNN is, one where they are alike, one that rounds. What was chosen before is chosen
+    again, but where it rounds."""
     multiply, clock = torch.Tensor.__matmul__, [0.0]
 
     def pretended(a, b):
@@ -287,7 +289,7 @@ def test_products_are_given_to_onednn_only_where_faster_and_exact(slow, rounds, 
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", pretended)
     monkeypatch.setattr(fast.time, "thread_time", lambda: clock[0])
-    fast.fast_products()
+    fast.fast_products(before)
     assert precision() == chosen
 
 
