@@ -2,8 +2,9 @@
 
     python -m tools.where --method lora --dtype bfloat16 --data gsm8k
 
-The first two steps are not counted. Products (the only work that GFLOP count) are shown beside the speed of square ones
-in the same process. What is left of the step's time between operations is Python, autograd and the timing itself.
+The first two steps are not counted; then one is timed by operations and the same again as a whole: what that takes
+beyond the operations is Python's and autograd's. Products (the only work that GFLOP count) stand beside the speed of
+square ones in the same process.
 """
 import sys
 import time
@@ -72,10 +73,10 @@ def measure(args):
     fast.switch_on()
     args.side, args.rank, args.params, args.compile, args.width, args.recompute = args.method, 16, None, None, None, False
     model, tokenizer = bench.loaded_model(args)
-    encoded = bench.training_examples(args, model, tokenizer)
+    encoded = bench.batches(args, bench.training_examples(args, model, tokenizer))[-1]  # every step: the same batch
     limit = bench.matmul_rate(bench.DEVICE, getattr(torch, args.dtype))
     steps = bench.our_steps(args, model, encoded)
-    tokens = [next(steps), next(steps)]
+    next(steps), next(steps)
     frozen = {p.data_ptr(): "frozen layers" for p in model.parameters() if not p.requires_grad}
     frozen[model.lm_head.weight.data_ptr()] = "head"
     timed = Timed(frozen)
@@ -86,11 +87,12 @@ def measure(args):
     plain = bench.seconds(lambda: next(steps))
     rows = sorted(timed.spent.items(), key=lambda pair: -pair[1][1])
     counted = sum(seconds for _, (_, seconds, _) in rows)
-    print(f"{args.method}, {args.dtype}, {tokens} tokens: {wall:.2f} s timed, the next step {plain:.2f} s untimed; "
+    overhead = max(0.0, wall - plain)
+    print(f"{args.method}, {args.dtype}, {tokens} tokens: {wall:.2f} s timed, {plain:.2f} s untimed; "
           f"square products {limit:.0f} GFLOP/s")
-    for what, (calls, seconds, gflop) in [*rows, ("Python, autograd, timing", (0, wall - counted, 0.0))]:
+    for what, (calls, seconds, gflop) in [*rows, ("Python and autograd between them", (0, wall - overhead - counted, 0.0))]:
         speed = f"{gflop / seconds:7.0f} GFLOP/s, {100 * gflop / seconds / limit:.0f} %" if gflop else ""
-        print(f"{what:<34}{calls or '':>7}{1e3 * seconds:9.0f} ms{100 * seconds / wall:7.1f} %{speed}")
+        print(f"{what:<34}{calls or '':>7}{1e3 * seconds:9.0f} ms{100 * seconds / (wall - overhead):7.1f} %{speed}")
 
 
 def main():
@@ -101,7 +103,7 @@ def main():
     parser.add_argument("--data", default="auto")
     parser.add_argument("--batch", type=positive, default=16)
     args = parser.parse_args()
-    args.steps = 3
+    args.steps = 3  # and one before them
     measure(args)
 
 
