@@ -93,14 +93,21 @@ def read_folder(folder):
         raise fault(folder, f"{config.num_hidden_layers} layers in config.json for {len(tensors)} tensors")
     expected = {name: weight for name, weight in empty_model(config).state_dict().items()
                 if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    left_out = [name for name in tensors if name not in expected]  # the head of a reward model, say
     faults = [f"{name} is missing" for name in expected if name not in tensors]
-    faults += [f"{name} is unexpected" for name in tensors if name not in expected]
+    faults += [f"{name} is unexpected" for name in left_out if faults]
     faults += [f"{name} is {list(tensors[name].shape)}, expected {list(weight.shape)}"
                for name, weight in expected.items() if name in tensors and tensors[name].shape != weight.shape]
-    faults += [f"{name} has dtype {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    faults += [f"{name} has dtype {tensor.dtype}" for name, tensor in tensors.items()
+               if name in expected and not tensor.is_floating_point()]
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise fault(folder, f"not the tensors of this model: {'; '.join(faults[:4])}{more}", "use another folder")
+    if left_out:
+        more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
+        print(f"{folder}: not part of this model, left out as transformers does: "
+              f"{', '.join(map(ascii, left_out[:4]))}{more}", file=sys.stderr)
+        tensors = {name: tensors[name] for name in expected}
     path = Path(folder) / "tokenizer.json"
     tokenizer = from_tokenizer_json(read_json(path), end_token(folder), path)
     if tokenizer.vocab_size > config.vocab_size:
