@@ -9,8 +9,10 @@ import train
 from data import gsm8k, prompting
 from data.practice import practice
 from support import fast
+from tests.runs import Stopped, begin, go_on, stopping
 from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
-from tests.toy import write_sums
+from tests.toy import toy_model, write_sums
+from tests.weights.test_huggingface import edit_json, write_folder
 from tools import export
 
 
@@ -234,3 +236,26 @@ def test_an_adapter_on_another_base_must_be_forced(run, tmp_path, capsys):
             command()
         command("--force")
     assert "other.gguf, method" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file, change", [("config.json", {"rope_theta": 5e5}), ("tokenizer.json", {"normalizer": {"type": "NFC"}})])
+def test_a_base_with_the_same_weights_may_be_another(file, change, tmp_path, capsys):
+    """What is in a folder beside its weights decides too: a run, evaluated or resumed on it after a change there, is refused,
+    the one unless it is forced; in bf16 or in fp32 it is the same base."""
+    model = write_folder(tmp_path / "model", toy_model(vocab_size=320))
+    flags = ["--method", "lora", "--rank", "2", "--model", str(model), "--data", str(write_sums(tmp_path / "data")), "--batch", "4",
+             "--held-out", "4", "--steps", "2", "--save-every", "1", "--no-sample", "--device", "cpu"]
+    with stopping(1), pytest.raises(Stopped):
+        begin(flags, tmp_path / "half")
+    begin(flags, tmp_path / "run")
+    asking = [tmp_path / "run", "--ask", "?", "--max-new", 2]
+    evaluate(*asking, "--dtype", "bfloat16")
+    kept = (model / file).read_bytes()
+    edit_json(model / file, change)
+    with pytest.raises(ValueError, match="trained on another base model.*: other weights, numbers in config.json or tokenizer.*--force"):
+        evaluate(*asking)
+    evaluate(*asking, "--force")
+    with pytest.raises(ValueError, match="the run began with another model"):
+        go_on(tmp_path / "half")
+    (model / file).write_bytes(kept)
+    go_on(tmp_path / "half")

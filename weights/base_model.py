@@ -3,6 +3,8 @@
 `load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, in the dtype asked for, one at
 a time, each let go before the next is read: no second copy of the weights exists. Nothing read here can run code.
 """
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +36,7 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 # ---- the model by its name ----
 
 class Base(NamedTuple):
-    """What `load` returns: the model, its tokenizer, its name (for a file, the whole path), its file's checksum."""
+    """What `load` returns: the model, its tokenizer, its name (for a file, the whole path), its `identity`."""
     model: Model
     tokenizer: Tokenizer
     name: str
@@ -59,7 +62,26 @@ def load(name, dtype=torch.float32, device="cpu"):
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie()
     named = name == DEFAULT_MODEL or is_hub_id(str(name)) and not Path(name).is_dir()
-    return Base(model, tokenizer, name if named else str(path.resolve()), digest)
+    return Base(model, tokenizer, name if named else str(path.resolve()), identity(path, digest, config, tokenizer))
+
+
+def identity(path, digest, config, tokenizer):
+    """The checksum of all that decides a base's logits and ids, whatever dtype it is loaded in.
+
+    Of a GGUF file it is the file's own, `digest`: everything is in there. Of a folder it is taken over `digest`, that
+    of the weights, the numbers of the config as they were settled, what tokenizer.json says about ids, and the ids that
+    a text begins and an answer ends with. Defaults are left out: they stay the same when a later version knows more.
+    """
+    if not path.is_dir():
+        return digest
+    numbers = {field.name: getattr(config, field.name) for field in fields(config)
+               if getattr(config, field.name) != field.default and field.name != "max_position_embeddings"}
+    described = read_json(path / "tokenizer.json")
+    vocabulary = {key: value for key, value in described["model"].items() if value not in (None, False)}
+    vocabulary["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in vocabulary["merges"]]
+    steps = [described.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor")]
+    everything = [digest, numbers, vocabulary, steps, tokenizer.bos, tokenizer.eos_id]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def empty_model(config):

@@ -318,6 +318,78 @@ def test_field_names_of_all_ages_are_read(fields, expected, folder):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+# ---- the identity of a base -----------------------------------------------------------------------------------------
+
+def inside(*path_and_change):
+    """A function that changes a part of a JSON value, by the keys that lead there."""
+    *path, key, change = path_and_change
+
+    def changed(fields):
+        part = fields
+        for step in path:
+            part = part[step]
+        part[key] = change(part.get(key)) if callable(change) else change
+    return changed
+
+
+def swap(vocabulary):
+    """Two tokens have each other's ids."""
+    return {**vocabulary, "ai": vocabulary["bj"], "bj": vocabulary["ai"]}
+
+
+def template(*ids):
+    """A post-processor that puts these ids before a text."""
+    return {"type": "TemplateProcessing", "single": [*({"SpecialToken": {"id": str(i), "type_id": 0}} for i in ids),
+                                                     {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+            "special_tokens": {str(i): {"id": str(i), "ids": [i], "tokens": [str(i)]} for i in ids}}
+
+
+OTHER_BASES = {  # a file of the folder, a change that changes logits or ids
+    "theta": (CONFIG, inside("rope_theta", 5e5)), "scaling": (CONFIG, inside("rope_scaling", {"rope_type": "linear", "factor": 2.0})),
+    "heads": (CONFIG, lambda fields: fields.update(num_attention_heads=8, num_key_value_heads=4, head_dim=4)),
+    "eps": (CONFIG, inside("rms_norm_eps", 1e-6)), "end token": (CONFIG, inside("eos_token_id", 0)),
+    "vocabulary": (VOCABULARY, inside("model", "vocab", swap)), "merges": (VOCABULARY, inside("model", "merges", lambda merges: merges[::-1])),
+    "ignore_merges": (VOCABULARY, inside("model", "ignore_merges", True)),
+    "a token recognised": (VOCABULARY, inside("added_tokens", 1, "special", False)),
+    "begin token": (VOCABULARY, inside("post_processor", template(1))),
+    "normaliser": (VOCABULARY, inside("normalizer", {"type": "NFC"})),
+    "cut": (VOCABULARY, inside("pre_tokenizer", lambda old: {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, old]}))}
+SAME_BASE = {  # changes that change neither
+    "another dtype": (CONFIG, inside("torch_dtype", "bfloat16")), "a version": (CONFIG, inside("transformers_version", "5.0")),
+    "a longer context": (CONFIG, inside("max_position_embeddings", 999)), "an older name": (CONFIG, inside("rope_parameters", {"rope_type": "default"})),
+    "merges as pairs": (VOCABULARY, inside("model", "merges", lambda merges: [merge.split(" ") for merge in merges])),
+    "order": (VOCABULARY, inside("model", "vocab", lambda vocabulary: dict(reversed(vocabulary.items())))),
+    "nulls": (VOCABULARY, lambda fields: fields["model"].update(dropout=None, fuse_unk=False) or fields.update(normalizer=None, padding=None)),
+    "decoder": (VOCABULARY, inside("decoder", {"type": "ByteLevel"}))}
+
+
+def edit(path, change):
+    """Apply a change to the value in a JSON file."""
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("name", [*OTHER_BASES, *SAME_BASE])
+def test_a_base_is_known_by_all_that_changes_logits_or_ids(name, folder):
+    """By the numbers of its config and the definition of its tokenizer as by its weights, and by nothing else of these files:
+    not by how they are spelled, not by the dtype it is loaded in."""
+    before = base_model.load(str(folder)).sha256
+    assert base_model.load(str(folder), torch.bfloat16).sha256 == before
+    file, change = (OTHER_BASES | SAME_BASE)[name]
+    edit(folder / file, change)
+    assert (base_model.load(str(folder)).sha256 == before) == (name in SAME_BASE)
+
+
+def test_a_head_of_its_own_makes_another_base(folder):
+    """The same embedding with a head beside it, or with other weights: the config's flag is what it was."""
+    seen = {base_model.load(str(folder)).sha256}
+    rewrite(lambda tensors: tensors.update({HEAD: torch.zeros(320, 32)}))(folder / SHARD)
+    seen.add(base_model.load(str(folder)).sha256)
+    rewrite(lambda tensors: tensors.update({HEAD: torch.ones(320, 32)}))(folder / SHARD)
+    assert len(seen | {base_model.load(str(folder)).sha256}) == 3
+
+
 # ---- damaged and unsupported folders --------------------------------------------------------------------------------
 
 def rewrite(change):
