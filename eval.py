@@ -96,8 +96,9 @@ def parse_arguments(argv):
     return args
 
 
-def load_run(run, model, device, dtype, force=False):
-    """(Base with the adapter of a run attached, the method's name), on `model` or else the base that the run names.
+def load_run(run, model, force=False):
+    """(Base with the adapter of a run attached, the method's name), on `model` or else the base that the run names: in
+    fp32 on the CPU, where it can be merged without rounding in between (see `settle_weights`).
     `force` takes an adapter that was trained on another base."""
     path = run / run_folder.ADAPTER if run.is_dir() else run
     if not path.is_file():
@@ -107,7 +108,7 @@ def load_run(run, model, device, dtype, force=False):
         raise fault(path, f"names no base model ({base_name[:40]!r})", "give it with --model")
     if not model and Path(base_name).is_absolute() and not Path(base_name).exists():
         raise FileNotFoundError(f"{path}: its base model {base_name} is not there any more: give it with --model")
-    base = base_model.load(model or base_name, dtype, device)
+    base = base_model.load(model or base_name)
     adapter_file.load(base.model, path, base.sha256, force)
     return base, config["method"]
 
@@ -117,11 +118,20 @@ def load_for_eval(args, device, dtype):
     if args.run is None:
         base, method = base_model.load(args.model, dtype, device), "none"
     else:
-        base, method = load_run(args.run, args.model, device, dtype, args.force)
-    if not any(layer.unmergeable for _, layer in adapter.adapted_layers(base.model)):
-        adapter.merge(base.model)
+        base, method = load_run(args.run, args.model, args.force)
+        if not any(layer.unmergeable for _, layer in adapter.adapted_layers(base.model)):
+            adapter.merge(base.model)
+        settle_weights(base.model, device, dtype)
     base.model.eval().requires_grad_(False)
     return base, method
+
+
+def settle_weights(model, device, dtype):
+    """Move a model to `device` and round its weights to `dtype`, one tensor after the other. What a method trains and
+    could not be merged stays in fp32."""
+    trained = adapter.trainable(model) if hasattr(model, "adapter_config") else ()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor.data = tensor.data.to(device, None if name in trained else dtype)
 
 
 def folder_of(run):

@@ -3,17 +3,22 @@ import json
 import shutil
 
 import pytest
+import torch
 
+import adapter
 import eval as evaluation
 import train
 from data import gsm8k, prompting
 from data.practice import practice
+from methods import METHODS
 from support import fast
 from tests.runs import Stopped, begin, go_on, stopping
 from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
-from tests.toy import toy_model, write_sums
+from tests.toy import attach, perturb, same, toy_model, write_sums
 from tests.weights.test_huggingface import edit_json, write_folder
 from tools import export
+from weights import adapter_file, base_model
+from weights.safetensors import read_safetensors
 
 
 def train_tiny(tiny_gguf, data, out, *flags):
@@ -236,6 +241,31 @@ def test_an_adapter_on_another_base_must_be_forced(run, tmp_path, capsys):
             command()
         command("--force")
     assert "other.gguf, method" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_rounded_once(method, tiny_gguf, tmp_path):
+    """In bf16 a merged weight is the fp32 sum rounded, in eval.py as in export. What can't be merged keeps fp32 factors beside
+    weights in bf16."""
+    base = base_model.load(str(tiny_gguf))
+    perturb(attach(base.model, method), 0.05)
+    (tmp_path / "run").mkdir()
+    adapter_file.save(base.model, tmp_path / "run" / "adapter.safetensors", base.name, base.sha256)
+    args = evaluation.parse_arguments([str(tmp_path / "run")])
+    evaluated = evaluation.load_for_eval(args, torch.device("cpu"), torch.bfloat16)[0].model
+    if method == "mosara":
+        fp32 = base.model.state_dict()
+        for name, tensor in evaluated.state_dict().items():
+            assert tensor.dtype == (torch.float32 if name in adapter.trainable(base.model) else torch.bfloat16)
+            assert torch.equal(tensor, fp32[name].to(tensor.dtype))
+        assert evaluated(torch.tensor([[5, 6]])).dtype == torch.bfloat16
+        return
+    adapter.merge(base.model)
+    once = {name: tensor.bfloat16() for name, tensor in base.model.state_dict().items()}
+    assert same(evaluated.state_dict(), once)
+    export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", "hf", "--dtype", "bfloat16"])
+    written = read_safetensors(tmp_path / "out" / "model.safetensors")[0]
+    assert all(torch.equal(tensor, once[name]) for name, tensor in written.items()) and len(written) == len(once) - 1
 
 
 @pytest.mark.parametrize("file, change", [("config.json", {"rope_theta": 5e5}), ("tokenizer.json", {"normalizer": {"type": "NFC"}})])
