@@ -27,6 +27,7 @@ from weights import adapter_file, base_model
 from weights.files import atomic_write, fault, read_json
 
 BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # those with answers: each has gold and score
+SKIPPED = {"text": "", "new_tokens": 0, "finish": "skipped"}  # in place of a completion: the question is too long
 SHOWN_EVERY = 5  # seconds between two lines of progress
 
 
@@ -43,13 +44,15 @@ def score_all(benchmark, examples, completions):
 
 
 def summarise(records):
-    """n, accuracy and its standard error per rule, the shares that were capped and that gave no answer, new tokens."""
+    """n, accuracy and its standard error per rule, the shares that were capped and that gave no answer, how many
+    questions were skipped, new tokens."""
     n = len(records)
     accuracy = {rule: sum(record["scores"][rule]["correct"] for record in records) / n for rule in records[0]["scores"]}
     return {"n": n, "accuracy": accuracy,
             "standard_error": {rule: math.sqrt(p * (1 - p) / n) for rule, p in accuracy.items()},
             "capped": sum(record["finish"] == "cap" for record in records) / n,
             "no_answer": sum(record["scores"]["answer"]["extracted"] is None for record in records) / n,
+            "skipped": sum(record["finish"] == SKIPPED["finish"] for record in records),
             "new_tokens": sum(record["new_tokens"] for record in records)}
 
 
@@ -181,20 +184,25 @@ def settle(args, on_cpu):
 # ---- answers and losses ---------------------------------------------------------------------------------------------
 
 def answer_all(args, base, examples, shots):
-    """The completions of all questions, with a line of progress every few seconds."""
+    """The completions of all questions, with a line of progress every few seconds. A question that leaves no room for
+    an answer in the model's context is skipped: it counts, and nothing answers it."""
     started = shown = time.time()
 
     def progress(done, tokens):
         nonlocal shown
         now = time.time()
-        if now - shown > SHOWN_EVERY or done == len(examples):
+        if now - shown > SHOWN_EVERY or done == len(asked):
             shown, rate = now, tokens / (now - started)
-            print(f"  {done:>5}/{len(examples)} answered  {tokens:,} new tokens, {rate:,.0f} per second  "
+            print(f"  {done:>5}/{len(asked)} answered  {tokens:,} new tokens, {rate:,.0f} per second  "
                   f"{duration(now - started)}", flush=True)
 
     texts = [prompting.prompt(example["question"], shots, args.template) for example in examples]
-    return complete(base.model, base.tokenizer, texts, args.max_new, args.batch, args.calculator, progress,
-                    args.template)
+    room = base.model.config.max_position_embeddings - args.max_new
+    fits = [len(base.tokenizer.encode(text)) <= room for text in texts]
+    asked = [text for text, fit in zip(texts, fits) if fit] or texts  # where none fits, `complete` says so
+    done = iter(complete(base.model, base.tokenizer, asked, args.max_new, args.batch, args.calculator, progress,
+                         args.template))
+    return [next(done) if fit else SKIPPED for fit in fits]
 
 
 def held_out_examples(args, base, run):
@@ -263,6 +271,9 @@ def print_accuracy(summary, path):
             print(f"  {field} {value:<24} {100 * group['accuracy']:6.2f} %  of {group['n']}")
     print(f"stopped at the cap of {summary['max_new']} tokens: {100 * summary['capped']:.1f} %   "
           f"no answer found: {100 * summary['no_answer']:.1f} %")
+    if summary["skipped"]:
+        print(f"skipped: {summary['skipped']} questions that do not fit the model's context with {summary['max_new']} "
+              "new tokens; they count as wrong")
     print(f"{summary['new_tokens']:,} new tokens in {summary['seconds']:.1f} s   predictions: {path}")
 
 

@@ -25,7 +25,8 @@ from data.instructions import is_text, read_records
 def load(path):
     """(examples, source) of a .jsonl file (or a .json list) of MATH problems.
 
-    A record has a problem, an answer or a solution with a boxed one, and may have a subject (or type) and a level.
+    A record has a problem, an answer or a solution with a boxed one, and may have a subject (or type) and a level. In
+    MetaMath's own file the two are called instruction and output.
     An example is a dict of question, answer (the gold one, LaTeX), subject and level (text, or None). Raises
     FileNotFoundError for a missing file, ValueError naming the file and the record at fault.
     """
@@ -37,6 +38,8 @@ def example(record, where):
     """One record as an example; `where` names it in the ValueError raised when it is none."""
     record = record if isinstance(record, dict) else {}
     problem, solution, answer, level = (record.get(key) for key in ("problem", "solution", "answer", "level"))
+    if problem is None and solution is None:
+        problem, solution = record.get("instruction"), record.get("output")
     if not is_text(problem):
         raise ValueError(f"{where}: expected a JSON object with a non-empty text under 'problem'")
     answer = str(answer) if type(answer) in (int, float) else answer

@@ -157,6 +157,49 @@ def test_the_prompt_is_that_of_the_run(run, made, math_file, known):
     assert prompts[1] == prompting.prompt("Solve $2x=1$.", template="alpaca") + " Let's think step by step."
 
 
+@pytest.mark.parametrize("flags, skipped", [([], 2), (["--max-new", 150], 3), (["--limit", 3], 1)])
+def test_a_question_too_long_for_the_context_is_skipped(flags, skipped, run, tmp_path, capsys):
+    """It is counted, said, and wrong by every rule; all others are answered as they are without it. The model has room for 256
+    tokens, one for each letter here."""
+    questions = ["What is 1+1?", "a" * 400, "What is 2+1?", "b" * 88, "c" * 5000]
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"question": question, "answer": "#### 2"}) for question in questions]
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(lines))
+    summary = evaluate(run, "--data", tmp_path / "data", "--max-new", 100, *flags)
+    records = predictions(run)
+    assert summary["n"] == len(records) == (3 if "--limit" in flags else 5) and summary["skipped"] == skipped
+    assert [record["question"] for record in records] == questions[:len(records)]
+    out = [record for record in records if record["finish"] == "skipped"]
+    assert len(out) == skipped and all(record["completion"] == "" and record["new_tokens"] == 0 for record in out)
+    assert not any(score["correct"] for record in out for score in record["scores"].values())
+    said = capsys.readouterr().out
+    assert f"skipped: {skipped} questions that do not fit the model's context with {summary['max_new']} new tokens" in said
+    evaluate("--model", json.loads((run / "result.json").read_text())["model"], "--data", tmp_path / "data", "--limit", 1, "--max-new", 9)
+
+
+def test_where_no_question_fits_nothing_is_measured(run, made):
+    """All too long, as with too many new tokens: an error that says what to lower, and no file."""
+    with pytest.raises(ValueError, match="do not fit the model's context of 256: lower --max-new"):
+        evaluate(run, "--max-new", 240)
+    assert not (run / "eval.json").exists()
+
+
+@pytest.mark.parametrize("benchmark, name, record, gold", [
+    ("math", "MATH_test.jsonl", {"idx": "a", "instruction": "What is $1+1$?", "output": r"It is $\boxed{2}$.", "type": "Algebra"}, "2"),
+    ("gsm8k", "GSM8K_test.jsonl", {"query": "What is 1+1?", "response": "1+1=2\n#### 2"}, "2"),
+    ("gsm8k", "data/test.jsonl", {"query": "What is 1+1?", "response": "1+1=2\n#### 2"}, "2")])
+def test_metamaths_own_files_are_read(benchmark, name, record, gold, tiny_gguf, tmp_path, known):
+    """The files of its evaluators, under their names and in a folder as GSM-8K's."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record) + "\n")
+    prompts = known([r"The answer is: 2"])
+    data = path.parent if name == "data/test.jsonl" else path
+    summary = evaluate("--model", tiny_gguf, "--benchmark", benchmark, "--data", data, "--out", tmp_path)
+    assert prompts == [prompting.prompt(record.get("query") or record["instruction"])] and summary["accuracy"]["metamath"] == 1
+    assert [r["gold"] for r in predictions(tmp_path, f"predictions{'-math' * (benchmark == 'math')}.jsonl")] == [gold]
+
+
 def test_progress_is_printed(run, monkeypatch, capsys):
     """While a batch is generated, not only behind it: how many are answered, the tokens, the time."""
     monkeypatch.setattr(evaluation, "SHOWN_EVERY", -1)
