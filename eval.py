@@ -199,7 +199,9 @@ def answer_all(args, base, examples, shots):
     texts = [prompting.prompt(example["question"], shots, args.template) for example in examples]
     room = base.model.config.max_position_embeddings - args.max_new
     fits = [len(base.tokenizer.encode(text)) <= room for text in texts]
-    asked = [text for text, fit in zip(texts, fits) if fit] or texts  # where none fits, `complete` says so
+    if not any(fits):
+        fits = [True] * len(texts)  # `complete` says what to lower
+    asked = [text for text, fit in zip(texts, fits) if fit]
     done = iter(complete(base.model, base.tokenizer, asked, args.max_new, args.batch, args.calculator, progress,
                          args.template))
     return [next(done) if fit else SKIPPED for fit in fits]

@@ -189,7 +189,7 @@ def first_value(text):
     if re.search(rf"\d{{{LONGEST + 1}}}", text):
         return None
     text = re.sub(DIGITS, lambda number: ungrouped(number[0]), text)
-    text = re.sub(r"(?<![\d.])(\d+) (\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)", text)
+    text = re.sub(r"(?<![\d.])(\d+) (\d+)/(\d+)(?!\d|\.\d)", r"(\1+\2/\3)", text)
     text = re.sub(r"(?<=[\d)]) ?x ?(?=[\d(])", "*", text)
     start = re.search(PLAIN, text).start()
     start -= len(re.search(r"(?:(?<![\w)])-|\()*$", text[:start])[0])
