@@ -3,7 +3,7 @@
     adapter.NAME      what the method added and what trains (for full fine-tuning: every parameter)
     KEY.NAME          what the optimizer keeps of each trained parameter: for AdamW exp_avg, exp_avg_sq and step
     rng, rng.cuda     torch's random state
-    metadata          method and settings of the adapter, name and checksum of the base, and as JSON: the flags of the
+    metadata          method and settings of the adapter, name and identity of the base, and as JSON: the flags of the
                       run, a checksum of its examples, the optimizer, the step, what was measured so far, and which
                       library multiplied fp32 matrices
 
@@ -126,7 +126,7 @@ def attach(folder, saved, base, data_sha256):
     for what, now, then in (("model", base.sha256, saved.base_sha256), ("data", data_sha256, saved.data_sha256)):
         if now != then:
             raise fault(path, f"the run began with another {what} (sha256 {then[:12]}..., now {now[:12]}...)",
-                        f"name that one with --{what}")
+                        f"name that one with --{what}, as it was then")
     adapter_file.attach_saved(base.model, path, saved.adapter, saved.config)
 
 
