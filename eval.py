@@ -9,6 +9,10 @@
 Adapters are merged first where the method can be. Every prediction goes to predictions.jsonl, scored by four rules at
 once (data/gsm8k.py and data/hendrycks_math.py say which), so that the printed accuracies can be recomputed from it.
 """
+import support
+
+support.interruptible(__name__)  # before torch, which takes seconds to import
+
 import json
 import math
 import time
@@ -22,9 +26,9 @@ from support import fast, run_folder
 from support.generate import complete
 from support.loss import mean_loss
 from support.report import duration
-from support.script import Parser, check_folder, choose_device, positive, run_script, whole, write_json
+from support.script import Parser, check_folder, choose_device, one_line, positive, run_script, whole, write_json
 from weights import adapter_file, base_model
-from weights.files import atomic_write, fault, read_json
+from weights.files import atomic_write, fault, printable, read_json
 
 BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # those with answers: each has gold and score
 SHOWN_EVERY = 5  # seconds between two lines of progress
@@ -81,8 +85,9 @@ def parse_arguments(argv):
     parser.add_argument("--calculator", action="store_true", help="compute what follows '=' inside << >>")
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and eval.json (default: the run)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, which is untried")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU and on a GPU without "
+                                                                         "bf16 units, else bfloat16")
     parser.add_argument("--plain", action="store_true", help="leave off what makes it fast (support/fast.py)")
     args = parser.parse_args(argv)
     if args.run is None and args.model is None:
@@ -216,7 +221,7 @@ def held_out_examples(args, base, run):
 def evaluate_loss(args, base, run, described):
     """The mean loss per answer token on a file of instructions and responses, printed: its summary."""
     encoded, source = held_out_examples(args, base, run)
-    print(f"data      {source}; {batching.answer_tokens(encoded):,} answer tokens, prompt {args.template}")
+    print(f"data      {one_line(source)}; {batching.answer_tokens(encoded):,} answer tokens, prompt {args.template}")
     loss = mean_loss(base.model, encoded, min(args.batch, 8), base.model.lm_head.weight.device)
     print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and "
           "MATH's answers are scored)")
@@ -229,7 +234,7 @@ def evaluate_accuracy(args, base, described):
     total, shots = len(examples), gsm8k.load(args.data, "train")[0][:args.shots] if args.shots else ()
     examples = examples[:args.limit or None]
     rest = " (--limit 0 for all)" if len(examples) < total else ""
-    print(f"data      {source}; {len(examples)} of {total} problems{rest}")
+    print(f"data      {one_line(source)}; {len(examples)} of {total} problems{rest}")
     print(f"protocol  prompt {args.template}, {args.shots} shots, greedy, at most {args.max_new} new tokens, "
           f"batch {args.batch}, calculator {'on' if args.calculator else 'off'}", flush=True)
     started = time.time()
@@ -250,7 +255,7 @@ def print_accuracy(summary, path):
         print(f"  {rule:<9} {100 * accuracy:6.2f} %  (+- {100 * summary['standard_error'][rule]:.2f})")
     for field in ("subject", "level"):
         for value, group in summary.get(f"by_{field}", {}).items():
-            print(f"  {field} {value:<24} {100 * group['accuracy']:6.2f} %  of {group['n']}")
+            print(f"  {field} {one_line(value):<24} {100 * group['accuracy']:6.2f} %  of {group['n']}")
     print(f"stopped at the cap of {summary['max_new']} tokens: {100 * summary['capped']:.1f} %   "
           f"no answer found: {100 * summary['no_answer']:.1f} %")
     print(f"{summary['new_tokens']:,} new tokens in {summary['seconds']:.1f} s   predictions: {path}")
@@ -262,7 +267,7 @@ def answer_one(args, base, shown):
     text = prompting.prompt(args.ask, shots, args.template)
     answer = complete(base.model, base.tokenizer, [text], args.max_new, calculator=args.calculator,
                       template=args.template)[0]
-    print(f"{shown}\n\n{prompting.prompt(args.ask, template=args.template)}{answer['text']}")
+    print(printable(f"{shown}\n\n{prompting.prompt(args.ask, template=args.template)}{answer['text']}"))
     if answer["finish"] == "cap":
         print(f"[stopped after {args.max_new} tokens: --max-new allows more]")
 
@@ -279,7 +284,7 @@ def main(argv=None):
     if args.ask is not None:
         return answer_one(args, base, shown)
 
-    print(f"model     {shown}")
+    print(f"model     {one_line(shown)}")
     described = {"model": base.name, "method": method, "benchmark": args.benchmark, "data": str(args.data),
                  "dtype": precision, "device": str(device), "torch": torch.__version__}
     out = args.out or Path("runs") / f"base-{Path(base.name).stem}"

@@ -174,8 +174,8 @@ class MoSARALinear(adapter.AdaptedLinear):
 
     def __init__(self, linear, U, Vt, Lam, v, W_g1=None, W_g2=None, v_mode="branch"):
         super().__init__(linear)
-        self.register_buffer("U", U.to(self.weight))  # (out, k)
-        self.register_buffer("Vt", Vt.to(self.weight))  # (k, in)
+        self.register_buffer("U", U.to(self.weight, copy=True))  # (out, k), not a view of the file it was read from
+        self.register_buffer("Vt", Vt.to(self.weight, copy=True))  # (k, in)
         self.Lam, self.v = self.factor(Lam), self.factor(v)  # (n, k), (out,)
         self.W_g1, self.W_g2 = (None if W is None else self.factor(W) for W in (W_g1, W_g2))  # (k, q), (q, n)
         self.v_mode = v_mode

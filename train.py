@@ -4,6 +4,10 @@ The loop is plain: batches of examples of similar length, the loss on answer tok
 however it is cut into micro-batches. Everything that was chosen is printed; every choice is a flag. A run that was
 stopped goes on with `python train.py --resume RUN`.
 """
+import support
+
+support.interruptible(__name__)  # before torch, which takes seconds to import
+
 import itertools
 import json
 import math
@@ -23,6 +27,7 @@ from support.loss import answer_loss, mean_loss
 from support.monitor import Monitor
 from support.script import choose_device, run_script, write_json
 from weights import adapter_file, base_model
+from weights.files import printable
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -120,8 +125,8 @@ def print_sample(args, base, example, when):
     if room > 0 and not args.no_sample:
         with fast.eagerly(args.compile):
             done = complete(base.model, base.tokenizer, [text], min(128, room), template=args.template)
-        answer = done[0]["text"]
-        print(f"\n--- a held-out question, {when} training (right: {right})\n{text}{answer}\n---\n", flush=True)
+        shown = f"\n--- a held-out question, {when} training (right: {right})\n{text}{done[0]['text']}\n---\n"
+        print(printable(shown), flush=True)
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ def main(argv=None):
     if not args.plain:
         fast.switch_on()
 
-    print(f"loading {args.model}, attaching {args.method} ...", flush=True)
+    print(printable(f"loading {args.model}, attaching {args.method} ..."), flush=True)
     examples, source = load_examples(args.data)
     base = base_model.load(args.model, weights, device)
     model = base.model
@@ -208,5 +213,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "lower --micro-batch, or --max-tokens, or give --recompute; a run that has saved a checkpoint "
-                     "goes on with --resume RUN")
+    run_script(main, "lower --micro-batch, or --max-tokens, or give --recompute",
+               "a run that has saved a checkpoint goes on with --resume RUN")

@@ -82,8 +82,9 @@ def make_parser():
     add("--save-every", type=positive, help="steps between checkpoints for --resume (default: as --eval-every)")
     add("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")
     add("--no-sample", action="store_true", help="no sample answer before and after")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: fp32 on a CPU, else bf16)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, which is untried")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the frozen weights (default: fp32 on a CPU and on a GPU "
+                                                           "without bf16 units, else bf16)")
     return parser
 
 

@@ -60,7 +60,7 @@ def _prefill(model, prompts, cache):
         last, longest = first + 1, len(prompts[first])
         while last < len(prompts):
             longer = max(longest, len(prompts[last]))
-            if longer * (last + 1 - first) > PREFILL_TOKENS[device.type]:
+            if longer * (last + 1 - first) > PREFILL_TOKENS.get(device.type, 2048):
                 break
             last, longest = last + 1, longer
         lengths = torch.tensor([len(prompt) for prompt in prompts[first:last]])  # (rows,)

@@ -22,8 +22,8 @@ class Monitor:
         self.args, self.optimizer, self.data, self.gflop, self.progress = args, optimizer, data, gflop, progress
         self.held_out, self.save, self.log, self.signals = held_out, save, log, signals
         self.device = model.lm_head.weight.device
-        # A fused optimizer on a GPU can be told to stand still; any other is waited for.
-        self.waits = self.device.type == "cpu" or not optimizer.defaults.get("fused")
+        # A fused optimizer on a CUDA GPU can be told to stand still; any other is waited for.
+        self.waits = self.device.type != "cuda" or not optimizer.defaults.get("fused")
         self.usual = collections.deque(maxlen=20)  # the latest logged losses
         self.since = []  # (step, indices, numbers) of the steps after the last logged one
         self.started = time.perf_counter()

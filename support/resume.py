@@ -179,7 +179,8 @@ def noted_signals():
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
-    heard = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) != signal.SIG_IGN]
+    heard = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM")  # of those that the system has
+             and signal.getsignal(kind) != signal.SIG_IGN]
     before = {kind: signal.signal(kind, note) for kind in heard}
     try:
         yield noted

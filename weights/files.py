@@ -54,6 +54,12 @@ def cache_dir():
     return folder
 
 
+def printable(text):
+    """Text from a file as a terminal may be given it: line breaks and tabs as they are, other characters that control
+    one, or that nobody sees, spelled out, as \\x1b."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 AGAIN = "write or download it again"
 
 
