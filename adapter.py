@@ -100,8 +100,8 @@ def find_linears(model, targets, rank=None):
     The default TARGETS stand for those of the seven that the model has (GPT-2 has no gate_proj).
 
     Raises ValueError, before anything has changed, if a method is already attached, if a target matches nothing or a
-    weight that another module uses too (a head tied to the embedding), or if `rank` is given and is not in
-    1 .. min(out, in) of every match.
+    weight that another module uses too (a head tied to the embedding) or that is no matrix of usable numbers, or if
+    `rank` is given and is not in 1 .. min(out, in) of every match.
     """
     if hasattr(model, "adapter_config") or adapted_layers(model):
         method = getattr(model, "adapter_config", {}).get("method", "a method")
@@ -120,6 +120,7 @@ def find_linears(model, targets, rank=None):
     for name, linear in found:
         if users[id(linear.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
+        check_numbers(name, linear.weight)
     if rank is not None:
         if not found:
             raise ValueError("no targets given: name the linear layers to adapt, as in targets=['q_proj', 'v_proj']")
@@ -127,6 +128,15 @@ def find_linears(model, targets, rank=None):
         if not 1 <= rank <= smallest:
             raise ValueError(f"rank {rank} is out of range: it must be 1 .. {smallest}, the smaller side of {name}")
     return found
+
+
+def check_numbers(name, weight):
+    """ValueError where a weight (out, in) of a base holds NaN, infinity, or numbers whose squares fp32 cannot sum: no
+    product with it is finite, and W W^T, with which every decomposition begins, is not either."""
+    norm = torch.linalg.vector_norm(weight.detach().float())
+    if not weight.is_meta and not norm.isfinite():
+        raise ValueError(f"{name} has weights that are not finite, or too large to compute with: the base model holds "
+                         f"NaN, infinity or huge numbers there (norm {norm.item():g}); load another, or its file again")
 
 
 def freeze(model):

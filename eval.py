@@ -25,7 +25,7 @@ from data import batching, gsm8k, hendrycks_math, instructions, prompting
 from support import fast, run_folder
 from support.generate import complete
 from support.loss import mean_loss
-from support.report import duration
+from support.report import duration, per_second
 from support.script import Parser, check_folder, choose_device, one_line, positive, run_script, whole, write_json
 from weights import adapter_file, base_model
 from weights.files import atomic_write, fault, printable, read_json
@@ -86,8 +86,8 @@ def parse_arguments(argv):
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and eval.json (default: the run)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, which is untried")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU and on a GPU without "
-                                                                         "bf16 units, else bfloat16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU and on a GPU "
+                                                                              "without bf16 units, else bfloat16")
     parser.add_argument("--plain", action="store_true", help="leave off what makes it fast (support/fast.py)")
     args = parser.parse_args(argv)
     if args.run is None and args.model is None:
@@ -177,13 +177,13 @@ def settle(args, on_cpu):
 
 def answer_all(args, base, examples, shots):
     """The completions of all questions, with a line of progress every few seconds."""
-    started = shown = time.time()
+    started = shown = time.perf_counter()
 
     def progress(done, tokens):
         nonlocal shown
-        now = time.time()
+        now = time.perf_counter()
         if now - shown > SHOWN_EVERY or done == len(examples):
-            shown, rate = now, tokens / (now - started)
+            shown, rate = now, per_second(tokens, now - started)
             print(f"  {done:>5}/{len(examples)} answered  {tokens:,} new tokens, {rate:,.0f} per second  "
                   f"{duration(now - started)}", flush=True)
 
@@ -210,11 +210,8 @@ def held_out_examples(args, base, run):
     cut = run.get("cut")
     if not isinstance(cut, list) or len(cut) != 2 or not all(type(length) is int and length > 0 for length in cut):
         cut = (None, None)
-    try:
-        encoded = batching.encode_examples(base.tokenizer, [examples[i] for i in places], longest, args.template, cut)
-    except ValueError:
-        raise fault(args.data, f"all {len(places)} examples have more than {longest} tokens",
-                    "give other --data") from None
+    encoded = batching.encode_examples(base.tokenizer, [examples[i] for i in places], longest, args.template, cut,
+                                       f"{args.data}: ", "give other --data")
     return list(encoded.values()), source
 
 
@@ -237,9 +234,9 @@ def evaluate_accuracy(args, base, described):
     print(f"data      {one_line(source)}; {len(examples)} of {total} problems{rest}")
     print(f"protocol  prompt {args.template}, {args.shots} shots, greedy, at most {args.max_new} new tokens, "
           f"batch {args.batch}, calculator {'on' if args.calculator else 'off'}", flush=True)
-    started = time.time()
+    started = time.perf_counter()
     completions = answer_all(args, base, examples, shots)
-    seconds = time.time() - started
+    seconds = time.perf_counter() - started
     records = score_all(BENCHMARKS[args.benchmark], examples, completions)
     summary = {**described, "source": source, **summarise(records), "seconds": round(seconds, 2), "batch": args.batch,
                "max_new": args.max_new, "template": args.template, "shots": args.shots, "calculator": args.calculator}

@@ -87,19 +87,11 @@ def choose_rank(sigma, threshold):
     return 1 + int((cumulative < threshold * cumulative[-1] * (1 - 1e-9)).sum())
 
 
-def spectra(linears):
-    """{name: spectrum of its weight}. ValueError, with the name, for a weight that is not finite."""
-    for name, linear in linears:
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"{name} has weights that are not finite: it has no spectrum to read a rank from")
-    return {name: spectrum(linear.weight) for name, linear in linears}
-
-
 def choose_ranks(linears, threshold):
-    """{name: k} of the linears. ValueError for a threshold outside 0 < m <= 1 or a weight that is not finite."""
+    """{name: k} of the linears. ValueError for a threshold outside 0 < m <= 1."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold:g} is out of range: it is a share, above 0 and at most 1")
-    return {name: choose_rank(sigma, threshold) for name, sigma in spectra(linears).items()}
+    return {name: choose_rank(spectrum(linear.weight), threshold) for name, linear in linears}
 
 
 def rank_table(model):
@@ -312,7 +304,7 @@ def fit_mosara(model, params, targets=TARGETS, sets=5, router_rank=1):
 def _fit(model, params, targets, count):
     """By bisection: the ranks, and so the total of count(k, out, in), never fall as the threshold rises."""
     linears = adapter.find_linears(model, targets, rank=1)
-    found = {name: sigma.cpu() for name, sigma in spectra(linears).items()}
+    found = {name: spectrum(linear.weight).cpu() for name, linear in linears}
 
     def ranks(thousandths):
         return {name: choose_rank(sigma, thousandths / 1000) for name, sigma in found.items()}

@@ -106,7 +106,8 @@ def held_out_loss(args, model, held_out, step, log):
         with mixed_precision(args, device):
             loss = mean_loss(model, held_out, args.micro_batch, device)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step}: held-out loss {loss:g}; lower --lr, now {args.lr:g}")
+            fix = f"lower --lr, now {args.lr:g}" if step else "the base model itself gives it: load another"
+            raise FloatingPointError(f"step {step}: held-out loss {loss:g}; {fix}")
         line = {"step": step, "held_out_loss": loss}
         if watch:
             line.update(watch(model.model, collate(held_out[:1], device)[0]))  # one row (1, T): no padding to look at

@@ -223,7 +223,8 @@ def result_of(args, regularizer, base, data, source, progress, adapter_path, com
             "held_out_loss": progress.held_out, "held_out_before": progress.held_out[0],
             "held_out_after": progress.held_out[args.steps], "held_out_best": min(progress.held_out.values()),
             "resumed_at": progress.resumed_at, "tokens": progress.tokens,
-            "tokens_per_second": progress.tokens / seconds, "seconds_in_steps": seconds, "seconds": progress.seconds,
+            "tokens_per_second": per_second(progress.tokens, seconds), "seconds_in_steps": seconds,
+            "seconds": progress.seconds,
             "memory_gb": peak_memory(device), "device": str(device),
             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
             "command": command}
@@ -247,6 +248,11 @@ def peak_memory(device):
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def per_second(count, seconds):
+    """A rate; 0 where the clock stood still."""
+    return count / seconds if seconds > 0 else 0.0
 
 
 def duration(seconds):

@@ -129,7 +129,7 @@ def restore(folder, saved, model, optimizer, steps):
     after as many steps as were made of the run's `steps`."""
     path, progress, parameters = folder / FILE, saved.progress, adapter.trainable(model)
     measured = {0, steps} if progress.step == steps else {0}
-    if not 1 <= progress.step <= steps or not measured <= progress.held_out.keys() or not progress.seconds_in_steps:
+    if not 1 <= progress.step <= steps or not measured <= progress.held_out.keys():
         raise fault(path, f"its progress is not that of a run of {steps} steps", AGAIN)
     if saved.optimizer != kind_of(optimizer):
         raise fault(path, f"the run began with {saved.optimizer}, train.py now has {kind_of(optimizer)}", AGAIN)

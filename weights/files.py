@@ -48,8 +48,10 @@ def sha256(*paths):
 
 def cache_dir():
     """The folder for downloaded files, created if need be: $SORSA_CACHE, else `sorsa` in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("SORSA_CACHE") or user / "sorsa")
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(os.environ.get("SORSA_CACHE") or Path(user, "sorsa"))
+    if folder.parts[0] == "~":
+        raise FileNotFoundError("this user has no home folder to keep downloads in: name a folder in $SORSA_CACHE")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
