@@ -127,7 +127,8 @@ def one_line(message):
 
 def is_out_of_memory(error):
     """Whether an exception says that memory ran out, of a GPU or of the machine."""
-    said = ("can't allocate memory", "not enough memory", "out of memory", "could not create a primitive")  # oneDNN's
+    said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",  # torch's, cuBLAS's
+            "could not create a primitive", "could not execute a primitive")  # oneDNN's
     return (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
             or isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 

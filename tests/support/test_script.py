@@ -1,6 +1,8 @@
 """How a script speaks: errors in one line, what a terminal cannot show, an output that nobody reads, Ctrl-C at any time."""
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import eval as evaluation
 import support
+import train
 from data import prompting
-from support import script
-from tests.tiny import one_line
+from support import resume, script
+from tests.tiny import one_line, tiny_metadata, tiny_tensors, write_gguf
 from weights.files import printable
+from weights.safetensors import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = [["train.py"], ["eval.py"], *(["-m", f"tools.{name}"] for name in ("export", "compare", "bench", "draw"))]
@@ -33,6 +38,44 @@ def test_text_from_files_is_printable_text():
     assert printable("a\x1b[2J\r\x07\x9b31m\u202e\u200b\ud800") == r"a\x1b[2J\r\x07\x9b31m\u202e\u200b\ud800"
     assert printable("Größe → 数 🙂\n\t£") == "Größe → 数 🙂\n\t£"
     assert script.one_line("a\nb\x85c\u2028d\x1b") == r"a b c d\x1b"
+
+
+HOSTILE = "\x1b[31m\u202e\x07"
+
+
+def test_nothing_that_is_shown_of_a_file_controls_a_terminal(tiny_gguf, half, tmp_path, capsys):
+    """Names of files, questions and answers, what the model answers, subjects and levels, flags in a checkpoint, names in a
+    model file: in plan, samples, dry run, progress, tables and messages."""
+    model, data = (tmp_path / f"{name}{HOSTILE}" for name in ("model", "data"))
+    model = shutil.copy(tiny_gguf, f"{model}.gguf")
+    data.mkdir()
+    problem = {"question": f"What is {HOSTILE}?", "answer": f"{HOSTILE} two\n#### 2", "problem": HOSTILE + "1+1?", "type": HOSTILE + "\nx",
+               "level": HOSTILE}
+    for name in ("train", "test", "math"):
+        (data / f"{name}.jsonl").write_text("\n".join([json.dumps({**problem, "answer": "2"} if name == "math" else problem)] * 12))
+    common = ["--model", str(model), "--device", "cpu"]
+    train.main([*common, "--method", "lora", "--data", str(data), "--held-out", "4", "--steps", "1", "--out", str(tmp_path / "r")])
+    train.main([*common, "--method", "lora", "--data", str(data), "--held-out", "4", "--dry-run"])
+    evaluation.main([*common, "--data", str(data / "math.jsonl"), "--benchmark", "math", "--limit", "2", "--max-new", "2", "--out",
+                     str(tmp_path / "out")])
+    evaluation.main([*common, "--data", str(data / "train.jsonl"), "--limit", "2", "--benchmark", "loss", "--out", str(tmp_path / "out")])
+    evaluation.main([*common, "--ask", HOSTILE, "--max-new", "2"])
+
+    tensors, metadata = read_safetensors(half / resume.FILE)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    fields = json.loads(metadata["run"])
+    for flag in (f"--{HOSTILE}=1", f"--data={HOSTILE}", f"--model={HOSTILE}", f"--template={HOSTILE}"):
+        (tmp_path / "half").mkdir(exist_ok=True)
+        write_safetensors(tmp_path / "half" / resume.FILE, tensors,
+                          {**metadata, "run": json.dumps({**fields, "flags": [*fields["flags"], flag]})})
+        with pytest.raises(SystemExit):
+            script.run_script(lambda: train.main(["--resume", str(tmp_path / "half")]))
+    write_gguf(tmp_path / "odd.gguf", tiny_metadata(), {**tiny_tensors(), HOSTILE: tiny_tensors()["output_norm.weight"]})
+    with pytest.raises(SystemExit):
+        script.run_script(lambda: train.main(["--model", str(tmp_path / "odd.gguf"), "--data", str(data)]))
+    said = capsys.readouterr()
+    assert all(letter.isprintable() or letter in "\n\t" for letter in said.out + said.err)
+    assert said.err.count("\n") == 5 and r"What is \x1b[31m\u202e\x07?" in said.out and r"subject \x1b[31m\u202e\x07 x" in said.out
 
 
 # ---- nobody reads ---------------------------------------------------------------------------------------------------
