@@ -209,6 +209,11 @@ def full_precision(device_type):
             setattr(owner, name, value)
 
 
+def with_fp64(weight):
+    """The weight where fp64 is computed: on its device, or for a Mac's GPU, which has none, on the CPU."""
+    return weight.cpu() if weight.device.type == "mps" else weight
+
+
 @torch.no_grad()
 def principal_triplets(weight, rank, svd="gram"):
     """The `rank` leading singular triplets of weight (out, in): U (out, r), S (r,) descending, Vt (r, in), all fp32.
@@ -220,6 +225,7 @@ def principal_triplets(weight, rank, svd="gram"):
     """
     if svd not in ("exact", "gram"):
         raise ValueError(f"unknown svd {svd!r}: choose exact or gram")
+    device, weight = weight.device, with_fp64(weight)
     with full_precision(weight.device.type):
         U = S = Vt = None
         if svd == "gram":
@@ -230,7 +236,7 @@ def principal_triplets(weight, rank, svd="gram"):
             U, S, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
             U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
     Vt, sign = fix_signs(Vt)
-    return (U * sign.T).float().contiguous(), S.float().contiguous(), Vt.float().contiguous()
+    return tuple(factor.float().contiguous().to(device) for factor in (U * sign.T, S, Vt))
 
 
 def _triplets_from_gram(W, rank):

@@ -75,7 +75,7 @@ def spectrum(weight):
     this floor a rank-8 matrix of width 64 would seem to have rank 32.
     """
     with adapter.full_precision(weight.device.type):
-        W = weight.double()
+        W = adapter.with_fp64(weight).double()
         eigenvalues = torch.linalg.eigvalsh(W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W).flip(0)  # (r,)
     floor = max(W.shape) * torch.finfo(W.dtype).eps * eigenvalues[0]
     return torch.where(eigenvalues > floor, eigenvalues, 0).sqrt()
@@ -325,7 +325,8 @@ def check_base(linears, ks, norms):
 
     Raises ValueError for a k that is no rank of its weight, or a norm that its weight does not have (to 1e-3).
     """
-    found = {name: torch.linalg.vector_norm(linear.weight.double()).item() for name, linear in linears}
+    found = {name: torch.linalg.vector_norm(adapter.with_fp64(linear.weight).double()).item()
+             for name, linear in linears}
     for what, given in (("ks", ks), ("norms", found if norms is None else norms)):
         odd = sorted(given.keys() ^ found.keys())
         if odd:

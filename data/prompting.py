@@ -56,8 +56,8 @@ def encode_prompt(tokenizer, text):
     """The ids of a prompt. ValueError where there are none: a vocabulary may lack every part of it."""
     ids = tokenizer.encode(text)
     if not ids:
-        raise ValueError(f"the model's tokenizer has no token for any part of the prompt {text[:40]!r}: its vocabulary is "
-                         "not whole, or not for such text; use another model")
+        raise ValueError(f"the model's tokenizer has no token for any part of the prompt {text[:40]!r}: its vocabulary "
+                         "is not whole, or not for such text; use another model")
     return ids
 
 

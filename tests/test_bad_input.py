@@ -201,7 +201,7 @@ FILES = [
     ("tensor of another shape", changed_gguf(tensors={"blk.0.attn_q.weight": tiny_tensors()["blk.0.attn_k.weight"]}),
      "train --model {here}/bad.gguf", "blk.0.attn_q.weight is (32, 64), expected (64, 64)", "use another file"),
     *((f"base with {value} for {method}", changed_gguf(tensors={"blk.1.attn_v.weight": with_one(value)}),
-       f"train --model {{here}}/bad.gguf --method {method}", "model.layers.1.self_attn.v_proj has weights that are not finite, or too large",
+       f"train --model {{here}}/bad.gguf --method {method}", "layers.1.self_attn.v_proj has weights that are not finite, or too large",
        "load another") for value, method in (("nan", "pissa"), ("inf", "cora"), ("1e30", "sara --params 5k"), ("1e30", "mosara"))),
     ("no weights", folder("m.gguf"), "train --model {here}/m.gguf", "{here}/m.gguf", "no model.safetensors"),
     ("no config.json", changed_folder("config.json", None), "train --model {here}/hf", "{here}/hf/config.json: no such file",

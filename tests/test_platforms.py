@@ -2,14 +2,17 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+import adapter
 from support import report, script
-from tests.toy import write_sums
+from tests.toy import ATTACHED, attach, toy_model, write_sums
 from tools import compare
+from weights import base_model, files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,11 +104,36 @@ def test_a_macs_gpu_is_taken_where_it_is_asked_for(monkeypatch):
         script.choose_device("mps")
 
 
+def test_a_macs_gpu_computes_no_fp64(monkeypatch):
+    """Every start that takes fp64 takes the weight through adapter.with_fp64, which brings it to the CPU."""
+    there = types.SimpleNamespace(device=torch.device("mps"), cpu=lambda: "on the CPU")
+    assert adapter.with_fp64(there) == "on the CPU"
+    moved, function = [], adapter.with_fp64
+    monkeypatch.setattr(adapter, "with_fp64", lambda weight: moved.append(weight) or function(weight))
+    monkeypatch.setattr(torch.Tensor, "double", lambda tensor: tensor.to(torch.float64) if moved
+                        else pytest.fail("fp64 of what was not moved"))
+    for method in ATTACHED:
+        moved.clear()
+        attach(toy_model(), method)
+        assert bool(moved) == (method not in ("lora", "lotr"))
+
+
 def test_a_path_on_no_drive_is_refused(monkeypatch):
     """On Windows nothing of Z:\\\\runs may exist, not even Z:."""
     monkeypatch.setattr(Path, "exists", lambda path: False)
     with pytest.raises(ValueError, match="--out /runs: there is no / here: name another folder"):
         script.check_folder(Path("/runs"), "--out")
+
+
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    """No HOME and no entry for the user: the folder for downloads must be named; where it is, nobody is asked."""
+    for name in ("HOME", "XDG_CACHE_HOME", "SORSA_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as Python answers then
+    with pytest.raises(FileNotFoundError, match="no home folder to keep downloads in: name a folder in .SORSA_CACHE"):
+        base_model.load(base_model.DEFAULT_MODEL)
+    monkeypatch.setenv("SORSA_CACHE", str(tmp_path / "cache"))
+    assert files.cache_dir() == tmp_path / "cache" and (tmp_path / "cache").is_dir()
 
 
 def test_memory_that_is_not_known_is_left_out(monkeypatch):

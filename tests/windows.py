@@ -7,10 +7,13 @@ that Windows forbids there. Torch and numpy are imported before: they are built 
 import builtins
 import ctypes
 import enum
+import fcntl
+import mmap
 import os
 import re
 import signal
 import sys
+import types
 
 import numpy  # noqa: F401
 import tiktoken  # noqa: F401
@@ -28,15 +31,33 @@ CALLS = ("alarm", "getitimer", "pause", "pthread_kill", "pthread_sigmask", "seti
          "sigwait", "sigwaitinfo")
 
 
+MAPS = [name for name in dir(mmap) if name.startswith(("MAP_", "PROT_", "MADV_"))]
+
+
+class Mapping(mmap.mmap):
+    """A mapping that takes no advice."""
+
+    @property
+    def madvise(self):
+        raise AttributeError("madvise")
+
+
+def locking(file, mode, size):
+    """msvcrt's: lock or unlock a part of a file, here the whole file."""
+    fcntl.flock(file, mode)
+
+
 def pretend():
     """From here on this process has no more than Windows has."""
     sys.platform = "win32"
     for name in MODULES:
         sys.modules[name] = None  # importing it is an ImportError
-    for owner, names in ((os, FUNCTIONS), (signal, (*SIGNALS, *CALLS))):
+    sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=fcntl.LOCK_EX | fcntl.LOCK_NB, LK_UNLCK=fcntl.LOCK_UN)
+    for owner, names in ((os, FUNCTIONS), (signal, (*SIGNALS, *CALLS)), (mmap, MAPS)):
         for name in names:
             if hasattr(owner, name):
                 delattr(owner, name)
+    mmap.mmap = Mapping
     kinds = [kind for kind in signal.Signals if hasattr(signal, kind.name)]
     signal.Signals = enum.IntEnum("Signals", {kind.name: kind.value for kind in kinds})
     ctypes.CDLL = guarded(ctypes.CDLL, lambda name, *_: name is None)  # there is no library that is the process itself
