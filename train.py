@@ -25,7 +25,7 @@ from support.flags import choose_budget, complete_options, flags_of, method_opti
 from support.generate import complete
 from support.loss import answer_loss, mean_loss
 from support.monitor import Monitor
-from support.script import choose_device, run_script, write_json
+from support.script import choose_device, one_line, run_script, write_json
 from weights import adapter_file, base_model
 from weights.files import printable
 
@@ -147,7 +147,7 @@ def main(argv=None):
     if not args.plain:
         fast.switch_on()
 
-    print(printable(f"loading {args.model}, attaching {args.method} ..."), flush=True)
+    print(one_line(f"loading {args.model}, attaching {args.method} ..."), flush=True)
     examples, source = load_examples(args.data)
     base = base_model.load(args.model, weights, device)
     model = base.model

@@ -48,8 +48,8 @@ def sha256(*paths):
 
 def cache_dir():
     """The folder for downloaded files, created if need be: $SORSA_CACHE, else `sorsa` in the user's cache folder."""
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(os.environ.get("SORSA_CACHE") or Path(user, "sorsa"))
+    named = os.environ.get("SORSA_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sorsa")
+    folder = Path(os.path.expanduser(named))
     if folder.parts[0] == "~":
         raise FileNotFoundError("this user has no home folder to keep downloads in: name a folder in $SORSA_CACHE")
     folder.mkdir(parents=True, exist_ok=True)
