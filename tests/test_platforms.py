@@ -1,4 +1,6 @@
 """Other people's machines: Windows as far as Linux can play it, GPUs without bf16 units, a Mac's GPU."""
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -136,7 +138,7 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
     assert files.cache_dir() == tmp_path / "cache" and (tmp_path / "cache").is_dir()
 
 
-def test_memory_that_is_not_known_is_left_out(monkeypatch):
+def test_memory_that_is_not_known_is_left_out(monkeypatch, tmp_path):
     """Where the system does not tell the peak: no number in the line, none in the table."""
     monkeypatch.setattr(report, "resource", None)
     assert report.peak_memory(torch.device("cpu")) is None
@@ -146,3 +148,8 @@ def test_memory_that_is_not_known_is_left_out(monkeypatch):
     record = {"method": "lora", "lr": 1.0, "trainable_parameters": 1, "held_out_before": 1.0, "held_out_after": 1.0,
               "seconds_in_steps": 1.0, "steps": 1, "memory_gb": None}
     assert compare.table_row(record).endswith("| - |")
+    path = tmp_path / "result.json"
+    for memory, fits in ((None, True), (0.5, True), ({}, False), ([], False), ("", False)):
+        path.write_text(json.dumps({**record, "adapter": {}, "memory_gb": memory}))
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="not the result of a run"):
+            compare.kept(path)

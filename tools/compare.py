@@ -48,7 +48,7 @@ def kept(path):
     result = read_json(path)
     numbers = [result.get(key) for key in ("lr", "trainable_parameters", "held_out_before", "held_out_after",
                                             "seconds_in_steps", "steps")]
-    numbers += [result.get("memory_gb") or 0]  # None where the system does not tell
+    numbers += [] if result.get("memory_gb") is None else [result["memory_gb"]]  # where the system tells
     if not isinstance(result.get("adapter"), dict) or not isinstance(result.get("method"), str) \
             or not all(type(value) in (int, float) and abs(value) < 1e30 for value in numbers) or not result["steps"]:
         raise fault(path, "not the result of a run", "run train.py again")
