@@ -100,8 +100,8 @@ def find_linears(model, targets, rank=None):
     The default TARGETS stand for those of the seven that the model has (GPT-2 has no gate_proj).
 
     Raises ValueError, before anything has changed, if a method is already attached, if a target matches nothing or a
-    weight that another module uses too (a head tied to the embedding), or if `rank` is given and is not in
-    1 .. min(out, in) of every match.
+    weight that another module uses too (a head tied to the embedding) or that is no matrix of usable numbers, or if
+    `rank` is given and is not in 1 .. min(out, in) of every match.
     """
     if hasattr(model, "adapter_config") or adapted_layers(model):
         method = getattr(model, "adapter_config", {}).get("method", "a method")
@@ -120,6 +120,7 @@ def find_linears(model, targets, rank=None):
     for name, linear in found:
         if users[id(linear.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
+        check_numbers(name, linear.weight)
     if rank is not None:
         if not found:
             raise ValueError("no targets given: name the linear layers to adapt, as in targets=['q_proj', 'v_proj']")
@@ -127,6 +128,15 @@ def find_linears(model, targets, rank=None):
         if not 1 <= rank <= smallest:
             raise ValueError(f"rank {rank} is out of range: it must be 1 .. {smallest}, the smaller side of {name}")
     return found
+
+
+def check_numbers(name, weight):
+    """ValueError where a weight (out, in) of a base holds NaN, infinity, or numbers whose squares fp32 cannot sum: no
+    product with it is finite, and W W^T, with which every decomposition begins, is not either."""
+    norm = torch.linalg.vector_norm(weight.detach().float())
+    if not weight.is_meta and not norm.isfinite():
+        raise ValueError(f"{name} has weights that are not finite, or too large to compute with: the base model holds "
+                         f"NaN, infinity or huge numbers there (norm {norm.item():g}); load another, or its file again")
 
 
 def freeze(model):
@@ -208,6 +218,11 @@ def full_precision(device_type):
             setattr(owner, name, value)
 
 
+def with_fp64(weight):
+    """The weight where fp64 is computed: on its device, or for a Mac's GPU, which has none, on the CPU."""
+    return weight.cpu() if weight.device.type == "mps" else weight
+
+
 @torch.no_grad()
 def principal_triplets(weight, rank, svd="gram"):
     """The `rank` leading singular triplets of weight (out, in): U (out, r), S (r,) descending, Vt (r, in), all fp32.
@@ -219,6 +234,7 @@ def principal_triplets(weight, rank, svd="gram"):
     """
     if svd not in ("exact", "gram"):
         raise ValueError(f"unknown svd {svd!r}: choose exact or gram")
+    device, weight = weight.device, with_fp64(weight)
     with full_precision(weight.device.type):
         U = S = Vt = None
         if svd == "gram":
@@ -229,7 +245,7 @@ def principal_triplets(weight, rank, svd="gram"):
             U, S, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
             U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
     Vt, sign = fix_signs(Vt)
-    return (U * sign.T).float().contiguous(), S.float().contiguous(), Vt.float().contiguous()
+    return tuple(factor.float().contiguous().to(device) for factor in (U * sign.T, S, Vt))
 
 
 def _triplets_from_gram(W, rank):

@@ -179,6 +179,7 @@ def further_weight(other, state, name, weight):
     if state[name].shape != weight.shape:
         raise ValueError(f"{name} has shape {tuple(state[name].shape)} in the further model {other}, "
                          f"expected {tuple(weight.shape)}: it must have the base's architecture")
+    adapter.check_numbers(f"{name} of the further model {other}", state[name])
     return state[name].to(weight.device)
 
 

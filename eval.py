@@ -9,6 +9,10 @@
 Adapters are merged first where the method can be. Every prediction goes to predictions.jsonl, scored by four rules at
 once (data/gsm8k.py and data/hendrycks_math.py say which), so that the printed accuracies can be recomputed from it.
 """
+import support
+
+support.interruptible(__name__)  # before torch, which takes seconds to import
+
 import json
 import math
 import time
@@ -21,10 +25,10 @@ from data import batching, gsm8k, hendrycks_math, instructions, prompting
 from support import fast, run_folder
 from support.generate import complete
 from support.loss import mean_loss
-from support.report import duration
-from support.script import Parser, check_folder, choose_device, positive, run_script, whole, write_json
+from support.report import duration, per_second
+from support.script import Parser, check_folder, choose_device, one_line, positive, run_script, whole, write_json
 from weights import adapter_file, base_model
-from weights.files import atomic_write, fault, read_json
+from weights.files import atomic_write, fault, printable, read_json
 
 BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # those with answers: each has gold and score
 SKIPPED = {"text": "", "new_tokens": 0, "finish": "skipped"}  # in place of a completion: the question is too long
@@ -84,7 +88,7 @@ def parse_arguments(argv):
     parser.add_argument("--calculator", action="store_true", help="compute what follows '=' inside << >>")
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and eval.json (default: the run)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, which is untried")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in train.py")
     parser.add_argument("--plain", action="store_true", help="leave off what makes it fast (support/fast.py)")
     args = parser.parse_args(argv)
@@ -179,13 +183,13 @@ def settle(args, on_cpu):
 def answer_all(args, base, examples, shots):
     """The completions of all questions, with a line of progress every few seconds. A question that leaves no room for
     an answer in the model's context is skipped: it counts, and nothing answers it."""
-    started = shown = time.time()
+    started = shown = time.perf_counter()
 
     def progress(done, tokens):
         nonlocal shown
-        now = time.time()
+        now = time.perf_counter()
         if now - shown > SHOWN_EVERY or done == len(asked):
-            shown, rate = now, tokens / (now - started)
+            shown, rate = now, per_second(tokens, now - started)
             print(f"  {done:>5}/{len(asked)} answered  {tokens:,} new tokens, {rate:,.0f} per second  "
                   f"{duration(now - started)}", flush=True)
 
@@ -218,18 +222,15 @@ def held_out_examples(args, base, run):
     cut = run.get("cut")
     if not isinstance(cut, list) or len(cut) != 2 or not all(type(length) is int and length > 0 for length in cut):
         cut = (None, None)
-    try:
-        encoded = batching.encode_examples(base.tokenizer, [examples[i] for i in places], longest, args.template, cut)
-    except ValueError:
-        raise fault(args.data, f"all {len(places)} examples have more than {longest} tokens",
-                    "give other --data") from None
+    encoded = batching.encode_examples(base.tokenizer, [examples[i] for i in places], longest, args.template, cut,
+                                       f"{args.data}: ", "give other --data")
     return list(encoded.values()), source
 
 
 def evaluate_loss(args, base, run, described):
     """The mean loss per answer token on a file of instructions and responses, printed: its summary."""
     encoded, source = held_out_examples(args, base, run)
-    print(f"data      {source}; {batching.answer_tokens(encoded):,} answer tokens, prompt {args.template}")
+    print(f"data      {one_line(source)}; {batching.answer_tokens(encoded):,} answer tokens, prompt {args.template}")
     loss = mean_loss(base.model, encoded, min(args.batch, 8), base.model.lm_head.weight.device)
     print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and "
           "MATH's answers are scored)")
@@ -242,12 +243,12 @@ def evaluate_accuracy(args, base, described):
     total, shots = len(examples), gsm8k.load(args.data, "train")[0][:args.shots] if args.shots else ()
     examples = examples[:args.limit or None]
     rest = " (--limit 0 for all)" if len(examples) < total else ""
-    print(f"data      {source}; {len(examples)} of {total} problems{rest}")
+    print(f"data      {one_line(source)}; {len(examples)} of {total} problems{rest}")
     print(f"protocol  prompt {args.template}, {args.shots} shots, greedy, at most {args.max_new} new tokens, "
           f"batch {args.batch}, calculator {'on' if args.calculator else 'off'}", flush=True)
-    started = time.time()
+    started = time.perf_counter()
     completions = answer_all(args, base, examples, shots)
-    seconds = time.time() - started
+    seconds = time.perf_counter() - started
     records = score_all(BENCHMARKS[args.benchmark], examples, completions)
     summary = {**described, "source": source, **summarise(records), "seconds": round(seconds, 2), "batch": args.batch,
                "max_new": args.max_new, "template": args.template, "shots": args.shots, "calculator": args.calculator}
@@ -263,7 +264,7 @@ def print_accuracy(summary, path):
         print(f"  {rule:<9} {100 * accuracy:6.2f} %  (+- {100 * summary['standard_error'][rule]:.2f})")
     for field in ("subject", "level"):
         for value, group in summary.get(f"by_{field}", {}).items():
-            print(f"  {field} {value:<24} {100 * group['accuracy']:6.2f} %  of {group['n']}")
+            print(f"  {field} {one_line(value):<24} {100 * group['accuracy']:6.2f} %  of {group['n']}")
     print(f"stopped at the cap of {summary['max_new']} tokens: {100 * summary['capped']:.1f} %   "
           f"no answer found: {100 * summary['no_answer']:.1f} %")
     if summary["skipped"]:
@@ -278,7 +279,7 @@ def answer_one(args, base, shown):
     text = prompting.prompt(args.ask, shots, args.template)
     answer = complete(base.model, base.tokenizer, [text], args.max_new, calculator=args.calculator,
                       template=args.template)[0]
-    print(f"{shown}\n\n{prompting.prompt(args.ask, template=args.template)}{answer['text']}")
+    print(printable(f"{shown}\n\n{prompting.prompt(args.ask, template=args.template)}{answer['text']}"))
     if answer["finish"] == "cap":
         print(f"[stopped after {args.max_new} tokens: --max-new allows more]")
 
@@ -295,7 +296,7 @@ def main(argv=None):
     if args.ask is not None:
         return answer_one(args, base, shown)
 
-    print(f"model     {shown}")
+    print(f"model     {one_line(shown)}")
     described = {"model": base.name, "method": method, "benchmark": args.benchmark, "data": str(args.data),
                  "dtype": precision, "device": str(device), "torch": torch.__version__}
     out = args.out or Path("runs") / f"base-{Path(base.name).stem}"

@@ -75,7 +75,7 @@ def spectrum(weight):
     this floor a rank-8 matrix of width 64 would seem to have rank 32.
     """
     with adapter.full_precision(weight.device.type):
-        W = weight.double()
+        W = adapter.with_fp64(weight).double()
         eigenvalues = torch.linalg.eigvalsh(W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W).flip(0)  # (r,)
     floor = max(W.shape) * torch.finfo(W.dtype).eps * eigenvalues[0]
     return torch.where(eigenvalues > floor, eigenvalues, 0).sqrt()
@@ -87,19 +87,11 @@ def choose_rank(sigma, threshold):
     return 1 + int((cumulative < threshold * cumulative[-1] * (1 - 1e-9)).sum())
 
 
-def spectra(linears):
-    """{name: spectrum of its weight}. ValueError, with the name, for a weight that is not finite."""
-    for name, linear in linears:
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"{name} has weights that are not finite: it has no spectrum to read a rank from")
-    return {name: spectrum(linear.weight) for name, linear in linears}
-
-
 def choose_ranks(linears, threshold):
-    """{name: k} of the linears. ValueError for a threshold outside 0 < m <= 1 or a weight that is not finite."""
+    """{name: k} of the linears. ValueError for a threshold outside 0 < m <= 1."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold {threshold:g} is out of range: it is a share, above 0 and at most 1")
-    return {name: choose_rank(sigma, threshold) for name, sigma in spectra(linears).items()}
+    return {name: choose_rank(spectrum(linear.weight), threshold) for name, linear in linears}
 
 
 def rank_table(model):
@@ -174,8 +166,8 @@ class MoSARALinear(adapter.AdaptedLinear):
 
     def __init__(self, linear, U, Vt, Lam, v, W_g1=None, W_g2=None, v_mode="branch"):
         super().__init__(linear)
-        self.register_buffer("U", U.to(self.weight.device, torch.float32))  # (out, k)
-        self.register_buffer("Vt", Vt.to(self.weight.device, torch.float32))  # (k, in)
+        self.register_buffer("U", U.to(self.weight.device, torch.float32, copy=True))  # (out, k), no view of a file
+        self.register_buffer("Vt", Vt.to(self.weight.device, torch.float32, copy=True))  # (k, in)
         self.Lam, self.v = self.factor(Lam), self.factor(v)  # (n, k), (out,)
         self.W_g1, self.W_g2 = (None if W is None else self.factor(W) for W in (W_g1, W_g2))  # (k, q), (q, n)
         self.v_mode = v_mode
@@ -312,7 +304,7 @@ def fit_mosara(model, params, targets=TARGETS, sets=5, router_rank=1):
 def _fit(model, params, targets, count):
     """By bisection: the ranks, and so the total of count(k, out, in), never fall as the threshold rises."""
     linears = adapter.find_linears(model, targets, rank=1)
-    found = {name: sigma.cpu() for name, sigma in spectra(linears).items()}
+    found = {name: spectrum(linear.weight).cpu() for name, linear in linears}
 
     def ranks(thousandths):
         return {name: choose_rank(sigma, thousandths / 1000) for name, sigma in found.items()}
@@ -333,7 +325,8 @@ def check_base(linears, ks, norms):
 
     Raises ValueError for a k that is no rank of its weight, or a norm that its weight does not have (to 1e-3).
     """
-    found = {name: torch.linalg.vector_norm(linear.weight.double()).item() for name, linear in linears}
+    found = {name: torch.linalg.vector_norm(adapter.with_fp64(linear.weight).double()).item()
+             for name, linear in linears}
     for what, given in (("ks", ks), ("norms", found if norms is None else norms)):
         odd = sorted(given.keys() ^ found.keys())
         if odd:

@@ -4,6 +4,10 @@ The loop is plain: batches of examples of similar length, the loss on answer tok
 however it is cut into micro-batches. Everything that was chosen is printed; every choice is a flag. A run that was
 stopped goes on with `python train.py --resume RUN`.
 """
+import support
+
+support.interruptible(__name__)  # before torch, which takes seconds to import
+
 import itertools
 import json
 import math
@@ -21,8 +25,9 @@ from support.flags import choose_budget, complete_options, flags_of, method_opti
 from support.generate import complete
 from support.loss import answer_loss, mean_loss
 from support.monitor import Monitor
-from support.script import choose_device, run_script, write_json
+from support.script import choose_device, one_line, run_script, write_json
 from weights import adapter_file, base_model
+from weights.files import printable
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -101,7 +106,8 @@ def held_out_loss(args, model, held_out, step, log):
         with mixed_precision(args, device):
             loss = mean_loss(model, held_out, args.micro_batch, device)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step}: held-out loss {loss:g}; lower --lr, now {args.lr:g}")
+            fix = f"lower --lr, now {args.lr:g}" if step else "the base model itself gives it: load another"
+            raise FloatingPointError(f"step {step}: held-out loss {loss:g}; {fix}")
         line = {"step": step, "held_out_loss": loss}
         if watch:
             line.update(watch(model.model, collate(held_out[:1], device)[0]))  # one row (1, T): no padding to look at
@@ -120,8 +126,8 @@ def print_sample(args, base, example, when):
     if room > 0 and not args.no_sample:
         with fast.eagerly(args.compile):
             done = complete(base.model, base.tokenizer, [text], min(128, room), template=args.template)
-        answer = done[0]["text"]
-        print(f"\n--- a held-out question, {when} training (right: {right})\n{text}{answer}\n---\n", flush=True)
+        shown = f"\n--- a held-out question, {when} training (right: {right})\n{text}{done[0]['text']}\n---\n"
+        print(printable(shown), flush=True)
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -141,7 +147,7 @@ def main(argv=None):
     args.multiple = fast.GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1
     run_folder.check_out(args)
 
-    print(f"loading {args.model}, attaching {args.method} ...", flush=True)
+    print(one_line(f"loading {args.model}, attaching {args.method} ..."), flush=True)
     examples, source = load_examples(args.data)
     base = base_model.load(args.model, weights, device)
     model = base.model
@@ -212,5 +218,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "lower --micro-batch, or --max-tokens, or give --recompute; a run that has saved a checkpoint "
-                     "goes on with --resume RUN")
+    run_script(main, "lower --micro-batch, or --max-tokens, or give --recompute",
+               "a run that has saved a checkpoint goes on with --resume RUN")

@@ -27,12 +27,14 @@ def without_annotations(examples):
     return [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
 
 
-def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None)):
-    """{place in examples: (ids, prompt_length)} of those of at most max_tokens tokens; ValueError if none is."""
+def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None), where="",
+                    fix="raise --max-tokens"):
+    """{place in examples: (ids, prompt_length)} of those of at most max_tokens tokens. ValueError if none is, which
+    begins with `where` and ends with `fix`."""
     encoded = [prompting.encode(tokenizer, example, template, cut) for example in examples]
     kept = {place: pair for place, pair in enumerate(encoded) if len(pair[0]) <= max_tokens}
     if not kept:
-        raise ValueError(f"all {len(encoded)} examples have more than {max_tokens} tokens: raise --max-tokens")
+        raise ValueError(f"{where}all {len(encoded)} examples have more than {max_tokens} tokens: {fix}")
     return kept
 
 

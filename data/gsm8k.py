@@ -23,7 +23,7 @@ from pathlib import Path
 from data import instructions
 from data.calculator import LONGEST, beginning, decimal
 from data.practice import practice
-from weights.files import atomic_write, cache_dir, sha256
+from weights.files import atomic_write, cache_dir, printable, sha256
 
 # ---- Data: a folder, the cache, the dataset's own repository, or practice problems ----------------------------------
 
@@ -47,7 +47,8 @@ def load(data, split):
         try:
             return load("gsm8k", split)
         except OSError as error:
-            print(f"THIS IS NOT GSM-8K: {error}. Going on with generated practice problems.", file=sys.stderr)
+            said = printable(f"THIS IS NOT GSM-8K: {error}. Going on with generated practice problems.")
+            print(said, file=sys.stderr)
             return load("practice", split)
     if data == "practice":
         examples = practice(split)

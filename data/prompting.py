@@ -52,6 +52,15 @@ def truncate(completion, template="plain"):
     return completion.partition(TEMPLATES[template].next)[0]
 
 
+def encode_prompt(tokenizer, text):
+    """The ids of a prompt. ValueError where there are none: a vocabulary may lack every part of it."""
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError(f"the model's tokenizer has no token for any part of the prompt {text[:40]!r}: its vocabulary "
+                         "is not whole, or not for such text; use another model")
+    return ids
+
+
 def encode(tokenizer, example, template="plain", cut=(None, None)):
     """(ids, prompt_length): prompt, target and end-of-sequence token; the loss counts ids[prompt_length:] only.
 
@@ -59,6 +68,6 @@ def encode(tokenizer, example, template="plain", cut=(None, None)):
     `cut` gives the most tokens of the prompt, and of the target with its end: what is beyond goes, as in the recipe of
     PiSSA and SORSA.
     """
-    asked = tokenizer.encode(prompt(example["question"], template=template))[:cut[0]]
+    asked = encode_prompt(tokenizer, prompt(example["question"], template=template))[:cut[0]]
     told = [*tokenizer.encode(target(example["answer"], template), start=False), tokenizer.eos_id][:cut[1]]
     return asked + told, len(asked)

@@ -82,9 +82,10 @@ def make_parser():
     add("--save-every", type=positive, help="steps between checkpoints for --resume (default: as --eval-every)")
     add("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")
     add("--no-sample", action="store_true", help="no sample answer before and after")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, which is untried")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen weights; auto: "
-        "bfloat16 on a GPU, and on a CPU that multiplies it much faster than float32, by a trial at the start")
+        "bfloat16 on a GPU with units for it, and on a CPU that multiplies it much faster than float32, by a trial at "
+        "the start")
     return parser
 
 

@@ -60,7 +60,7 @@ def _prefill(model, prompts, cache):
         last, longest = first + 1, len(prompts[first])
         while last < len(prompts):
             longer = max(longest, len(prompts[last]))
-            if longer * (last + 1 - first) > PREFILL_TOKENS[device.type]:
+            if longer * (last + 1 - first) > PREFILL_TOKENS.get(device.type, 2048):
                 break
             last, longest = last + 1, longer
         lengths = torch.tensor([len(prompt) for prompt in prompts[first:last]])  # (rows,)
@@ -135,8 +135,9 @@ def complete(model, tokenizer, texts, max_new=256, batch=64, calculator=False, p
         insert = insertion(tokenizer.decode(ids))
         return tokenizer.encode(insert, start=False) if insert else None
 
-    outputs = generate(model, [tokenizer.encode(text) for text in texts], tokenizer.eos_id, max_new, batch,
-                       is_done, force if calculator else None, progress)
+    prompts = [prompting.encode_prompt(tokenizer, text) for text in texts]
+    outputs = generate(model, prompts, tokenizer.eos_id, max_new, batch, is_done, force if calculator else None,
+                       progress)
     completions = []
     for ids in outputs:
         ended = ids[-1] == tokenizer.eos_id

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+import adapter
 from data.batching import padded_tokens, token_count
 from support import report
 
@@ -21,34 +22,39 @@ class Monitor:
     def __init__(self, args, model, optimizer, data, gflop, progress, held_out, save, log, signals):
         self.args, self.optimizer, self.data, self.gflop, self.progress = args, optimizer, data, gflop, progress
         self.held_out, self.save, self.log, self.signals = held_out, save, log, signals
-        self.device = model.lm_head.weight.device
-        # A fused optimizer on a GPU can be told to stand still; any other is waited for.
-        self.waits = self.device.type == "cpu" or not optimizer.defaults.get("fused")
+        self.device, self.parameters = model.lm_head.weight.device, list(adapter.trainable(model).values())
+        # A fused optimizer on a CUDA GPU can be told to stand still; any other is waited for.
+        self.waits = self.device.type != "cuda" or not optimizer.defaults.get("fused")
         self.usual = collections.deque(maxlen=20)  # the latest logged losses
-        self.since = []  # (step, indices, numbers) of the steps after the last logged one
+        self.since = []  # (step, indices, numbers, norm of what the optimizer takes), for steps that are not logged yet
         self.started = time.perf_counter()
 
     def check(self, step, indices, numbers):
-        """FloatingPointError, before the weights move, if a number of this step is not finite. Without waiting for a
-        GPU: all steps from here on leave the weights alone, and `after` raises when it next logs."""
-        self.since.append((step, indices, numbers))
+        """FloatingPointError, before the weights move, if a number of this step is not finite, or the gradient as the
+        optimizer is about to take it, whatever was added behind the one that is logged. Without waiting for a GPU: all
+        steps from here on leave the weights alone, and `after` raises when it next logs."""
+        taken = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.since.append((step, indices, numbers, taken))
         if self.waits:
             self.check_finite(self.since[-1:])
         else:
-            values = [value for value in numbers.values() if isinstance(value, torch.Tensor)]
+            values = [taken, *(value for value in numbers.values() if isinstance(value, torch.Tensor))]
             bad = (~torch.stack([torch.isfinite(value) for value in values]).all()).float()
             self.optimizer.found_inf = torch.maximum(getattr(self.optimizer, "found_inf", torch.zeros_like(bad)), bad)
 
     def check_finite(self, steps):
         """FloatingPointError for the first of `steps` whose numbers are not all finite, with the records it saw."""
-        for step, indices, numbers in steps:
-            if not all(math.isfinite(value) for value in numbers.values()):
+        for step, indices, numbers, taken in steps:
+            sound = all(math.isfinite(value) for value in numbers.values())
+            if not sound or not math.isfinite(taken):
                 records = [str(self.data.numbers[i]) for i in indices]
                 more = f" and {len(records) - 16} more" if len(records) > 16 else ""
                 said = ", ".join(f"{report.WORDS.get(name, name)} {value:g}" for name, value in numbers.items()
                                  if isinstance(value, torch.Tensor))
+                said += f", gradient norm with R's part {taken:g}" if sound else ""
+                fix = "lower --gamma" if sound else f"lower --lr, now {self.args.lr:g}"
                 raise FloatingPointError(f"step {step}: {said}, on records {', '.join(records[:16])}{more} of the data;"
-                                         f" the weights are as they were before: lower --lr, now {self.args.lr:g}")
+                                         f" the weights are as they were before: {fix}")
 
     def after(self, step):
         """Log, measure and save where it is due. SystemExit, saved, where a signal has come."""
@@ -63,6 +69,9 @@ class Monitor:
         if to_measure:
             self.progress.held_out[step] = self.held_out(step)
         if to_save:
+            if not torch.nn.utils.get_total_norm(self.parameters).isfinite():  # before a checkpoint is lost for it
+                raise FloatingPointError(f"step {step}: the weights after it are not finite: lower --lr, now "
+                                         f"{self.args.lr:g}")
             self.save()
         if to_stop:
             print(f"\nstopped by {self.signals[0].name} after step {step} of {args.steps}; to go on: "
@@ -73,13 +82,13 @@ class Monitor:
     def write_line(self, step):
         """Log and print the latest step's numbers, with the speed since the last line."""
         elapsed = time.perf_counter() - self.started
-        batches = [[self.data.train[i] for i in indices] for _, indices, _ in self.since]
+        batches = [[self.data.train[i] for i in indices] for _, indices, _, _ in self.since]
         tokens = sum(map(token_count, batches))
         padded = sum(padded_tokens(batch, self.args.micro_batch, self.args.multiple) for batch in batches)
         line = {"step": step, **{name: float(value) for name, value in self.since[-1][2].items()},
-                **report.spike([float(numbers["loss"]) for _, _, numbers in self.since], self.usual),
-                "tokens_per_second": tokens / elapsed, "padding": 1 - tokens / padded,
-                "gflops": tokens * self.gflop / elapsed, "memory_gb": report.peak_memory(self.device)}
+                **report.spike([float(numbers["loss"]) for _, _, numbers, _ in self.since], self.usual),
+                "tokens_per_second": report.per_second(tokens, elapsed), "padding": 1 - tokens / padded,
+                "gflops": report.per_second(tokens * self.gflop, elapsed), "memory_gb": report.peak_memory(self.device)}
         self.usual.append(line["loss"])
         self.progress.step, self.progress.tokens = step, self.progress.tokens + tokens
         self.progress.seconds_in_steps += elapsed

@@ -1,7 +1,6 @@
 """What train.py tells: the plan before anything is spent, a line per logged step, what a step costs."""
 import itertools
 import math
-import resource
 import statistics
 import sys
 
@@ -12,6 +11,13 @@ import adapter
 from data.batching import answer_tokens, endless_batches, token_count
 from methods import METHODS
 from support.fast import CHUNK, eagerly, onednn_multiplies
+from support.script import has_bf16_units, one_line
+from weights.files import printable
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 WORDS = {"loss": "loss", "grad_norm": "gradient norm", "regularizer": "R"}  # for the names in the log
 
@@ -26,15 +32,12 @@ def describe(args, base, optimizer, regularizer, device, source, data, gflop):
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     if args.autocast:
         dtype += f" computing in {args.autocast}"
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    if onednn_multiplies(model.lm_head.weight):
-        hardware += ", fp32 products by oneDNN"
-    print(f"device    {device} ({hardware}), weights {dtype}, torch {torch.__version__}")
+    print(f"device    {device} ({hardware(device, model.lm_head.weight)}), weights {dtype}, torch {torch.__version__}")
     if args.recipe:
         words = {key: "+".join(map(str, value)) if key == "cut" else value for key, value in args.recipe_set.items()}
         print(f"recipe    {args.recipe} sets {', '.join(f'{key} {value}' for key, value in words.items())}")
-    print(f"model     {base.name}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
-    print(f"data      {source}")
+    print(f"model     {one_line(base.name)}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
+    print(f"data      {one_line(source)}")
     print(f"          {len(encoded)} to train on, {len(held_out)} held out, {data.left_out} left out "
           f"(longer than {args.max_tokens} tokens)")
     print(f"          prompt {args.template}; {tokens:.0f} tokens per example, {answers:.0f} of them answer, "
@@ -61,6 +64,16 @@ def describe(args, base, optimizer, regularizer, device, source, data, gflop):
         print(f"          regularizer times gamma / peak lr = {regularizer['gamma'] / args.lr:g}, after clipping")
     saves = "" if args.save_every == args.eval_every else f", a checkpoint every {args.save_every}"
     print(f"out       {args.out}; held-out loss every {args.eval_every} steps{saves}", flush=True)
+
+
+def hardware(device, weight):
+    """What computes, in words, and what it lacks."""
+    if device.type == "cuda":
+        lacks = "" if has_bf16_units(device) else ", no bf16 units: fp32 by default"
+        return torch.cuda.get_device_name(device) + lacks
+    if device.type == "mps":
+        return "untried: this code has run on Linux only"
+    return f"{torch.get_num_threads()} threads" + ", fp32 products by oneDNN" * onednn_multiplies(weight)
 
 
 def parameter_table(model):
@@ -128,7 +141,7 @@ def describe_first_step(args, base, data, step):
         ids, start = data.train[i]
         question, answer = base.tokenizer.decode(ids[:start]), base.tokenizer.decode(ids[start:])
         print(f"\n--- record {data.numbers[i]} of the data, {len(ids)} tokens, {len(ids) - start} of them answer\n"
-              f"{question}[[{answer}]]")
+              f"{printable(question)}[[{printable(answer)}]]")
     print("\na dry run: nothing was trained, nothing was written")
 
 
@@ -172,10 +185,11 @@ def log_line(line, steps, left):
     known = ("step", "loss", "lr", "grad_norm", "regularizer", "tokens_per_second", "padding", "gflops", "memory_gb",
              "loss_max", "spike")
     more = "".join(f"  {name} {value:.4g}" for name, value in line.items() if name not in known)
+    memory = "" if line["memory_gb"] is None else f"  {line['memory_gb']:.2f} GB"
     return (f"step {step}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  |g| {line['grad_norm']:.2f}"
             + ("" if R is None else f"  R {R:.1e}") + more
             + f"  {line['tokens_per_second']:,.0f} tok/s  pad {100 * line['padding']:.0f}%"
-              f"  {line['gflops']:,.0f} GFLOP/s  {line['memory_gb']:.2f} GB  {duration(left)} left"
+              f"  {line['gflops']:,.0f} GFLOP/s{memory}  {duration(left)} left"
             + (f"  <- loss spike, {line['spike']:.1f} times the usual" if "spike" in line else ""))
 
 
@@ -209,7 +223,8 @@ def result_of(args, regularizer, base, data, source, progress, adapter_path, com
             "held_out_loss": progress.held_out, "held_out_before": progress.held_out[0],
             "held_out_after": progress.held_out[args.steps], "held_out_best": min(progress.held_out.values()),
             "resumed_at": progress.resumed_at, "tokens": progress.tokens,
-            "tokens_per_second": progress.tokens / seconds, "seconds_in_steps": seconds, "seconds": progress.seconds,
+            "tokens_per_second": per_second(progress.tokens, seconds), "seconds_in_steps": seconds,
+            "seconds": progress.seconds,
             "memory_gb": peak_memory(device), "device": str(device),
             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
             "command": command}
@@ -226,11 +241,18 @@ def print_result(args, result, adapter_path):
 
 
 def peak_memory(device):
-    """Peak memory in GB: of the GPU's allocator, or of this process on a CPU."""
+    """Peak memory in GB: of the GPU's allocator, or of this process on a CPU; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def per_second(count, seconds):
+    """A rate; 0 where the clock stood still."""
+    return count / seconds if seconds > 0 else 0.0
 
 
 def duration(seconds):

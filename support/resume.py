@@ -135,7 +135,7 @@ def restore(folder, saved, model, optimizer, steps):
     after as many steps as were made of the run's `steps`."""
     path, progress, parameters = folder / FILE, saved.progress, adapter.trainable(model)
     measured = {0, steps} if progress.step == steps else {0}
-    if not 1 <= progress.step <= steps or not measured <= progress.held_out.keys() or not progress.seconds_in_steps:
+    if not 1 <= progress.step <= steps or not measured <= progress.held_out.keys():
         raise fault(path, f"its progress is not that of a run of {steps} steps", AGAIN)
     if saved.optimizer != kind_of(optimizer):
         raise fault(path, f"the run began with {saved.optimizer}, train.py now has {kind_of(optimizer)}", AGAIN)
@@ -185,7 +185,8 @@ def noted_signals():
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
-    heard = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) != signal.SIG_IGN]
+    heard = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM")  # of those that the system has
+             and signal.getsignal(kind) != signal.SIG_IGN]
     before = {kind: signal.signal(kind, note) for kind in heard}
     try:
         yield noted

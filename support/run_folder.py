@@ -48,7 +48,7 @@ def open_log(args, step):
     kept = []
     if args.resume and path.is_file():
         for text in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line may be cut
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # the last line may be cut
                 if json.loads(text)["step"] <= step:
                     kept.append(text + "\n")
     with atomic_write(path) as file:

@@ -1,28 +1,41 @@
 """What the scripts share: flags, the choice of a device, JSON files, and how an error reaches the user."""
 import argparse
+import errno
 import json
 import math
 import os
+import signal
 import sys
 
 import torch
 
+import support
 from support import fast
-from weights.files import atomic_write
+from weights.files import atomic_write, printable
 
 
 def choose_device(device, dtype="auto", plain=False):
-    """(device, dtype of frozen weights), as told or by what is there: CUDA before the CPU, bf16 on a GPU and on a CPU
-    that is fast at it (which a `plain` run does not ask)."""
+    """(device, dtype of frozen weights), as told or by what is there: CUDA before the CPU, and bf16 where it is fast
+    (which a `plain` run does not ask a CPU). A Mac's GPU (mps) is taken only where it is asked for: nobody has tried
+    it."""
     here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here += ["mps"] * torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if "cuda" in here else "cpu"
     if device not in here:
         raise ValueError(f"--device {device}: torch finds no such device here; choose auto, {', '.join(here)}")
     if dtype == "auto":
-        pays = device.startswith("cuda") or not plain and fast.bf16_pays()
-        dtype = "bfloat16" if pays else "float32"
+        kind = device.partition(":")[0]
+        bf16 = has_bf16_units(device) if kind == "cuda" else kind == "cpu" and not plain and fast.bf16_pays()
+        dtype = "bfloat16" if bf16 else "float32"
     return torch.device(device), getattr(torch, dtype)
+
+
+def has_bf16_units(device):
+    """Whether a GPU multiplies bf16: not before compute capability 8.0 (V100, T4). torch.cuda.is_bf16_supported() says
+    yes there too, but counts emulation. fp16, which such a GPU has, ends at 65,504: activations of the default model
+    reach 24,000, and small gradients would need a scaler."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Help(argparse.HelpFormatter):
@@ -102,7 +115,9 @@ def write_json(path, record):
 
 def check_folder(path, flag):
     """ValueError unless `path` is a folder that can be written to, or can be made; makes nothing."""
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), None)
+    if there is None:  # a drive of Windows
+        raise ValueError(f"{flag} {path}: there is no {path.anchor} here: name another folder")
     if not there.is_dir():
         where = "is a file" if there == path else f"cannot be made, {there} is a file"
         raise ValueError(f"{flag} {path} {where}: name a folder")
@@ -111,30 +126,43 @@ def check_folder(path, flag):
 
 
 def one_line(message):
-    """A message without line breaks, which names of files may have."""
-    return " ".join(str(message).splitlines())
+    """A message fit to print, without the line breaks and control characters that names and texts of files may have."""
+    return printable(" ".join(str(message).splitlines()))
 
 
 def is_out_of_memory(error):
     """Whether an exception says that memory ran out, of a GPU or of the machine."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED",  # torch's, cuBLAS's
+            "could not create a primitive", "could not execute a primitive")  # oneDNN's
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM
+            or isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 
 
-def run_script(main, memory_advice="take a smaller model, or a machine with more"):
+def run_script(main, memory_advice="take a smaller model, or a machine with more", go_on=None):
     """Run `main`; an error that the user can put right ends as one line on stderr and exit status
     2, any other as a traceback.
-    `memory_advice` says what to do where memory ran out. Ctrl-C ends with status 130."""
+    `memory_advice` says what to do where memory ran out, `go_on` how a run that was cut off continues. Ctrl-C ends with
+    status 130. What stdout and stderr cannot encode is spelled out."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) == support.interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        print(end="", flush=True)  # what cannot be written is said here, not while Python ends
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        if isinstance(error, (RuntimeError, MemoryError)):
-            if not is_out_of_memory(error):
-                raise
-            error = f"out of memory: {memory_advice}"
-        if isinstance(error, OSError) and error.filename is not None:  # the system's own error, not one of our words
+        if is_out_of_memory(error):
+            error = "; ".join([f"out of memory: {memory_advice}", *([go_on] if go_on else [])])
+        elif isinstance(error, RuntimeError):
+            raise
+        elif isinstance(error, BrokenPipeError):
+            sys.stdout = None  # there is nobody to flush it to
+            error = "; ".join(["nobody reads the output any more", *([go_on] if go_on else [])])
+        elif isinstance(error, OSError) and error.filename is not None:  # the system's own error, not our words
             error = f"{error.filename}: {error.strerror}; check that path, its permissions and the space left there"
         print(one_line(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

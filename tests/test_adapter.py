@@ -420,6 +420,21 @@ def test_alpha_out_of_range_is_refused(method):
     assert (adapter.scaling(None, 8), adapter.scaling(4, 8)) == (1.0, 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e30])
+def test_a_base_that_no_method_can_compute_with_is_refused_by_name(value, dtype):
+    """One number in one weight: every attach and every fit name it, and nothing has changed. Other weights do not matter."""
+    model, odd = toy_model().to(dtype), "model.layers.1.self_attn.v_proj"
+    model.get_submodule(odd).weight.data[3, 5] = value
+    for name, method in METHODS.items():
+        options = {"targets": ["v_proj"]} if name == "full" else {}
+        for call in [lambda: attach(model, name, **options), *([lambda: method.fit(model, 1000)] if method.fit else [])]:
+            with pytest.raises(ValueError, match=f"^{odd} has weights that are not finite, or too large to compute with"):
+                call()
+        assert not hasattr(model, "adapter_config") and not adapter.adapted_layers(model)
+    attach(model, "pissa", targets=["q_proj"])
+
+
 def test_methods_go_by_name():
     """In any case; a wrong name is answered with the right ones."""
     assert methods.method("Cora-INIT") is METHODS["cora-init"]

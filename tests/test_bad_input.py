@@ -130,6 +130,13 @@ def changed_gguf(metadata=None, tensors=None, seed=0):
     return prepare
 
 
+def with_one(value):
+    """The value projection of a tiny model with this number in one place."""
+    weight = tiny_tensors()["blk.1.attn_v.weight"]
+    weight[3, 5] = float(value)
+    return weight
+
+
 def one_layer(here, kit):
     """{here}/bad.gguf with half of the model's layers."""
     tensors = {name: None for name in tiny_tensors() if name.startswith("blk.1.")}
@@ -193,6 +200,9 @@ FILES = [
      "architecture mamba is not supported", "supported: llama"),
     ("tensor of another shape", changed_gguf(tensors={"blk.0.attn_q.weight": tiny_tensors()["blk.0.attn_k.weight"]}),
      "train --model {here}/bad.gguf", "blk.0.attn_q.weight is (32, 64), expected (64, 64)", "use another file"),
+    *((f"base with {value} for {method}", changed_gguf(tensors={"blk.1.attn_v.weight": with_one(value)}),
+       f"train --model {{here}}/bad.gguf --method {method}", "layers.1.self_attn.v_proj has weights that are not finite, or too large",
+       "load another") for value, method in (("nan", "pissa"), ("inf", "cora"), ("1e30", "sara --params 5k"), ("1e30", "mosara"))),
     ("no weights", folder("m.gguf"), "train --model {here}/m.gguf", "{here}/m.gguf", "no model.safetensors"),
     ("no config.json", changed_folder("config.json", None), "train --model {here}/hf", "{here}/hf/config.json: no such file",
      "a model folder holds config.json"),

@@ -385,6 +385,8 @@ def without_last():
     ({"extra": {"other": without_last()}}, f"the further model other has no {LAST}"),
     ({"extra": {"fine": toy_model().state_dict(), "wide": {**without_last(), LAST: torch.zeros(32, 47)}}},
      f"{LAST} has shape .32, 47. in the further model wide, expected .32, 48."),
+    ({"extra": {"broken": {**without_last(), LAST: torch.full((32, 48), float("nan"))}}},
+     f"{LAST} of the further model broken has weights that are not finite"),
     ({"extra": {"flipped": {**without_last(), LAST: torch.zeros(48, 32)}}}, "has shape .48, 32. in the further model flipped")])
 @BOTH
 def test_a_refused_attach_leaves_the_model_untouched(method, options, message):

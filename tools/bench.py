@@ -16,6 +16,10 @@ with ours. "peer" is set up as its users would: random batches padded to their l
 AdamW; "strict" is the same on our batches of similar length, "tuned" besides in a process with our settings for a CPU
 (support/fast.py). Counted are real tokens: padding is not work.
 """
+import support
+
+support.interruptible(__name__)  # before torch, which takes seconds to import
+
 import argparse
 import itertools
 import json
@@ -59,7 +63,7 @@ def seconds(work):
     started = time.perf_counter()
     work()
     wait()
-    return time.perf_counter() - started
+    return max(1e-9, time.perf_counter() - started)  # where the clock stands still too
 
 
 def attach(model, args):
@@ -278,7 +282,7 @@ def load_side(args):
     elapsed = seconds(lambda: loaded.append(base_model.load(args.model, frozen_dtype(args), DEVICE).model))
     size = 1e-9 * sum(p.numel() * p.element_size() for p in loaded[0].parameters())
     record = {"seconds": elapsed, "weights_gb": size}
-    if DEVICE.type == "cpu":
+    if DEVICE.type == "cpu" and report.peak_memory(DEVICE) is not None:
         record["peak_in_sizes"] = (report.peak_memory(DEVICE) - before) / size
     return record
 
@@ -404,7 +408,7 @@ def row(record):
         ("seconds", "6.1f", "s"), ("us_per_token", "8.0f", "us/token"), ("ratio", ".3f", "of the base's time"),
         ("new_tokens", ",", "new tokens"), ("memory_gb", "5.2f", "GB peak"), ("parameters", ",", "parameters"),
         ("weights_gb", ".2f", "GB weights"), ("trained_gb", ".2f", "GB of and for what trains"),
-        ("peak_in_sizes", ".2f", "times the weights at the peak"), ("failed", "", "")) if key in record]
+        ("peak_in_sizes", ".2f", "times the weights at the peak"), ("failed", "", "")) if record.get(key) is not None]
     if "gflops" in record:
         share = f" of {record['matmul_gflops']:.0f} ({100 * record['share']:.0f} %)" if "share" in record else ""
         parts.append(f"{record['gflops']:.0f}{share} GFLOP/s")
@@ -465,7 +469,8 @@ def print_ratios(what, rounds):
     keys = {"train": ("tokens_per_second", "memory_gb"), "generate": ("problems_per_second",), "init": ("seconds",),
             "memory": ("memory_gb",)}.get(what, ())
     for other in others if keys else ():
-        ratios = [f"{key.replace('_', ' ')} {compare(rounds, key, first, other)}" for key in keys]
+        ratios = [f"{key.replace('_', ' ')} {compare(rounds, key, first, other)}" for key in keys
+                  if rounds[first][0][key] is not None]
         print(f"{first} / {other}: {', '.join(ratios)}")
         if what == "generate":
             same = [a == b for a, b in zip(rounds[first][0]["texts"], rounds[other][0]["texts"])]

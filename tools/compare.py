@@ -4,13 +4,17 @@ Runs train.py once per method and rate (without --lrs once per method, at its de
 order and held-out slice, each in a process of its own, so that its peak memory is its own. Prints a table and appends a
 JSON line per run to the results file. What follows a lone -- goes to train.py as it is: `... -- --steps 100`.
 """
+import support
+
+support.interruptible(__name__)  # before torch, which takes seconds to import
+
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 from methods import METHODS
-from support.script import Parser, above_zero, amount, check_folder, run_script
+from support.script import Parser, above_zero, amount, check_folder, one_line, run_script
 from weights.files import fault, read_json
 
 KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
@@ -43,7 +47,8 @@ def kept(path):
     """The kept fields of a run's result.json. ValueError if it is not the result of a run."""
     result = read_json(path)
     numbers = [result.get(key) for key in ("lr", "trainable_parameters", "held_out_before", "held_out_after",
-                                            "seconds_in_steps", "steps", "memory_gb")]
+                                            "seconds_in_steps", "steps")]
+    numbers += [] if result.get("memory_gb") is None else [result["memory_gb"]]  # where the system tells
     if not isinstance(result.get("adapter"), dict) or not isinstance(result.get("method"), str) \
             or not all(type(value) in (int, float) and abs(value) < 1e30 for value in numbers) or not result["steps"]:
         raise fault(path, "not the result of a run", "run train.py again")
@@ -57,9 +62,10 @@ def table_row(record):
     size = f"r {config['rank']}" if "rank" in config else f"m {config['threshold']}" if "threshold" in config else "-"
     if record["held_out_after"] is None:
         return f"| `{record['method']}` | {size} | {record['lr'] or 'default'} | - | - | diverged | - | - |"
+    memory = "-" if record.get("memory_gb") is None else f"{record['memory_gb']:.2f}"
     return (f"| `{record['method']}` | {size} | {record['lr']:g} | {record['trainable_parameters']:,} "
             f"| {record['held_out_before']:.4f} | {record['held_out_after']:.4f} "
-            f"| {record['seconds_in_steps'] / record['steps']:.2f} | {record['memory_gb']:.2f} |")
+            f"| {record['seconds_in_steps'] / record['steps']:.2f} | {memory} |")
 
 
 def main(argv):
@@ -84,7 +90,7 @@ def main(argv):
         for lr in args.lrs:
             folder = Path("runs/compare") / (method if lr is None else f"{method}-{lr:g}")
             record = run(method, lr, folder, ["--data", args.data, *size, *extra])
-            print(table_row(record), flush=True)
+            print(one_line(table_row(record)), flush=True)
             with open(args.results, "a") as file:
                 file.write(json.dumps(record) + "\n")
 

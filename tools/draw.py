@@ -4,6 +4,10 @@ Each method gets a panel: the pretrained weight, beside it its factors as boxes 
 multiplies them, below them the equation and how many parameters train. The equations and the shapes of the boxes are
 written here; what trains and what is shared is read off a toy model with the method attached, sizes off its signature.
 """
+import support
+
+support.interruptible(__name__)  # before torch, which takes seconds to import
+
 import re
 from pathlib import Path
 from typing import NamedTuple

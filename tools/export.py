@@ -7,6 +7,10 @@
 The LoRA is exact: every method but Mo-SARA and full fine-tuning changes a weight by a product of low rank, which its
 layers give as `lora_factors()`; PiSSA's and SORSA's has rank 2r, against the original weights.
 """
+import support
+
+support.interruptible(__name__)  # before torch, which takes seconds to import
+
 import shutil
 from pathlib import Path
 

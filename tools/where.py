@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import adapter
 from methods import METHODS
 from support import fast
 from support.script import Parser, positive, run_script

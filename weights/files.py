@@ -48,10 +48,18 @@ def sha256(*paths):
 
 def cache_dir():
     """The folder for downloaded files, created if need be: $SORSA_CACHE, else `sorsa` in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.get("SORSA_CACHE") or user / "sorsa")
+    named = os.environ.get("SORSA_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sorsa")
+    folder = Path(os.path.expanduser(named))
+    if folder.parts[0] == "~":
+        raise FileNotFoundError("this user has no home folder to keep downloads in: name a folder in $SORSA_CACHE")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def printable(text):
+    """Text from a file as a terminal may be given it: line breaks and tabs as they are, other characters that control
+    one, or that nobody sees, spelled out, as \\x1b."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 AGAIN = "write or download it again"

@@ -1,4 +1,5 @@
 """Memory and open files: what is said where they run out, what a run holds, what it is expected to take."""
+import errno
 import gc
 import os
 import resource
@@ -22,8 +23,18 @@ def out_of_gpu_memory():
 
 # ---- where it runs out ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("fail", [lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60), out_of_gpu_memory],
-                         ids=["torch", "python", "gpu"])
+def raising(error):
+    """A function that raises this."""
+    def fail():
+        raise error
+    return fail
+
+
+@pytest.mark.parametrize("fail", [
+    lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60), out_of_gpu_memory,
+    raising(RuntimeError("could not create a primitive")), raising(OSError(errno.ENOMEM, "Cannot allocate memory")),
+    raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))],
+    ids=["torch", "python", "gpu", "onednn", "system", "cublas"])
 def test_out_of_memory_is_one_line_with_advice(fail, capsys):
     """From every allocator."""
     assert ends(capsys, script.run_script, fail, "lower --micro-batch") == (2, "error: out of memory: lower --micro-batch\n")

@@ -1,22 +1,25 @@
 """What goes on beside the steps: signals, numbers that are not finite, spikes of the loss, the lines of the log."""
 import itertools
 import json
+import math
 import os
 import re
 import signal
+import time
 import types
 
 import pytest
 import torch
 
 import adapter
+import eval as evaluation
 import sorsa
 import train
 from support import report, resume
 from support.monitor import Monitor
 from support.script import run_script
 from tests.child import signalling
-from tests.runs import assert_same, begin, contents, ends, go_on, logged_steps, state_of
+from tests.runs import Stopped, assert_same, begin, contents, ends, go_on, logged_steps, state_of, stopping
 from tests.toy import attach, same, snapshot, toy_examples, toy_model
 from weights import adapter_file, base_model
 
@@ -121,6 +124,47 @@ def test_a_regularizer_that_is_not_finite_stops_the_run(place, tmp_path, monkeyp
         begin(place.flags("sorsa"), tmp_path / "run")
 
 
+def test_a_base_that_gives_no_loss_is_named_as_the_cause(place, tmp_path, monkeypatch, capsys):
+    """Before a step is made no rate is to blame."""
+    load = base_model.load
+
+    def broken(*arguments):
+        base = load(*arguments)
+        base.model.model.norm.weight.data[0] = math.nan
+        return base
+    monkeypatch.setattr(base_model, "load", broken)
+    status, said = ends(capsys, begin, place.lora, tmp_path / "run")
+    assert (status, said) == (2, "error: step 0: held-out loss nan; the base model itself gives it: load another\n")
+
+
+@pytest.mark.parametrize("gamma", ["1e38", "1e25"])
+def test_the_gradient_that_is_checked_is_the_one_that_is_applied(gamma, place, tmp_path, monkeypatch, capsys):
+    """With a part of the regularizer that no number can hold the run ends before the optimizer moves anything, and says so."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("the optimizer has moved"))
+    status, said = ends(capsys, begin, [*place.flags("sorsa"), "--gamma", gamma, "--save-every", "1"], tmp_path / "run")
+    assert status == 2 and "step 1: loss" in said and "the weights are as they were before: lower --gamma" in said
+    assert re.search(r"R \S+, gradient norm with R's part (inf|nan), on records", said)
+    assert contents(tmp_path / "run").keys() == {"log.jsonl"}
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(place, tmp_path, capsys):
+    """A rate that sends them beyond fp32 in one step ends the run before it saves them."""
+    status, said = ends(capsys, begin, [*place.lora, "--lr", "3e38", "--save-every", "1", "--eval-every", "6"], tmp_path / "run")
+    assert status == 2 and said.startswith("error: step 1: the weights after it are not finite: lower --lr, now 3e+38")
+    assert resume.FILE not in contents(tmp_path / "run")
+
+
+def test_a_clock_that_stands_still(place, whole, tmp_path, monkeypatch):
+    """Rates are 0; the run, the stop in it and the evaluation are as ever."""
+    for clock in ("time", "perf_counter", "monotonic", "thread_time"):
+        monkeypatch.setattr(time, clock, lambda: 1e6)
+    with stopping(2), pytest.raises(Stopped):
+        begin(place.lora, tmp_path / "run")
+    assert go_on(tmp_path / "run")["tokens_per_second"] == 0
+    assert_same(whole, tmp_path / "run")
+    evaluation.main([str(tmp_path / "run"), "--limit", "2", "--max-new", "4", "--device", "cpu"])
+
+
 def test_the_records_of_a_bad_step_are_those_of_the_data(place, tmp_path, monkeypatch):
     """With --limit, a blank line and examples that are too long, the numbers name the records of the batch, up to 16."""
     records = [{"question": f"What is {i}+1?", "answer": f"{i + 1}\n#### {i + 1}"} for i in range(40)]
@@ -169,6 +213,23 @@ def test_the_way_of_a_gpu():
         assert same(kept, expected) and kept["step"] == 2
     monitor.check_finite(monitor.since[:2])
     with pytest.raises(FloatingPointError, match=r"step 3: loss [\d.]+, R inf, on records 13, 10 of the data"):
+        monitor.check_finite(monitor.since)
+
+
+def test_a_gpu_is_not_given_what_was_added_behind_the_numbers():
+    """Numbers that are finite, a gradient that is not any more: the weights stay, without waiting."""
+    args = types.SimpleNamespace(lr=1e-2, micro_batch=4, multiple=1, autocast=None, compile=None)
+    data = types.SimpleNamespace(train=toy_examples(4), numbers=range(1, 5))
+    model = attach(toy_model(), "lora")
+    before, optimizer = snapshot(model), torch.optim.AdamW(train.decay_groups(model, 0.0), lr=1e-2, fused=True)
+    monitor = Monitor(args, model, optimizer, data, 1.0, None, None, None, None, [])
+    monitor.waits = False
+    loss = train.accumulate_gradients(args, model, data.train)
+    next(p for p in adapter.trainable(model).values() if p.grad is not None).grad[0, 0] = math.nan
+    monitor.check(1, [2], {"loss": loss, "grad_norm": torch.tensor(1.0)})
+    optimizer.step()
+    assert same(snapshot(model), before)
+    with pytest.raises(FloatingPointError, match="step 1: .*, gradient norm with R's part nan, on records 3 of the data"):
         monitor.check_finite(monitor.since)
 
 
