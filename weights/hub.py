@@ -15,8 +15,8 @@ from pathlib import Path
 
 from weights.files import LARGEST_HEADER, sha256
 
-NAMED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-         "model.safetensors.index.json")
+NAMED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "chat_template.jinja", "model.safetensors.index.json")
 BLOCK = 1 << 20
 
 

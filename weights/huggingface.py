@@ -71,6 +71,8 @@ def llama_config(path, fields, kind):
     if fields.get("sliding_window") and "use_sliding_window" not in fields:
         longest = min(longest, number(path, fields, "sliding_window"))  # within it, attention is the ordinary one
     theta, scaling = rope(path, fields)
+    if scaling and len(scaling.get("factors", range(head_dim // 2))) != head_dim // 2:
+        raise fault(path, f"{len(scaling['factors'])} RoPE factors for heads of {head_dim} features")
     return Config(
         vocab_size=number(path, fields, "vocab_size"), hidden_size=hidden, num_attention_heads=heads,
         intermediate_size=number(path, fields, "intermediate_size"), num_key_value_heads=kv_heads, head_dim=head_dim,
@@ -86,12 +88,21 @@ def rope(path, fields):
         raise fault(path, f"the RoPE scaling {given!r} is not an object")
     theta = number(path, given if "rope_theta" in given else fields, "rope_theta", float, 10000.0)
     kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "longrope" and given.get("short_factor") == given.get("long_factor") \
+            and given.get("attention_factor") == 1.0 and is_numbers(given.get("long_factor")):
+        return theta, {"rope_type": "factors", "factors": given["long_factor"]}  # at any length
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                                "original_max_position_embeddings")}
     if not isinstance(kind, str) or kind not in needed:
         raise fault(path, f"RoPE scaling of type {kind!r} is not supported", f"supported: {', '.join(needed)}")
     scaling = {key: number(path, given, key, float) for key in needed[kind]}
     return theta, {"rope_type": kind, **scaling} if scaling else None
+
+
+def is_numbers(value):
+    """Whether a JSON value is a list of numbers above 0."""
+    return isinstance(value, list) and all(type(number) in (int, float) and 0 < number <= LARGEST[float]
+                                           for number in value)
 
 
 def gpt2_config(path, fields):
@@ -111,27 +122,48 @@ def gpt2_config(path, fields):
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", True)), gpt2=True)
 
 
-def end_token(folder):
-    """The id of the token that ends an answer: config.json's eos_token_id, of several the first."""
-    path = Path(folder) / "config.json"
-    value = read_json(path).get("eos_token_id")
-    value = value[0] if isinstance(value, list) and value else value
-    if type(value) is not int:
-        raise fault(path, f"the field eos_token_id is {value!r}, expected a whole number")
-    return value
+# ---- what stands beside them ----
+
+def end_ids(folder):
+    """(ids of the tokens at which transformers' generate stops, the file that names them): generation_config.json's if it
+    names any, else config.json's, which may be none."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int for i in ids):
+            raise fault(path, f"the field eos_token_id is {value!r}, expected a whole number or a list of them")
+        if ids:
+            return ids, name
+    return [], "config.json"
+
+
+def tokenizer_settings(folder):
+    """(the tokenizer's end token as text, or None; the file that names it; the file of the model's chat template, or "")."""
+    config, older, template = (Path(folder) / name for name in ("tokenizer_config.json", "special_tokens_map.json",
+                                                                "chat_template.jinja"))
+    fields, older_fields = (read_json(path) if path.is_file() else {} for path in (config, older))
+    token, source = fields.get("eos_token"), config.name
+    if "eos_token" in older_fields and "added_tokens_decoder" not in fields:  # then transformers goes by the older file
+        token, source = older_fields["eos_token"], older.name
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise fault(Path(folder) / source, f"the field eos_token is {token!r}, expected a text")
+    chat = template.name if template.is_file() else config.name if fields.get("chat_template") else ""
+    return token, source, chat
 
 
 # ---- the weights ----
 
 def weight_files(folder):
-    """The safetensors files of a folder: one, or those that its index names."""
+    """The safetensors files of a folder: model.safetensors if there is one, as transformers takes it, or those that
+    the index names."""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise FileNotFoundError(f"{folder}: holds no model.safetensors and no model.safetensors.index.json")
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
         return [single]
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder}: holds no model.safetensors and no model.safetensors.index.json")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise fault(index, "has no weight_map from names to files")
@@ -237,8 +269,16 @@ def gpt2_factors(factors, hidden):
 
 
 def llama_fields(config, eos_id):
-    """The config.json of a Llama model that came from another kind of file."""
+    """The config.json of a Llama model that came from another kind of file. eos_id: an id or a list of them."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rope_theta",
              "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "eos_token_id": eos_id,
-            **{name: getattr(config, name) for name in names}}
+    kind = {name: True for name in ("attention_bias", "qk_norm") if getattr(config, name)}
+    architecture = next(name for name, adds in ARCHITECTURES.items() if adds == kind)
+    fields = {"architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower(),
+              "hidden_act": "silu", "eos_token_id": eos_id, **{name: getattr(config, name) for name in names}}
+    scaling = config.rope_scaling
+    if scaling and scaling["rope_type"] == "factors":
+        scaling = {"rope_type": "longrope", "short_factor": scaling["factors"], "long_factor": scaling["factors"],
+                   "attention_factor": 1.0, "factor": 1.0,
+                   "original_max_position_embeddings": config.max_position_embeddings}
+    return {**fields, "rope_parameters": {**scaling, "rope_theta": config.rope_theta}} if scaling else fields

@@ -133,12 +133,12 @@ class Tokenizer:
     chat        where the model's chat template is, "" if it has none
     """
 
-    def __init__(self, encoding, ids, pieces, added_tokens, eos_id, bos=(), nfc=False, prefix=None, rows=None):
+    def __init__(self, encoding, ids, pieces, added_tokens, bos=(), nfc=False, prefix=None, rows=None):
         self.encoding, self.ids, self.pieces = encoding, ids, pieces
         self.special = {token.content: token.id for token in added_tokens if token.special}
         self.added = {token.content: token.id for token in added_tokens if not token.special}
         self.bos, self.nfc, self.prefix, self.rows = list(bos), nfc, prefix, rows
-        self.eos_id, self.end_ids, self.end_text, self.chat = eos_id, (eos_id,), "", ""
+        self.eos_id, self.end_ids, self.end_text, self.chat = None, (), "", ""
         self.in_text = AddedTokens({token.content: token for token in added_tokens if not token.normalized})
         self.in_normalised = AddedTokens({self.normalise(token.content, True): token
                                           for token in added_tokens if token.normalized})
@@ -194,19 +194,24 @@ class Tokenizer:
         if not known and own_id is not None and (self.rows is None or own_id < self.rows):
             known, source = [own_id], own_source
         if not known:
-            raise fault(path, f"no end token: {source} names {list(ids) or 'none'}, {own_source or 'no other file'} "
-                              f"{own!r}, of {self.vocab_size} tokens", "name one in generation_config.json")
+            said = f"{source} names {list(ids)[:8] or 'none'}" + f" and {own_source} {own!r}" * bool(own_source)
+            raise fault(path, f"no end token: {said}, of {self.vocab_size} tokens", "name one of its tokens there")
         first = own_id if own_id in known else known[0]
         self.eos_id, self.end_ids = first, (first, *(i for i in known if i != first))
-        self.end_text = f"answers end in {self.named(first)}, as {own_source if own_id in known else source} says"
+        self.end_text = f"answers end in {self.named(first)}, says {own_source if first == own_id else source}"
         if len(known) > 1:
             self.end_text += f"; generation stops at {', '.join(map(self.named, self.end_ids[1:]))} too ({source})"
-        if own_id is not None and own_id not in known:
-            self.end_text += f"; {own_source} says {self.named(own_id)}, where generation does not stop"
+        if own_id not in (None, first):
+            self.end_text += f", not at {self.named(own_id)} ({own_source})"
 
     def named(self, id):
         """A token for the eye: its text and number."""
         return f"{self.pieces[id].decode(errors='replace')!r} ({id})"
+
+    @property
+    def chat_text(self):
+        """What the plan says behind the name of the prompt's template."""
+        return f" (not the model's chat template, {self.chat})" if self.chat else ""
 
 
 # ---- from a GGUF file, as llama.cpp reads it -------------------------------------------------------------------------
@@ -238,9 +243,8 @@ def from_gguf(metadata, path="GGUF metadata"):
     eos = gguf_id(metadata, "eos", len(known), path, 2 if metadata["tokenizer.ggml.model"] == "llama" else None)
     eot, eom = (gguf_id(metadata, name, len(known), path, next((known[text] for text in texts if text in known), None))
                 for name, texts in (("eot", END_OF_TURN), ("eom", ["<|eom_id|>"])))
-    ids = [i for i in (eos, eot, eom) if i is not None]
-    tokenizer = from_tokenizer_json(fields, (ids or [0])[0], path)
-    tokenizer.end_at(ids, "tokenizer.ggml", path=path)
+    tokenizer = from_tokenizer_json(fields, path=path)
+    tokenizer.end_at([i for i in (eos, eot, eom) if i is not None], "tokenizer.ggml", path=path)
     tokenizer.chat = next((key for key in metadata if key.startswith("tokenizer.chat_template")), "")
     return tokenizer
 
@@ -352,10 +356,10 @@ def begins_with(token, i):
 
 # ---- from tokenizer.json --------------------------------------------------------------------------------------------
 
-def from_tokenizer_json(fields, eos_id, path="tokenizer.json", rows=None):
-    """The tokenizer described by a Hugging Face `tokenizer.json` (its parsed `fields`), which ends answers with eos_id, for
-    a model with an embedding of `rows` rows. Tokens that texts are made of must have one; added ones need not, as
-    long as no text holds them.
+def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None):
+    """The tokenizer described by a Hugging Face `tokenizer.json` (its parsed `fields`), for a model with an embedding of
+    `rows` rows. Tokens that texts are made of must have one; added ones need not, as long as no text holds them.
+    Answers end with eos_id, or as `end_at` is told.
 
     Raises ValueError for a kind that this project has no code for, or parts that do not fit together.
     """
@@ -372,8 +376,8 @@ def from_tokenizer_json(fields, eos_id, path="tokenizer.json", rows=None):
         raise fault(path, f"{1 + max(vocabulary.values())} tokens for an embedding of {rows} rows", "use another model")
     added, bos = added_tokens(listed, vocabulary, path), first_ids(fields.get("post_processor"), path)
     known = {*vocabulary.values(), *(token.id for token in added)}
-    if not known.issuperset([eos_id, *bos]) or rows is not None and max([0, *bos]) >= rows:
-        raise fault(path, f"the end token {eos_id} and the first {bos} are not among the {len(known)} tokens")
+    if not known.issuperset(bos) or rows is not None and max([0, *bos]) >= rows:
+        raise fault(path, f"texts begin with {bos}, which are not among the {len(known)} tokens")
 
     nfc, prefix = normaliser(fields, path)
     if prefix is None:
@@ -385,7 +389,10 @@ def from_tokenizer_json(fields, eos_id, path="tokenizer.json", rows=None):
         ranks, ids, pieces = sentencepiece(vocabulary, merges, model, path)
     pieces |= {token.id: token.content.encode() for token in added}
     encoding = tiktoken.Encoding(name, pat_str=shallow(pattern), mergeable_ranks=ranks, special_tokens={})
-    return Tokenizer(encoding, ids, pieces, added, eos_id, bos, nfc, prefix, rows)
+    tokenizer = Tokenizer(encoding, ids, pieces, added, bos, nfc, prefix, rows)
+    if eos_id is not None:
+        tokenizer.end_at([eos_id], "the call", path=path)
+    return tokenizer
 
 
 def added_tokens(listed, vocabulary, path):
