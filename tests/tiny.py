@@ -7,7 +7,7 @@ from weights.tokenizer import byte_alphabet
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ t", "h e", "i n", "Ġt he", "a n", "e r", "Ġ a", "Ġa n", "Ġan d", "Ġ Ġ"]
-TYPE_NUMBERS = {"F32": 0, "Q8_0": 8, "Q4_K": 12}
+TYPE_NUMBERS = {"F32": 0, "Q8_0": 8, "Q2_K": 10}
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 64, 4, 2, 16, 96
 
 

@@ -312,8 +312,8 @@ def merges_by_score(metadata, vocabulary, types, path):
     for token, i in sorted(vocabulary.items(), key=lambda item: -scores[item[1]]):
         if len(token) > LONGEST_PIECE:
             raise fault(path, f"a token of {len(token)} characters", f"expected at most {LONGEST_PIECE}")
-        if types[i] in (NORMAL, USER_DEFINED):
-            pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        if types[i] == NORMAL and " " not in token:
+            pairs = [[token[:cut], token[cut:]] for cut in range(1, len(token))]
             merges += [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
     return merges
 
@@ -387,7 +387,7 @@ def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None):
     else:
         name, pattern = "sentencepiece", r"(?s:.+)"
         ranks, ids, pieces = sentencepiece(vocabulary, merges, model, path)
-    pieces |= {token.id: token.content.encode() for token in added}
+    pieces = {token.id: token.content.encode() for token in added} | pieces
     encoding = tiktoken.Encoding(name, pat_str=shallow(pattern), mergeable_ranks=ranks, special_tokens={})
     tokenizer = Tokenizer(encoding, ids, pieces, added, bos, nfc, prefix, rows)
     if eos_id is not None:

@@ -76,11 +76,11 @@ def test_training_a_loaded_model_leaves_the_file_alone(tiny_gguf):
     assert all(p.abs().sum() > 0 for p in base_model.load(tiny_gguf).model.parameters())
 
 
-Q4_K = ((64, 256), "Q4_K", bytes(64 * 144))
+Q2_K = ((64, 256), "Q2_K", bytes(64 * 84))
 
 
 @pytest.mark.parametrize("changes, tensors, message", [
-    ({"general.architecture": "gemma"}, {}, "architecture gemma is not supported; supported: llama"),
+    ({"general.architecture": "gemma"}, {}, "architecture gemma is not supported; supported: llama, qwen2, qwen3"),
     ({"llama.block_count": None}, {}, "metadata field llama.block_count is missing"),
     ({"llama.block_count": 2 ** 32 - 1}, {}, "llama.block_count is 4294967295 for 20 tensors"),
     ({"llama.embedding_length": 0}, {}, "llama.embedding_length is 0"),
@@ -88,12 +88,16 @@ Q4_K = ((64, 256), "Q4_K", bytes(64 * 144))
     ({"llama.rope.freq_base": float("nan")}, {}, "llama.rope.freq_base is nan"),
     ({"llama.attention.head_count_kv": 3}, {}, "4 query heads of 16 features on 3 key heads"),
     ({"llama.rope.dimension_count": 15}, {}, "4 query heads of 15 features"),
-    ({"llama.rope.scaling.factor": 2.0}, {}, r"RoPE scaling \(llama.rope.scaling.factor\) is not supported"),
+    ({"llama.rope.scaling.type": "yarn"}, {}, r"RoPE scaling \(llama.rope.scaling.type\) is not supported; supported: linear, or"),
+    ({"llama.rope.scaling.factor": 0.0}, {}, "llama.rope.scaling.factor is 0.0"),
+    ({"llama.attention.key_length": 32}, {}, "heads of 32 features of which RoPE turns 16"),
+    ({}, {"rope_freqs.weight": np.ones(7, F32)}, r"rope_freqs.weight is \(7,\) of type F32, expected \(8,\)"),
+    ({}, {"rope_freqs.weight": np.zeros(8, F32)}, "rope_freqs.weight holds a number that is not above 0"),
     ({"tokenizer.ggml.tokens": ["a", "b"]}, {}, "2 tokens but 269 rows of token_embd.weight"),
     ({}, {"token_embd.weight": None}, "token_embd.weight is missing"),
     ({}, {"blk.1.attn_q.bias": np.ones(64, F32)}, "blk.1.attn_q.bias is unexpected"),
     ({}, {"blk.0.ffn_up.weight": np.ones((64, 96), F32)}, r"blk.0.ffn_up.weight is \(64, 96\), expected \(96, 64\)"),
-    ({}, {"output.weight": Q4_K}, r"output.weight is \(64, 256\), .*output.weight has type Q4_K, supported: F32"),
+    ({}, {"output.weight": Q2_K}, r"output.weight is \(64, 256\), .*output.weight has type Q2_K, supported: F32"),
     ({"llama.block_count": 3}, {}, "blk.2.attn_norm.weight is missing; .* and 5 more"),
 ], ids=short)
 def test_files_that_do_not_fit_are_named(tmp_path, changes, tensors, message):
