@@ -263,7 +263,7 @@ def gguf_id(metadata, name, count, path, default=None):
 def gguf_tokenizer_json(metadata, path="GGUF metadata"):
     """The `tokenizer.json` that says what the fields tokenizer.ggml.* of a GGUF file say."""
     model = required(metadata, "tokenizer.ggml.model", str, path)
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = required({"tokenizer.ggml.pre": "default", **metadata}, "tokenizer.ggml.pre", str, path)
     if model not in ("llama", "gpt2") or model == "gpt2" and pre not in CUTS:
         raise fault(path, f"tokenizer {model!r} with splitting rule {pre!r} is not supported",
                     f"supported: 'llama', or 'gpt2' with {' or '.join(map(repr, CUTS))}")
