@@ -282,6 +282,8 @@ def main(argv=None):
         return answer_one(args, base, shown)
 
     print(f"model     {shown}; {base.tokenizer.end_text}")
+    for note in base.tokenizer.notes:
+        print(f"          {note}")
     described = {"model": base.name, "method": method, "benchmark": args.benchmark, "data": str(args.data),
                  "dtype": precision, "device": str(device), "torch": torch.__version__}
     out = args.out or Path("runs") / f"base-{Path(base.name).stem}"

@@ -35,6 +35,8 @@ def describe(args, base, optimizer, regularizer, device, source, data, gflop):
         print(f"recipe    {args.recipe} sets {', '.join(f'{key} {value}' for key, value in words.items())}")
     print(f"model     {base.name}: {len(model.model.layers)} layers, width {model.config.hidden_size}; "
           f"{base.tokenizer.end_text}")
+    for note in base.tokenizer.notes:
+        print(f"          {note}")
     print(f"data      {source}")
     print(f"          {len(encoded)} to train on, {len(held_out)} held out, {data.left_out} left out "
           f"(longer than {args.max_tokens} tokens)")

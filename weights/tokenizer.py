@@ -109,7 +109,6 @@ def in_word(letter):
                              or letter in "\u200c\u200d" or re.match(CIRCLED, letter) is not None)
 
 
-
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
 
 class Tokenizer:
@@ -125,6 +124,7 @@ class Tokenizer:
     eos_id      the token that training ends an answer with
     end_ids     the tokens that generation stops at, eos_id among them
     end_text    which these are and who says so, for the plan
+    notes       what else the plan has to say of the files
     rows        how many ids the model has an embedding for (None: all)
     nfc         whether texts are normalised to NFC
     prefix      what SentencePiece does for the space that a first word lacks. By its normaliser: "prepend" (to every
@@ -138,7 +138,7 @@ class Tokenizer:
         self.special = {token.content: token.id for token in added_tokens if token.special}
         self.added = {token.content: token.id for token in added_tokens if not token.special}
         self.bos, self.nfc, self.prefix, self.rows = list(bos), nfc, prefix, rows
-        self.eos_id, self.end_ids, self.end_text, self.chat = None, (), "", ""
+        self.eos_id, self.end_ids, self.end_text, self.chat, self.notes = None, (), "", "", []
         self.in_text = AddedTokens({token.content: token for token in added_tokens if not token.normalized})
         self.in_normalised = AddedTokens({self.normalise(token.content, True): token
                                           for token in added_tokens if token.normalized})
@@ -189,10 +189,11 @@ class Tokenizer:
     def end_at(self, ids, source, own=None, own_source="", path="tokenizer.json"):
         """Settle how answers end: generation stops at every one of `ids`, which `source` names; training teaches `own`,
         the tokenizer's end token as text, if it is one of them, else the first. ValueError where there is none."""
-        known = list(dict.fromkeys(i for i in ids if i in self.pieces and (self.rows is None or i < self.rows)))
         own_id = next((i for i, piece in self.pieces.items() if own and piece == own.encode()), None)
-        if not known and own_id is not None and (self.rows is None or own_id < self.rows):
-            known, source = [own_id], own_source
+        known, own_known = ([i for i in dict.fromkeys(some) if (i in self.pieces if self.rows is None else 0 <= i < self.rows)]
+                            for some in (ids, [-1 if own_id is None else own_id]))
+        if own_known and not known:
+            known, source = own_known, own_source
         if not known:
             said = f"{source} names {list(ids)[:8] or 'none'}" + f" and {own_source} {own!r}" * bool(own_source)
             raise fault(path, f"no end token: {said}, of {self.vocab_size} tokens", "name one of its tokens there")
@@ -206,7 +207,7 @@ class Tokenizer:
 
     def named(self, id):
         """A token for the eye: its text and number."""
-        return f"{self.pieces[id].decode(errors='replace')!r} ({id})"
+        return f"{self.pieces.get(id, b'').decode(errors='replace')!r} ({id})"
 
     @property
     def chat_text(self):
@@ -273,7 +274,7 @@ def gguf_tokenizer_json(metadata, path="GGUF metadata"):
     if not len(tokens) == len(types) == len(vocabulary):
         raise fault(path, f"{len(tokens)} tokens, {len(vocabulary)} of them distinct, {len(types)} token types: these do "
                           "not fit together")
-    added = [AddedToken(i, token, special=type != USER_DEFINED)._asdict()
+    added = [AddedToken(i, token, special=type != USER_DEFINED or token in END_OF_TURN)._asdict()
              for i, (token, type) in enumerate(zip(tokens, types)) if type not in (NORMAL, BYTE)]
     cut = Cut("", bos=True) if model == "llama" else CUTS[pre]
     fields = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
@@ -356,10 +357,10 @@ def begins_with(token, i):
 
 # ---- from tokenizer.json --------------------------------------------------------------------------------------------
 
-def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None):
+def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None, beside=()):
     """The tokenizer described by a Hugging Face `tokenizer.json` (its parsed `fields`), for a model with an embedding of
     `rows` rows. Tokens that texts are made of must have one; added ones need not, as long as no text holds them.
-    Answers end with eos_id, or as `end_at` is told.
+    Answers end with eos_id, or as `end_at` is told. `beside` lists more added tokens, or the same with other flags.
 
     Raises ValueError for a kind that this project has no code for, or parts that do not fit together.
     """
@@ -370,11 +371,12 @@ def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None):
         if model.get(key):
             raise fault(path, f"{key} = {model[key]!r} is not supported", "use another model")
     vocabulary, merges = required(model, "vocab", dict, path), required(model, "merges", list, path)
-    if not all(type(i) is int and i >= 0 for i in vocabulary.values()) or len({*vocabulary.values()}) < len(vocabulary):
-        raise fault(path, "a token without a number of its own")
+    if not all(type(i) is int and i >= 0 for i in vocabulary.values()):
+        raise fault(path, "a token without a number")
     if rows is not None and vocabulary and max(vocabulary.values()) >= rows:
         raise fault(path, f"{1 + max(vocabulary.values())} tokens for an embedding of {rows} rows", "use another model")
-    added, bos = added_tokens(listed, vocabulary, path), first_ids(fields.get("post_processor"), path)
+    added, notes = added_tokens([*listed, *beside], vocabulary, path)
+    bos = first_ids(fields.get("post_processor"), path)
     known = {*vocabulary.values(), *(token.id for token in added)}
     if not known.issuperset(bos) or rows is not None and max([0, *bos]) >= rows:
         raise fault(path, f"texts begin with {bos}, which are not among the {len(known)} tokens")
@@ -390,17 +392,20 @@ def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None):
     pieces = {token.id: token.content.encode() for token in added} | pieces
     encoding = tiktoken.Encoding(name, pat_str=shallow(pattern), mergeable_ranks=ranks, special_tokens={})
     tokenizer = Tokenizer(encoding, ids, pieces, added, bos, nfc, prefix, rows)
+    tokenizer.notes = notes
     if eos_id is not None:
         tokenizer.end_at([eos_id], "the call", path=path)
     return tokenizer
 
 
 def added_tokens(listed, vocabulary, path):
-    """The AddedTokens of a tokenizer.json, numbered as tokenizers does it, whatever number stands there: one that is in
-    the vocabulary has the vocabulary's, others follow behind."""
-    added, following = {}, len(vocabulary)
+    """([AddedToken] of a tokenizer.json, notes on them). They are numbered as tokenizers does it, whatever number stands
+    there: one that is in the vocabulary has the vocabulary's, others follow behind."""
+    added, following, other = {}, len(vocabulary), []
     for token in listed:
-        flags = {key: token.get(key, False) for key in AddedToken._fields[2:]} if isinstance(token, dict) else {}
+        flags = {}
+        if isinstance(token, dict):
+            flags = {key: token.get(key, key == "normalized" and not token.get("special")) for key in AddedToken._fields[2:]}
         if not flags or not is_text(token.get("content")) or type(token.get("id")) is not int \
                 or not all(type(value) is bool for value in flags.values()):
             raise fault(path, f"an added token without text, number or flags: {str(token)[:80]}")
@@ -409,7 +414,10 @@ def added_tokens(listed, vocabulary, path):
         following = max(following, number + 1)
         flags["special"] |= before is not None and before.special
         added[content] = AddedToken(number, content, **flags)
-    return list(added.values())
+        if number != token["id"]:
+            other.append(f"{content!r} is {number}, not {token['id']}")
+    notes = [f"added tokens numbered as Hugging Face tokenizers number them: {', '.join(other[:4])}"] if other else []
+    return list(added.values()), notes
 
 
 def shallow(pattern):

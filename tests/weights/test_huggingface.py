@@ -249,6 +249,38 @@ def test_a_chat_template_is_seen(name, content, found, folder):
 
 
 @pytest.mark.peers
+def test_added_tokens_of_tokenizer_config_replace_and_follow_those_of_tokenizer_json(folder):
+    """As transformers takes them: the same token with other flags, and one more."""
+    transformers = pytest.importorskip("transformers")
+    more = {"lstrip": False, "rstrip": True, "single_word": False, "normalized": False, "special": False}
+    vocabulary = byte_vocabulary()
+    vocabulary["pre_tokenizer"]["trim_offsets"] = True
+    vocabulary["added_tokens"] = [{**more, **token, "rstrip": False} for token in vocabulary["added_tokens"]]
+    vocabulary["added_tokens"].append({**more, "content": "ai", "id": 259, "rstrip": False})
+    (folder / VOCABULARY).write_text(json.dumps(vocabulary))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {
+        "320": {**more, "content": "<x>"}, "259": {**more, "content": "ai"}}}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = base_model.folder_tokenizer(folder, 400)
+    for text in ("ai b<x> c", "<x>ai\n\n<x>", "bj ai"):
+        assert ours.encode(text) == theirs(text).input_ids
+    assert ours.added == {"ai": 259, "<x>": 320} and ours.notes == []
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("tokenizer_config.json", {"add_prefix_space": True}, "add_prefix_space is True in tokenizer_config.json, and here it is not; make them agree"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder does not give tokens by their numbers"),
+    ("tokenizer_config.json", {"eos_token": 2}, "the field eos_token is 2, expected a text"),
+    ("generation_config.json", {"eos_token_id": [[2]]}, r"eos_token_id is \[\[2\]\], expected a whole number or a list")])
+def test_what_contradicts_the_tokenizer_is_named(name, content, message, folder):
+    """What transformers would do otherwise, or can't read, beside a good tokenizer.json."""
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        base_model.load(str(folder))
+    assert str(folder) in one_line(error)
+
+
+@pytest.mark.peers
 def test_a_single_file_beside_a_sharded_set_is_taken(folder):
     """As transformers takes it, although the index names other files."""
     transformers = pytest.importorskip("transformers")

@@ -461,6 +461,7 @@ def test_numbers_are_those_that_tokenizers_gives():
         assert ours.encode(text) == theirs.encode(text).ids
     assert ours.encode("hm") == [500] and ours.encode("ai") == [fields["model"]["vocab"]["ai"]]
     assert ours.added == {"ai": 259, "<a>": 320, "<b>": 321} and ours.vocab_size == 322
+    assert ours.notes[0].startswith("added tokens numbered as Hugging Face tokenizers number them: 'ai' is 259, not 0, ")
 
 
 def test_a_token_beyond_the_embedding_is_refused_in_a_text_only():
@@ -491,7 +492,7 @@ def test_texts_of_one_thing_repeated_are_encoded(kind):
     ({"added_tokens": [{"id": 0, "content": ""}]}, "an added token without text, number or flags"),
     ({"added_tokens": [{"id": 0, "content": "\ud800"}]}, "an added token without text, number or flags"),
     ({"added_tokens": [{"id": 0, "content": "<s>", "lstrip": 1}]}, "an added token without text, number or flags: .'id': 0"),
-    ({"model": {**byte_vocabulary()["model"], "vocab": {"a": 1, "b": 1}}}, "a token without a number of its own"),
+    ({"model": {**byte_vocabulary()["model"], "vocab": {"a": 1, "b": -1}}}, "a token without a number"),
     ({"post_processor": {"type": "RobertaProcessing", "cls": ["<s>", 1]}}, "a post-processor of RobertaProcessing is not supported"),
     ({"post_processor": {"type": "TemplateProcessing", "single": [{}]}}, "a template of the post-processor that gives no ids"),
     ({"model": {"type": "Unigram"}}, "a tokenizer of type 'Unigram' is not supported"),
