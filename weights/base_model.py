@@ -117,7 +117,8 @@ def folder_tokenizer(folder, rows):
     tokenizer.chat = beside.chat
     contrary = {None: True, "prepend": False}  # to what tokenizer.json does; with these transformers rewrites it
     if tokenizer.prefix in contrary and beside.space is contrary[tokenizer.prefix]:
-        raise fault(path, f"add_prefix_space is {beside.space} in tokenizer_config.json, and here it is not", "make them agree")
+        raise fault(path, f"add_prefix_space is {beside.space} in tokenizer_config.json, and here it is not",
+                    "make them agree")
     return tokenizer
 
 
@@ -198,11 +199,12 @@ GGUF_ARCHITECTURES = {"llama": {}, "qwen2": {"attention_bias": True}, "qwen3": {
 
 
 def gguf_config(path, metadata, tensors):
-    """The model's numbers from the metadata of a GGUF file -> Config, with llama.cpp's defaults. ValueError names what is
-    not as it must be."""
+    """The model's numbers from the metadata of a GGUF file -> Config, with llama.cpp's defaults. ValueError names what
+    is not as it must be."""
     architecture = required(metadata, "general.architecture", str, path)
     if architecture not in GGUF_ARCHITECTURES:
-        raise fault(path, f"architecture {architecture} is not supported", f"supported: {', '.join(GGUF_ARCHITECTURES)}")
+        raise fault(path, f"architecture {architecture} is not supported",
+                    f"supported: {', '.join(GGUF_ARCHITECTURES)}")
 
     def number(key, kind=int, default=None):
         key = f"{architecture}.{key}"
@@ -217,11 +219,13 @@ def gguf_config(path, metadata, tensors):
     head_dim = number("attention.key_length", default=turned)
     if heads % kv_heads or head_dim % 2:
         raise fault(path, f"{heads} query heads of {head_dim} features on {kv_heads} key heads cannot be grouped")
-    if turned != head_dim or number("attention.value_length", default=head_dim) != head_dim:
-        raise fault(path, f"heads of {head_dim} features of which RoPE turns {turned}, with values of "
-                          f"{number('attention.value_length', default=head_dim)}, are not supported", "use another model")
+    values = number("attention.value_length", default=head_dim)
+    if not turned == head_dim == values:
+        raise fault(path, f"heads of {head_dim} features of which RoPE turns {turned}, with values of {values}, are "
+                          "not supported", "use another model")
     if number("block_count") > len(tensors):
-        raise fault(path, f"metadata field {architecture}.block_count is {number('block_count')} for {len(tensors)} tensors")
+        raise fault(path, f"metadata field {architecture}.block_count is {number('block_count')} for {len(tensors)} "
+                          "tensors")
     vocabulary = len(required(metadata, "tokenizer.ggml.tokens", list, path))
     if "token_embd.weight" in tensors and tensors["token_embd.weight"].shape[0] != vocabulary:
         raise fault(path, f"{vocabulary} tokens but {tensors['token_embd.weight'].shape[0]} rows of token_embd.weight")
@@ -241,7 +245,8 @@ def gguf_rope(path, metadata, tensors, architecture, head_dim):
     if metadata.get(f"{architecture}.rope.scaling.type") == "none":
         scaling = []
     if scaling and (factors or metadata.get(f"{architecture}.rope.scaling.type", "linear") != "linear"):
-        raise fault(path, f"RoPE scaling ({', '.join(scaling)}) is not supported", "supported: linear, or rope_freqs.weight")
+        raise fault(path, f"RoPE scaling ({', '.join(scaling)}) is not supported",
+                    "supported: linear, or rope_freqs.weight")
     for key in (f"{architecture}.rope.scaling.factor", f"{architecture}.rope.scale_linear"):
         if key in scaling:
             factor = required(metadata, key, float, path)
@@ -251,7 +256,8 @@ def gguf_rope(path, metadata, tensors, architecture, head_dim):
     if factors is None:
         return None
     if factors.type != "F32" or factors.shape != (head_dim // 2,):
-        raise fault(path, f"rope_freqs.weight is {factors.shape} of type {factors.type}, expected ({head_dim // 2},) of F32")
+        raise fault(path, f"rope_freqs.weight is {factors.shape} of type {factors.type}, expected ({head_dim // 2},) "
+                          "of F32")
     values = dequantize(factors.raw, factors.type, factors.shape).tolist()
     if not all(0 < value < math.inf for value in values):
         raise fault(path, "rope_freqs.weight holds a number that is not above 0")
@@ -274,7 +280,8 @@ def gguf_layout(config):
         "ffn_down.weight": ("mlp.down_proj.weight", (d, ffn)),
     }
     if config.attention_bias:
-        block |= {f"attn_{letter}.bias": (f"self_attn.{letter}_proj.bias", (size,)) for letter, size in zip("qkv", (q, kv, kv))}
+        block |= {f"attn_{letter}.bias": (f"self_attn.{letter}_proj.bias", (size,))
+                  for letter, size in zip("qkv", (q, kv, kv))}
     if config.qk_norm:
         block |= {f"attn_{letter}_norm.weight": (f"self_attn.{letter}_norm.weight", (D,)) for letter in "qk"}
     layout = {"token_embd.weight": ("model.embed_tokens.weight", (vocabulary, d)),

@@ -162,9 +162,9 @@ def small_integers(bits, has_minimum):
 
 
 def k_quant(bits):
-    """Decoder of Q4_K and Q5_K. A block is d and m in fp16, eight scales and eight minima of 6 bits in 12 bytes, the fifth
-    bits in 32 bytes, 128 bytes of fours. A row of 32 of these holds 32 weights in its lower halves, the next 32 in its
-    upper ones; byte i of the fifth bits holds, from its lowest bit on, those of weight i of each 32."""
+    """Decoder of Q4_K and Q5_K. A block is d and m in fp16, eight scales and eight minima of 6 bits in 12 bytes, the
+    fifth bits in 32 bytes, 128 bytes of fours. A row of 32 of these holds 32 weights in its lower halves, the next 32
+    in its upper ones; byte i of the fifth bits holds, from its lowest bit on, those of weight i of each 32."""
     def decode(raw):
         blocks = raw.reshape(-1, 16 + 32 * (bits - 4) + 128)  # (blocks, bytes)
         fours = blocks[:, -128:].reshape(-1, 4, 1, 32) >> np.array([[0], [4]], np.uint8) & 15  # (blocks, 4, 2, 32)
@@ -179,8 +179,8 @@ def k_quant(bits):
 
 
 def six_bits(packed):
-    """Twelve bytes -> eight scales and eight minima: the first four of each are the lower 6 bits of four bytes each, whose
-    upper 2 bits complete the halves of the last four bytes to the other four."""
+    """Twelve bytes -> eight scales and eight minima: the first four of each are the lower 6 bits of four bytes each,
+    whose upper 2 bits complete the halves of the last four bytes to the other four."""
     first, second, halves = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate((first & 63, halves & 15 | first >> 6 << 4), axis=1)
     minima = np.concatenate((second & 63, halves >> 4 | second >> 6 << 4), axis=1)
@@ -188,12 +188,13 @@ def six_bits(packed):
 
 
 def q6_k(raw):
-    """A block is 128 bytes of fours, 64 bytes of the upper two bits, 16 signed scales of 16 weights each, d in fp16. Each
-    half of the block has 64 bytes of fours, whose lower halves are its first 64 weights, and 32 bytes of upper bits, whose
-    lowest two are those of its first 32 weights."""
+    """A block is 128 bytes of fours, 64 bytes of the upper two bits, 16 signed scales of 16 weights each, d in fp16.
+    Each half of the block has 64 bytes of fours, whose lower halves are its first 64 weights, and 32 bytes of upper
+    bits, whose lowest two are those of its first 32 weights."""
     blocks = raw.reshape(-1, 210)  # (blocks, bytes)
     fours = blocks[:, :128].reshape(-1, 2, 1, 64) >> np.array([[0], [4]], np.uint8) & 15  # (blocks, 2, 2, 64)
-    upper = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3  # (blocks, 2, 4, 32)
+    shifts = np.array([[0], [2], [4], [6]], np.uint8)
+    upper = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3  # (blocks, 2, 4, 32)
     weights = (fours.reshape(-1, 16, 16) | upper.reshape(-1, 16, 16) << 4).astype(np.float32)
     weights -= 32
     weights *= (half(blocks[:, 208:]) * blocks[:, 192:208].view(np.int8))[:, :, None]

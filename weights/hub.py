@@ -40,7 +40,7 @@ def fetch(name, folder):
         try:
             listing = json.loads(reply.read(LARGEST_HEADER))
             revision, files = listing["sha"], listing["siblings"]
-            single = any(file["rfilename"] == "model.safetensors" for file in files)  # is taken where there are shards too
+            single = any(file["rfilename"] == "model.safetensors" for file in files)  # then no shard is read
             wanted = [file for file in files if file["rfilename"] in NAMED or is_weights(file["rfilename"], single)]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConnectionError(f"{name}: the hub's answer is not a list of files; try again later") from None

@@ -126,8 +126,8 @@ def gpt2_config(path, fields):
 # ---- what stands beside them ----
 
 def end_ids(folder):
-    """(ids of the tokens at which transformers' generate stops, the file that names them): generation_config.json's if it
-    names any, else config.json's, which may be none."""
+    """(ids of the tokens at which transformers' generate stops, the file that names them): generation_config.json's if
+    it names any, else config.json's, which may be none."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         value = read_json(path).get("eos_token_id") if path.is_file() else None

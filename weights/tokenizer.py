@@ -44,9 +44,11 @@ QWEN = LLAMA3.replace("{1,3}", "")
 SPELLED_OUT = (GPT2.replace("'(?:[sdmt]|ll|ve|re)", "'s|'t|'re|'ve|'m|'ll|'d"), LLAMA3, QWEN, TEKKEN)
 
 METASPACE = "\u2581"  # a space in SentencePiece vocabularies
-SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))  # Unicode's
+# Unicode's white space; Python's has more.
+SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 SPACE_RUN = re.compile(f"[{SPACES}]*")
-CIRCLED = "[\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]"  # symbols, yet letters
+# Joiners, and circled and squared letters, which Unicode counts as symbols and as alphabetic.
+OTHERS_IN_WORDS = "[\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]"
 
 
 def byte_alphabet():
@@ -74,8 +76,8 @@ class AddedToken(NamedTuple):
 
 
 class AddedTokens:
-    """Finds added tokens, {spelling: AddedToken}: of those that begin first the longest. A special one hides what begins
-    inside it, and stays the text it is: no data set can bring a control token in."""
+    """Finds added tokens, {spelling: AddedToken}: of those that begin first the longest. A special one hides what
+    begins inside it, and stays the text it is: no data set can bring a control token in."""
 
     def __init__(self, tokens):
         self.tokens, longest_first = tokens, sorted(tokens, key=len, reverse=True)
@@ -83,7 +85,7 @@ class AddedTokens:
         self.pattern = re.compile("|".join(map(re.escape, longest_first))) if wanted else None
 
     def split(self, text):
-        """The stretches of a text in their order: (where it begins, its text, None) or (.., .., the token that it is)."""
+        """The stretches of a text in their order: (where it begins, its text, the token that it is or None)."""
         done = 0
         for match in self.pattern.finditer(text) if self.pattern else ():
             token, (start, end) = self.tokens[match[0]], match.span()
@@ -105,8 +107,8 @@ class AddedTokens:
 
 def in_word(letter):
     """Whether a character (or none) is part of a word: a letter, mark, digit or connector as Unicode has them."""
-    return letter != "" and (unicodedata.category(letter)[0] in "LM" or unicodedata.category(letter) in ("Nd", "Nl", "Pc")
-                             or letter in "\u200c\u200d" or re.match(CIRCLED, letter) is not None)
+    kind = unicodedata.category(letter) if letter else ""
+    return kind[:1] in ("L", "M") or kind in ("Nd", "Nl", "Pc") or re.match(OTHERS_IN_WORDS, letter) is not None
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
@@ -177,8 +179,8 @@ class Tokenizer:
     def checked(self, token):
         """The id of an added token that a text holds."""
         if self.rows is not None and token.id >= self.rows:
-            raise ValueError(f"a text holds the added token {token.content!r}, number {token.id}, and the model's embedding "
-                             f"has {self.rows} rows: take it out of the data")
+            raise ValueError(f"a text holds the added token {token.content!r}, number {token.id}, and the model's "
+                             f"embedding has {self.rows} rows: take it out of the data")
         return token.id
 
     def decode(self, ids):
@@ -189,11 +191,11 @@ class Tokenizer:
     def end_at(self, ids, source, own=None, own_source="", path="tokenizer.json"):
         """Settle how answers end: generation stops at every one of `ids`, which `source` names; training teaches `own`,
         the tokenizer's end token as text, if it is one of them, else the first. ValueError where there is none."""
+        there = self.pieces if self.rows is None else range(self.rows)
+        known = [i for i in dict.fromkeys(ids) if i in there]
         own_id = next((i for i, piece in self.pieces.items() if own and piece == own.encode()), None)
-        known, own_known = ([i for i in dict.fromkeys(some) if (i in self.pieces if self.rows is None else 0 <= i < self.rows)]
-                            for some in (ids, [-1 if own_id is None else own_id]))
-        if own_known and not known:
-            known, source = own_known, own_source
+        if not known and own_id in there:
+            known, source = [own_id], own_source
         if not known:
             said = f"{source} names {list(ids)[:8] or 'none'}" + f" and {own_source} {own!r}" * bool(own_source)
             raise fault(path, f"no end token: {said}, of {self.vocab_size} tokens", "name one of its tokens there")
@@ -230,7 +232,8 @@ CUTS = {"gpt-2": Cut(GPT2), "smollm": Cut(SMOLLM), "qwen2": Cut(QWEN, nfc=True),
 PATTERNS = {name: cut.pattern for name, cut in CUTS.items()}
 NORMAL, USER_DEFINED, BYTE = 1, 4, 6  # tokenizer.ggml.token_type; all others are control, unknown or unused tokens
 LONGEST_PIECE = 256  # characters of a token that is put together from scores
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>")
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>",
+               "_<EOT>")  # where a file does not say which it is: the first of these
 
 
 def from_gguf(metadata, path="GGUF metadata"):
@@ -272,8 +275,8 @@ def gguf_tokenizer_json(metadata, path="GGUF metadata"):
     types = required(metadata, "tokenizer.ggml.token_type", np.ndarray, path).tolist()
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if not len(tokens) == len(types) == len(vocabulary):
-        raise fault(path, f"{len(tokens)} tokens, {len(vocabulary)} of them distinct, {len(types)} token types: these do "
-                          "not fit together")
+        raise fault(path, f"{len(tokens)} tokens, {len(vocabulary)} of them distinct, {len(types)} token types: these "
+                          "do not fit together")
     added = [AddedToken(i, token, special=type != USER_DEFINED or token in END_OF_TURN)._asdict()
              for i, (token, type) in enumerate(zip(tokens, types)) if type not in (NORMAL, BYTE)]
     cut = Cut("", bos=True) if model == "llama" else CUTS[pre]
@@ -305,7 +308,7 @@ def flag(metadata, key, default, path):
 
 
 def merges_by_score(metadata, vocabulary, types, path):
-    """The merges of a SentencePiece vocabulary: every two tokens that make a third, those of the highest score first."""
+    """The merges of a SentencePiece vocabulary: every two tokens that make a third, the highest scores first."""
     scores = required(metadata, "tokenizer.ggml.scores", np.ndarray, path).tolist()
     if len(scores) < len(vocabulary):
         raise fault(path, f"{len(scores)} scores for {len(vocabulary)} tokens")
@@ -337,7 +340,8 @@ def byte_level_step(cuts):
 def space_steps(prepends):
     """(normalizer, decoder) of a SentencePiece vocabulary, as tokenizer.json has them."""
     there = {"type": "Replace", "pattern": {"String": " "}, "content": METASPACE}
-    back = [{"type": "Replace", "pattern": {"String": METASPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    back = [{"type": "Replace", "pattern": {"String": METASPACE}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}]
     if not prepends:
         return there, {"type": "Sequence", "decoders": back}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
@@ -351,15 +355,16 @@ def begins_with(token, i):
         return {"SpecialToken": {"id": token, "type_id": type_id}}
 
     single = [special(0), {"Sequence": {"id": "A", "type_id": 0}}]
-    return {"type": "TemplateProcessing", "single": single, "pair": [*single, special(1), {"Sequence": {"id": "B", "type_id": 1}}],
+    return {"type": "TemplateProcessing", "single": single,
+            "pair": [*single, special(1), {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}}}
 
 
 # ---- from tokenizer.json --------------------------------------------------------------------------------------------
 
 def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None, beside=()):
-    """The tokenizer described by a Hugging Face `tokenizer.json` (its parsed `fields`), for a model with an embedding of
-    `rows` rows. Tokens that texts are made of must have one; added ones need not, as long as no text holds them.
+    """The tokenizer described by a Hugging Face `tokenizer.json` (its parsed `fields`), for a model with an embedding
+    of `rows` rows. Tokens that texts are made of must have one; added ones need not, as long as no text holds them.
     Answers end with eos_id, or as `end_at` is told. `beside` lists more added tokens, or the same with other flags.
 
     Raises ValueError for a kind that this project has no code for, or parts that do not fit together.
@@ -399,13 +404,14 @@ def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None, b
 
 
 def added_tokens(listed, vocabulary, path):
-    """([AddedToken] of a tokenizer.json, notes on them). They are numbered as tokenizers does it, whatever number stands
-    there: one that is in the vocabulary has the vocabulary's, others follow behind."""
+    """([AddedToken] of a tokenizer.json, notes on them). They are numbered as tokenizers does it, whatever number
+    stands there: one that is in the vocabulary has the vocabulary's, others follow behind."""
     added, following, other = {}, len(vocabulary), []
     for token in listed:
         flags = {}
         if isinstance(token, dict):
-            flags = {key: token.get(key, key == "normalized" and not token.get("special")) for key in AddedToken._fields[2:]}
+            flags = {key: token.get(key, key == "normalized" and not token.get("special"))
+                     for key in AddedToken._fields[2:]}
         if not flags or not is_text(token.get("content")) or type(token.get("id")) is not int \
                 or not all(type(value) is bool for value in flags.values()):
             raise fault(path, f"an added token without text, number or flags: {str(token)[:80]}")
@@ -517,7 +523,8 @@ def byte_level(vocabulary, merges, whole_words, added, path):
     spelled = {token: i for token, i in vocabulary.items() if byte_of.keys() >= set(token)}
     foreign = vocabulary.keys() - spelled.keys() - added
     if foreign:
-        raise fault(path, f"a token has a character that stands for no byte: {min(foreign)[:40]!r}", "use another model")
+        raise fault(path, f"a token has a character that stands for no byte: {min(foreign)[:40]!r}",
+                    "use another model")
     pieces = {i: bytes(map(byte_of.get, token)) for token, i in spelled.items()}
     ranks = {bytes([byte]): byte for byte in range(256)}
     for left, right in merge_pairs(merges, spelled, path):

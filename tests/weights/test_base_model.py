@@ -126,8 +126,8 @@ def written_gguf(model, family, path):
         if name != "lm_head.weight" or not config.tie_word_embeddings:
             tensors[f"{names.get_name(module)}.{last}"] = tensor.contiguous().numpy()
     vocabulary = byte_vocabulary()["model"]
-    fields = {"block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
-              "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
+    fields = {"block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+              "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
               "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps}
     rope = config.rope_parameters
     if rope["rope_theta"] != 1e4:

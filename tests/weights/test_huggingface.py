@@ -221,12 +221,15 @@ def test_a_row_ends_at_any_end_token(folder):
 @pytest.mark.parametrize("config, generation, beside, text", [
     ({"eos_token_id": [3, 2]}, None, {"tokenizer_config.json": CONTROL},
      "answers end in '</s>' (2), says tokenizer_config.json; generation stops at '!' (3) too (config.json)"),
-    ({"eos_token_id": 3}, None, {"tokenizer_config.json": CONTROL}, "answers end in '!' (3), says config.json, not at '</s>' (2) (tokenizer_config.json)"),
+    ({"eos_token_id": 3}, None, {"tokenizer_config.json": CONTROL},
+     "answers end in '!' (3), says config.json, not at '</s>' (2) (tokenizer_config.json)"),
     ({"eos_token_id": 3}, {"eos_token_id": [2]}, {}, "answers end in '</s>' (2), says generation_config.json"),
-    ({"eos_token_id": None}, {}, {"tokenizer_config.json": {"eos_token": {"content": "</s>"}}}, "answers end in '</s>' (2), says tokenizer_config.json"),
+    ({"eos_token_id": None}, {}, {"tokenizer_config.json": {"eos_token": {"content": "</s>"}}},
+     "answers end in '</s>' (2), says tokenizer_config.json"),
     ({"eos_token_id": None}, None, {"special_tokens_map.json": CONTROL, "tokenizer_config.json": {"eos_token": "!"}},
      "answers end in '</s>' (2), says special_tokens_map.json"),
-    ({"eos_token_id": [1, 2]}, None, {"special_tokens_map.json": CONTROL, "tokenizer_config.json": {"eos_token": "<s>", "added_tokens_decoder": {}}},
+    ({"eos_token_id": [1, 2]}, None, {
+        "special_tokens_map.json": CONTROL, "tokenizer_config.json": {"eos_token": "<s>", "added_tokens_decoder": {}}},
      "answers end in '<s>' (1), says tokenizer_config.json; generation stops at '</s>' (2) too (config.json)"),
     ({"eos_token_id": [2, 999]}, None, {}, "answers end in '</s>' (2), says config.json")])
 def test_the_plan_names_the_end_token_and_who_says_so(config, generation, beside, text, folder):
@@ -268,7 +271,8 @@ def test_added_tokens_of_tokenizer_config_replace_and_follow_those_of_tokenizer_
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("tokenizer_config.json", {"add_prefix_space": True}, "add_prefix_space is True in tokenizer_config.json, and here it is not; make them agree"),
+    ("tokenizer_config.json", {"add_prefix_space": True},
+     "add_prefix_space is True in tokenizer_config.json, and here it is not; make them agree"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder does not give tokens by their numbers"),
     ("tokenizer_config.json", {"eos_token": 2}, "the field eos_token is 2, expected a text"),
     ("generation_config.json", {"eos_token_id": [[2]]}, r"eos_token_id is \[\[2\]\], expected a whole number or a list")])

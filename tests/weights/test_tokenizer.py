@@ -241,8 +241,10 @@ def test_sentencepiece_gguf_vocabularies_are_merged_by_score(space, begin, vocab
 
 @pytest.mark.parametrize("changes, ids, text", [
     ({}, [2], "answers end in '<|im_end|>' (2), says tokenizer.ggml"),
-    ({"eot_token_id": 0}, [2, 0], "answers end in '<|im_end|>' (2), says tokenizer.ggml; generation stops at '<|endoftext|>' (0) too (tokenizer.ggml)"),
-    ({"eos_token_id": 0}, [0, 2], "answers end in '<|endoftext|>' (0), says tokenizer.ggml; generation stops at '<|im_end|>' (2) too (tokenizer.ggml)"),
+    ({"eot_token_id": 0}, [2, 0], "answers end in '<|im_end|>' (2), says tokenizer.ggml; "
+     "generation stops at '<|endoftext|>' (0) too (tokenizer.ggml)"),
+    ({"eos_token_id": 0}, [0, 2], "answers end in '<|endoftext|>' (0), says tokenizer.ggml; "
+     "generation stops at '<|im_end|>' (2) too (tokenizer.ggml)"),
     ({"eos_token_id": None, "eom_token_id": 1}, [2, 1], None), ({"eos_token_id": None, "eot_token_id": 1}, [1], None)])
 def test_every_end_token_of_a_gguf_file_ends_an_answer(changes, ids, text):
     """eos, eot and eom; an eot that the file does not name is known by its spelling, as in llama.cpp. The first is taught."""
@@ -371,7 +373,8 @@ def test_added_tokens_that_are_not_control_tokens_are_recognised():
     assert 1 not in ours.encode("a<s>b") and ours.decode(ours.encode("a<think>b</s>")) == "a<think>b</s>"
 
 
-BITS = [*"<>m1ab_- \n\t\x85\x1c\u00a0\u2581\u0301\u0327\u200d\u2460\u24b6\u00e9\u00b2🙂", "<m>", "<m", "  ", "e\u0301", "<s>", "</s>", "s>", "12", "'s", "the", " the"]
+BITS = [*"<>m1ab_- \n\t\x85\x1c\u00a0\u2581\u0301\u0327\u200d\u2460\u24b6\u00e9\u00b2🙂",
+        "<m>", "<m", "  ", "e\u0301", "<s>", "</s>", "s>", "12", "'s", "the", " the"]
 FLAGS = {"special": 0.3, "single_word": 0.3, "lstrip": 0.4, "rstrip": 0.4, "normalized": 0.5}  # and how often each is set
 
 
@@ -429,7 +432,8 @@ def test_thousands_of_added_tokens(vocabularies):
 
 @pytest.mark.peers
 @pytest.mark.parametrize("kind, token, text, pieces", [
-    ("gpt2", added("<m>", lstrip=True), "a <m> b", ["a", "<m>", " b"]), ("gpt2", added("<m>", rstrip=True), "a <m> b", ["a", " ", "<m>", "b"]),
+    ("gpt2", added("<m>", lstrip=True), "a <m> b", ["a", "<m>", " b"]),
+    ("gpt2", added("<m>", rstrip=True), "a <m> b", ["a", " ", "<m>", "b"]),
     ("gpt2", added("<m>", single_word=True), "x<m> <m>", ["x", "<", "m", ">", " ", "<m>"]),
     ("mistral", added("<step>"), "1<step>2", [" ", "1", "<step>", "2"]), ("mistral", added("<step>"), "<step>2", ["<step>", "2"]),
     ("always", added("<step>"), "1<step>2", [" ", "1", "<step>", " ", "2"]), ("always", added("<step>"), "<step>2", ["<step>", " ", "2"]),
