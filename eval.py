@@ -230,7 +230,8 @@ def held_out_examples(args, base, run):
 def evaluate_loss(args, base, run, described):
     """The mean loss per answer token on a file of instructions and responses, printed: its summary."""
     encoded, source = held_out_examples(args, base, run)
-    print(f"data      {one_line(source)}; {batching.answer_tokens(encoded):,} answer tokens, prompt {args.template}")
+    print(f"data      {one_line(source)}; {batching.answer_tokens(encoded):,} answer tokens, prompt "
+          f"{args.template}{base.tokenizer.chat_text}")
     loss = mean_loss(base.model, encoded, min(args.batch, 8), base.model.lm_head.weight.device)
     print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and "
           "MATH's answers are scored)")
@@ -244,7 +245,8 @@ def evaluate_accuracy(args, base, described):
     examples = examples[:args.limit or None]
     rest = " (--limit 0 for all)" if len(examples) < total else ""
     print(f"data      {one_line(source)}; {len(examples)} of {total} problems{rest}")
-    print(f"protocol  prompt {args.template}, {args.shots} shots, greedy, at most {args.max_new} new tokens, "
+    print(f"protocol  prompt {args.template}{base.tokenizer.chat_text}, {args.shots} shots, greedy, at most "
+          f"{args.max_new} new tokens, "
           f"batch {args.batch}, calculator {'on' if args.calculator else 'off'}", flush=True)
     started = time.perf_counter()
     completions = answer_all(args, base, examples, shots)
@@ -296,7 +298,9 @@ def main(argv=None):
     if args.ask is not None:
         return answer_one(args, base, shown)
 
-    print(f"model     {one_line(shown)}")
+    print(f"model     {one_line(shown)}; {one_line(base.tokenizer.end_text)}")
+    for note in base.tokenizer.notes:
+        print(f"          {one_line(note)}")
     described = {"model": base.name, "method": method, "benchmark": args.benchmark, "data": str(args.data),
                  "dtype": precision, "device": str(device), "torch": torch.__version__}
     out = args.out or Path("runs") / f"base-{Path(base.name).stem}"

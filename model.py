@@ -41,7 +41,7 @@ class Config:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
-    rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ..., ...}
+    rope_scaling: dict | None = None  # {"rope_type": "linear", "llama3" or "factors", "factor": ..., ...}
     attention_bias: bool = False  # of q, k and v
     qk_norm: bool = False
     gpt2: bool = False
@@ -53,11 +53,14 @@ def rope_frequencies(config, device):
     linear    all by `factor`.
     llama3    those that turn less than `low_freq_factor` times in the original context by `factor`, those that turn
               more than `high_freq_factor` times not at all, and a straight line in the number of turns between.
+    factors   each by its own of `factors`.
     """
     D, scaling = config.head_dim, config.rope_scaling
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, device=device).float() / D)  # (D/2,)
     if scaling is None:
         return frequencies
+    if scaling["rope_type"] == "factors":
+        return frequencies / torch.tensor(scaling["factors"], device=device)
     slow = frequencies / scaling["factor"]
     if scaling["rope_type"] == "linear":
         return slow

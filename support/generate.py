@@ -11,7 +11,8 @@ PREFILL_TOKENS = {"cpu": 2048, "cuda": 65536}  # of prompts read at once: few, o
 
 @torch.inference_mode()
 def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None, progress=None):
-    """Greedy continuation of every prompt (lists of token ids) up to and including eos_id, or max_new tokens.
+    """Greedy continuation of every prompt (lists of token ids) up to and including eos_id (one, or any of several),
+    or max_new tokens.
 
     The right-padded prompts are read first, some rows at a time, then comes one token per row and step from a static KV
     cache; rows do not see each other, so a row's text does not depend on its neighbours. Rows that have finished leave
@@ -23,7 +24,8 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
     device = model.lm_head.weight.device
     cache = KVCache(model.config, len(prompts), max(map(len, prompts)) + max_new, model.lm_head.weight.dtype, device)
     chosen = _prefill(model, prompts, cache)  # (B,)
-    new = torch.full((len(prompts), max_new), eos_id, device=device)  # (B, max_new)
+    ends = torch.tensor(eos_id, device=device).reshape(-1)  # (ends,)
+    new = ends[0].repeat(len(prompts), max_new)  # (B, max_new)
     alive = torch.arange(len(prompts), device=device)  # the prompt that each row of the cache belongs to
     forced, tokens = [[] for _ in prompts], 0
     for step in range(max_new):
@@ -36,7 +38,7 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
         if progress is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
             progress(len(prompts) - len(alive), tokens)
         if device.type == "cpu" or step % CHECK_EVERY == CHECK_EVERY - 1:
-            unfinished = ~(new[alive, :step + 1] == eos_id).any(dim=1)  # (rows alive,)
+            unfinished = ~torch.isin(new[alive, :step + 1], ends).any(dim=1)  # (rows alive,)
             if is_done is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
                 texts_done = [is_done(ids) for ids in new[alive, :step + 1].tolist()]
                 unfinished &= ~torch.tensor(texts_done, device=device)
@@ -48,7 +50,7 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
         hidden = model.model(chosen[:, None], cache)  # (rows alive, 1, d)
         cache.advance(1, 1)
         chosen = model.lm_head(hidden[:, 0]).argmax(-1)  # (rows alive,)
-    return [_through_first(ids, eos_id) for ids in new[:, :step + 1].tolist()]
+    return [_through_first(ids, ends.tolist()) for ids in new[:, :step + 1].tolist()]
 
 
 def _prefill(model, prompts, cache):
@@ -76,9 +78,9 @@ def _prefill(model, prompts, cache):
     return torch.cat(chosen)
 
 
-def _through_first(ids, eos_id):
-    """ids up to and including the first eos_id."""
-    return ids[:ids.index(eos_id) + 1] if eos_id in ids else ids
+def _through_first(ids, ends):
+    """ids up to and including the first of `ends`."""
+    return ids[:next((place + 1 for place, i in enumerate(ids) if i in ends), None)]
 
 
 def _forced_choice(chosen, new, alive, step, forced, force):
@@ -136,11 +138,11 @@ def complete(model, tokenizer, texts, max_new=256, batch=64, calculator=False, p
         return tokenizer.encode(insert, start=False) if insert else None
 
     prompts = [prompting.encode_prompt(tokenizer, text) for text in texts]
-    outputs = generate(model, prompts, tokenizer.eos_id, max_new, batch, is_done, force if calculator else None,
+    outputs = generate(model, prompts, tokenizer.end_ids, max_new, batch, is_done, force if calculator else None,
                        progress)
     completions = []
     for ids in outputs:
-        ended = ids[-1] == tokenizer.eos_id
+        ended = ids[-1] in tokenizer.end_ids
         text = tokenizer.decode(ids[:-1] if ended else ids)
         cut = prompting.truncate(text, template)
         finish = "stop" if cut != text else "eos" if ended else "cap"

@@ -36,11 +36,15 @@ def describe(args, base, optimizer, regularizer, device, source, data, gflop):
     if args.recipe:
         words = {key: "+".join(map(str, value)) if key == "cut" else value for key, value in args.recipe_set.items()}
         print(f"recipe    {args.recipe} sets {', '.join(f'{key} {value}' for key, value in words.items())}")
-    print(f"model     {one_line(base.name)}: {len(model.model.layers)} layers, width {model.config.hidden_size}")
+    print(f"model     {one_line(base.name)}: {len(model.model.layers)} layers, width {model.config.hidden_size}; "
+          f"{one_line(base.tokenizer.end_text)}")
+    for note in base.tokenizer.notes:
+        print(f"          {one_line(note)}")
     print(f"data      {one_line(source)}")
     print(f"          {len(encoded)} to train on, {len(held_out)} held out, {data.left_out} left out "
           f"(longer than {args.max_tokens} tokens)")
-    print(f"          prompt {args.template}; {tokens:.0f} tokens per example, {answers:.0f} of them answer, "
+    print(f"          prompt {args.template}{base.tokenizer.chat_text}; {tokens:.0f} tokens per example, "
+          f"{answers:.0f} of them answer, "
           f"calculator annotations {'removed' if args.strip_annotations else 'kept'}")
     if args.cut:
         cut = sum(ids[-1] != base.tokenizer.eos_id for ids, _ in encoded)

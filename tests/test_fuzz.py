@@ -59,7 +59,7 @@ def build_gguf():
     for number, (kind, weights, size) in gguf.TENSOR_TYPES.items():
         tiny.TYPE_NUMBERS.setdefault(kind, number)
         if kind in gguf.DECODERS:
-            tensors[kind.lower()] = (2, 2 * weights), kind, bytes(range(4 * size))
+            tensors[kind.lower()] = (2, 2 * weights), kind, bytes(i % 256 for i in range(4 * size))
     metadata = {"general.alignment": 32, "a": "text", "b": True, "c": [1, 2, 3], "d": ["x", "yz"], "e": 0.5}
     return {}, [("a.gguf", written(lambda path: tiny.write_gguf(path, metadata, tensors)), mutate_bytes)]
 
@@ -87,7 +87,7 @@ def build_gguf_model():
     with mock.patch.multiple(tiny, LAYERS=1, HIDDEN=8, HEADS=2, KV_HEADS=1, HEAD_DIM=4, FFN=12):
         metadata, tensors = tiny.tiny_metadata(), tiny.tiny_tensors()
 
-    def mutate_fields(raw, rng):
+    def mutate_fields(metadata, raw, rng):
         """The metadata, mutated as if they were JSON, in a file that is written anew."""
         while True:
             try:
@@ -96,8 +96,13 @@ def build_gguf_model():
             except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, struct.error):
                 pass  # JSON can say more than this format can store
 
-    raw = written(lambda path: tiny.write_gguf(path, metadata, tensors))
-    return {}, [("model.gguf", raw, either(mutate_bytes, mutate_bytes, mutate_fields))]
+    pieces = piece_vocabulary()["model"]["vocab"]
+    sentencepiece = {**metadata, "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [*pieces], "tokenizer.ggml.bos_token_id": 1,
+                     "tokenizer.ggml.scores": [-float(i) for i in pieces.values()], "tokenizer.ggml.add_bos_token": True,
+                     "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * 10, "tokenizer.ggml.add_space_prefix": True}
+    return {}, [(f"{name}.gguf", written(lambda path: tiny.write_gguf(path, fields, tensors)),
+                 either(mutate_bytes, mutate_bytes, functools.partial(mutate_fields, fields)))
+                for name, fields in (("model", metadata), ("pieces", sentencepiece))]
 
 
 def byte_vocabulary(**changes):

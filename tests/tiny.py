@@ -7,7 +7,7 @@ from weights.tokenizer import byte_alphabet
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ t", "h e", "i n", "Ġt he", "a n", "e r", "Ġ a", "Ġa n", "Ġan d", "Ġ Ġ"]
-TYPE_NUMBERS = {"F32": 0, "Q8_0": 8, "Q4_K": 12}
+TYPE_NUMBERS = {"F32": 0, "Q8_0": 8, "Q2_K": 10}
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 64, 4, 2, 16, 96
 
 
@@ -48,7 +48,7 @@ def tiny_tensors(seed=0):
 def write_gguf(path, metadata, tensors, alignment=32):
     """Write a GGUF file, version 3.
 
-    metadata: dict of key -> str, bool, int, float, or a list of str or of int. tensors: dict of name -> float32 array,
+    metadata: dict of key -> str, bool, int, float, or a list of str, int or float. tensors: dict of name -> float32 array,
     or (shape, type name, bytes) for another type.
     """
     def string(text):
@@ -56,7 +56,8 @@ def write_gguf(path, metadata, tensors, alignment=32):
 
     def value(item):
         if isinstance(item, list):
-            kind, encode = (8, string) if isinstance(item[0], str) else (5, lambda n: struct.pack("<i", n))
+            kind, encode = {str: (8, string), float: (6, lambda n: struct.pack("<f", n))}.get(
+                type(item[0]), (5, lambda n: struct.pack("<i", n)))
             return struct.pack("<IIQ", 9, kind, len(item)) + b"".join(map(encode, item))
         if isinstance(item, str):
             return struct.pack("<I", 8) + string(item)

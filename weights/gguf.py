@@ -5,7 +5,8 @@
     descriptions       for each tensor its name, sizes, the number of its type, the offset of its bytes
     padding, then the tensors' bytes, each aligned to general.alignment
 
-Quantised tensors hold blocks of 32 weights with a scale, and perhaps a minimum, per block.
+Quantised tensors hold blocks of 32 weights with a scale, and perhaps a minimum, per block. K-quants hold blocks of 256
+of which each 16 or 32 have a small integer for a scale, and the block the scale of these.
 """
 import math
 from typing import NamedTuple
@@ -110,8 +111,9 @@ def dequantize(raw, type, shape):
     """The bytes of one tensor (uint8) -> float32 array of `shape` (rows first).
 
     Quantized types store blocks of 32 neighbours in a row: a scale d (fp16), in some types a minimum m (fp16), and 32
-    small integers q. A weight is d * q + m, or d * (q - middle of the range) where there is no minimum. Raises
-    ValueError for a type that is not supported.
+    small integers q. A weight is d * q + m, or d * (q - middle of the range) where there is no minimum. In K-quants d
+    and m are products of an integer for few weights with an fp16 for 256, and m is taken away. Raises ValueError for
+    a type that is not supported.
     """
     if type not in DECODERS:
         raise ValueError(f"tensor type {type} is not supported; supported: {', '.join(DECODERS)}")
@@ -159,6 +161,46 @@ def small_integers(bits, has_minimum):
     return decode
 
 
+def k_quant(bits):
+    """Decoder of Q4_K and Q5_K. A block is d and m in fp16, eight scales and eight minima of 6 bits in 12 bytes, the
+    fifth bits in 32 bytes, 128 bytes of fours. A row of 32 of these holds 32 weights in its lower halves, the next 32
+    in its upper ones; byte i of the fifth bits holds, from its lowest bit on, those of weight i of each 32."""
+    def decode(raw):
+        blocks = raw.reshape(-1, 16 + 32 * (bits - 4) + 128)  # (blocks, bytes)
+        fours = blocks[:, -128:].reshape(-1, 4, 1, 32) >> np.array([[0], [4]], np.uint8) & 15  # (blocks, 4, 2, 32)
+        weights = fours.reshape(-1, 8, 32).astype(np.float32)
+        if bits == 5:
+            weights += 16 * (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1)
+        scales, minima = six_bits(blocks[:, 4:16])  # (blocks, 8) each
+        weights *= (half(blocks[:, :2]) * scales)[:, :, None]
+        weights -= (half(blocks[:, 2:4]) * minima)[:, :, None]
+        return weights
+    return decode
+
+
+def six_bits(packed):
+    """Twelve bytes -> eight scales and eight minima: the first four of each are the lower 6 bits of four bytes each,
+    whose upper 2 bits complete the halves of the last four bytes to the other four."""
+    first, second, halves = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate((first & 63, halves & 15 | first >> 6 << 4), axis=1)
+    minima = np.concatenate((second & 63, halves >> 4 | second >> 6 << 4), axis=1)
+    return scales, minima
+
+
+def q6_k(raw):
+    """A block is 128 bytes of fours, 64 bytes of the upper two bits, 16 signed scales of 16 weights each, d in fp16.
+    Each half of the block has 64 bytes of fours, whose lower halves are its first 64 weights, and 32 bytes of upper
+    bits, whose lowest two are those of its first 32 weights."""
+    blocks = raw.reshape(-1, 210)  # (blocks, bytes)
+    fours = blocks[:, :128].reshape(-1, 2, 1, 64) >> np.array([[0], [4]], np.uint8) & 15  # (blocks, 2, 2, 64)
+    shifts = np.array([[0], [2], [4], [6]], np.uint8)
+    upper = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3  # (blocks, 2, 4, 32)
+    weights = (fours.reshape(-1, 16, 16) | upper.reshape(-1, 16, 16) << 4).astype(np.float32)
+    weights -= 32
+    weights *= (half(blocks[:, 208:]) * blocks[:, 192:208].view(np.int8))[:, :, None]
+    return weights
+
+
 def half(columns):
     """Two bytes of every block, fp16 -> (blocks, 1) float32."""
     return np.ascontiguousarray(columns).view("<f2").astype(np.float32)
@@ -166,4 +208,5 @@ def half(columns):
 
 DECODERS = {"F32": floats("<f4"), "F16": floats("<f2"), "BF16": bf16, "Q8_0": q8_0,
             "Q4_0": small_integers(4, False), "Q4_1": small_integers(4, True),
-            "Q5_0": small_integers(5, False), "Q5_1": small_integers(5, True)}
+            "Q5_0": small_integers(5, False), "Q5_1": small_integers(5, True),
+            "Q4_K": k_quant(4), "Q5_K": k_quant(5), "Q6_K": q6_k}

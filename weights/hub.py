@@ -15,8 +15,8 @@ from pathlib import Path
 
 from weights.files import LARGEST_HEADER, sha256
 
-NAMED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-         "model.safetensors.index.json")
+NAMED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "chat_template.jinja", "model.safetensors.index.json")
 BLOCK = 1 << 20
 
 
@@ -40,7 +40,8 @@ def fetch(name, folder):
         try:
             listing = json.loads(reply.read(LARGEST_HEADER))
             revision, files = listing["sha"], listing["siblings"]
-            wanted = [file for file in files if file["rfilename"] in NAMED or is_weights(file["rfilename"])]
+            single = any(file["rfilename"] == "model.safetensors" for file in files)  # then no shard is read
+            wanted = [file for file in files if file["rfilename"] in NAMED or is_weights(file["rfilename"], single)]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConnectionError(f"{name}: the hub's answer is not a list of files; try again later") from None
     if not any(is_weights(file["rfilename"]) for file in wanted):
@@ -57,9 +58,9 @@ def fetch(name, folder):
     return folder
 
 
-def is_weights(filename):
-    """model.safetensors, or a shard of it; in the top folder only."""
-    return re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", filename) is not None
+def is_weights(filename, single=False):
+    """model.safetensors, or (not beside a single file) a shard of it; in the top folder only."""
+    return re.fullmatch(r"model" + r"(-\d{5}-of-\d{5})?" * (not single) + r"\.safetensors", filename) is not None
 
 
 def request(url, name, start=0):

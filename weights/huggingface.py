@@ -5,6 +5,7 @@ folder is data: no code of it is run, and no path in it leads out of it.
 """
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -75,6 +76,8 @@ def llama_config(path, fields, architecture):
     if heads % kv_heads or head_dim % 2 or heads * head_dim > LARGEST[int]:
         raise fault(path, f"{heads} query heads of {head_dim} features on {kv_heads} key heads cannot be grouped")
     layers, (theta, scaling) = number(path, fields, "num_hidden_layers"), rope(path, fields)
+    if scaling and len(scaling.get("factors", range(head_dim // 2))) != head_dim // 2:
+        raise fault(path, f"{len(scaling['factors'])} RoPE factors for heads of {head_dim} features")
     return Config(
         vocab_size=number(path, fields, "vocab_size"), hidden_size=hidden, num_attention_heads=heads,
         intermediate_size=number(path, fields, "intermediate_size"), num_key_value_heads=kv_heads, head_dim=head_dim,
@@ -119,6 +122,9 @@ def rope(path, fields):
     refuse(path, given, "partial_rotary_factor", 1.0, None)
     theta = number(path, given if "rope_theta" in given else fields, "rope_theta", float, 10000.0)
     kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "longrope" and given.get("short_factor") == given.get("long_factor") \
+            and given.get("attention_factor") == 1.0 and is_numbers(given.get("long_factor")):
+        return theta, {"rope_type": "factors", "factors": given["long_factor"]}  # at any length
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                                "original_max_position_embeddings")}
     if not isinstance(kind, str) or kind not in needed:
@@ -127,6 +133,12 @@ def rope(path, fields):
         given = {"original_max_position_embeddings": fields.get("max_position_embeddings", 2048), **given}
     scaling = {key: number(path, given, key, float) for key in needed[kind]}
     return theta, {"rope_type": kind, **scaling} if scaling else None
+
+
+def is_numbers(value):
+    """Whether a JSON value is a list of numbers above 0."""
+    return isinstance(value, list) and all(type(number) in (int, float) and 0 < number <= LARGEST[float]
+                                           for number in value)
 
 
 def gpt2_config(path, fields):
@@ -147,14 +159,49 @@ def gpt2_config(path, fields):
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", True)), gpt2=True)
 
 
-def end_token(folder):
-    """The id of the token that ends an answer: config.json's eos_token_id, of several the first."""
-    path = Path(folder) / "config.json"
-    value = read_json(path).get("eos_token_id")
-    value = value[0] if isinstance(value, list) and value else value
-    if type(value) is not int:
-        raise fault(path, f"the field eos_token_id is {value!r}, expected a whole number")
-    return value
+# ---- what stands beside them ----
+
+def end_ids(folder):
+    """(ids of the tokens at which transformers' generate stops, the file that names them): generation_config.json's if
+    it names any, else config.json's, which may be none."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int for i in ids):
+            raise fault(path, f"the field eos_token_id is {value!r}, expected a whole number or a list of them")
+        if ids:
+            return ids, name
+    return [], "config.json"
+
+
+class Beside(NamedTuple):
+    """What stands beside a tokenizer.json."""
+    end: str | None  # the tokenizer's own end token
+    end_source: str  # the file that names it
+    chat: str  # the file of the model's chat template, "" if it has none
+    added: list  # added tokens that replace or follow those of tokenizer.json
+    space: bool | None  # whether a space is put before texts, where it says so
+
+
+def beside_tokenizer(folder):
+    """Beside of a folder: what transformers takes from tokenizer_config.json and older files."""
+    config, older, template = (Path(folder) / name for name in ("tokenizer_config.json", "special_tokens_map.json",
+                                                                "chat_template.jinja"))
+    fields, older_fields = (read_json(path) if path.is_file() else {} for path in (config, older))
+    token, source = fields.get("eos_token"), config.name
+    if "eos_token" in older_fields and "added_tokens_decoder" not in fields:  # then transformers goes by the older file
+        token, source = older_fields["eos_token"], older.name
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise fault(Path(folder) / source, f"the field eos_token is {token!r}, expected a text")
+    chat = template.name if template.is_file() else config.name if fields.get("chat_template") else ""
+    added = fields.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(re.fullmatch("[0-9]{1,9}", i, re.ASCII) and isinstance(one, dict)
+                                              for i, one in added.items()):
+        raise fault(config, "added_tokens_decoder does not give tokens by their numbers")
+    return Beside(token, source, chat, [{**added[i], "id": int(i)} for i in sorted(added, key=int)],
+                  fields.get("add_prefix_space"))
 
 
 # ---- the weights ----
@@ -284,8 +331,16 @@ def gpt2_factors(factors, hidden):
 
 
 def llama_fields(config, eos_id):
-    """The config.json of a Llama model that came from another kind of file."""
+    """The config.json of a Llama model that came from another kind of file. eos_id: an id or a list of them."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rope_theta",
              "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "eos_token_id": eos_id,
-            **{name: getattr(config, name) for name in names}}
+    kind = {name: True for name in ("attention_bias", "qk_norm") if getattr(config, name)}
+    architecture = next(name for name, adds in ARCHITECTURES.items() if adds == kind)
+    fields = {"architectures": [architecture], "model_type": architecture.removesuffix("ForCausalLM").lower(),
+              "hidden_act": "silu", "eos_token_id": eos_id, **{name: getattr(config, name) for name in names}}
+    scaling = config.rope_scaling
+    if scaling and scaling["rope_type"] == "factors":
+        scaling = {"rope_type": "longrope", "short_factor": scaling["factors"], "long_factor": scaling["factors"],
+                   "attention_factor": 1.0, "factor": 1.0,
+                   "original_max_position_embeddings": config.max_position_embeddings}
+    return {**fields, "rope_parameters": {**scaling, "rope_theta": config.rope_theta}} if scaling else fields

@@ -39,6 +39,7 @@ def test_a_dry_run_shows_what_the_run_will_do(method, place, batches, tmp_path, 
     begin(flags, run)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith((" ", "plan", "method"))]
     assert set(table) <= set(printed.splitlines()) and "\nmemory    about " in printed
+    assert "; answers end in '<|im_end|>' (2), says tokenizer.ggml\n" in printed and "prompt alpaca; " in printed
     records = [json.loads(line) for line in (place.data / "train.jsonl").read_text().splitlines()]
     shown, tokenizer = shown_batch(printed), base_model.load(str(place.model)).tokenizer
     assert f"the batch of step 1, {batching.token_count(batches[0])} tokens; what carries loss is in [[ ]]" in printed

@@ -96,7 +96,7 @@ def test_a_completion_ends_where_another_question_begins(tiny_gguf, monkeypatch)
 
     def generated(model, prompts, eos_id, max_new, batch, is_done, force, progress):
         told.extend([is_done(answer + more[:len(more) // 2]), is_done(answer)])
-        return [answer + more, [*short, eos_id], short]
+        return [answer + more, [*short, eos_id[-1]], short]
     monkeypatch.setattr(generate, "generate", generated)
     stopped, ended, capped = generate.complete(base.model, base.tokenizer, ["a", "b", "c"])
     assert told == [True, False]

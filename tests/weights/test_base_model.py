@@ -13,7 +13,8 @@ import torch
 
 import adapter
 from support import fast
-from tests.tiny import HEAD_DIM, one_line, short, tiny_metadata, tiny_tensors, write_gguf
+from tests.tiny import HEAD_DIM, byte_vocabulary, one_line, short, tiny_metadata, tiny_tensors, write_gguf
+from tools import export
 from weights import base_model
 from weights.huggingface import llama_fields
 
@@ -80,11 +81,11 @@ def test_training_a_loaded_model_leaves_the_file_alone(tiny_gguf):
     assert all(p.abs().sum() > 0 for p in base_model.load(tiny_gguf).model.parameters())
 
 
-Q4_K = ((64, 256), "Q4_K", bytes(64 * 144))
+Q2_K = ((64, 256), "Q2_K", bytes(64 * 84))
 
 
 @pytest.mark.parametrize("changes, tensors, message", [
-    ({"general.architecture": "gemma"}, {}, "architecture gemma is not supported; supported: llama"),
+    ({"general.architecture": "gemma"}, {}, "architecture gemma is not supported; supported: llama, qwen2, qwen3"),
     ({"llama.block_count": None}, {}, "metadata field llama.block_count is missing"),
     ({"llama.block_count": 2 ** 32 - 1}, {}, "llama.block_count is 4294967295 for 20 tensors"),
     ({"llama.embedding_length": 0}, {}, "llama.embedding_length is 0"),
@@ -92,12 +93,16 @@ Q4_K = ((64, 256), "Q4_K", bytes(64 * 144))
     ({"llama.rope.freq_base": float("nan")}, {}, "llama.rope.freq_base is nan"),
     ({"llama.attention.head_count_kv": 3}, {}, "4 query heads of 16 features on 3 key heads"),
     ({"llama.rope.dimension_count": 15}, {}, "4 query heads of 15 features"),
-    ({"llama.rope.scaling.factor": 2.0}, {}, r"RoPE scaling \(llama.rope.scaling.factor\) is not supported"),
+    ({"llama.rope.scaling.type": "yarn"}, {}, r"RoPE scaling \(llama.rope.scaling.type\) is not supported; supported: linear, or"),
+    ({"llama.rope.scaling.factor": 0.0}, {}, "llama.rope.scaling.factor is 0.0"),
+    ({"llama.attention.key_length": 32}, {}, "heads of 32 features of which RoPE turns 16"),
+    ({}, {"rope_freqs.weight": np.ones(7, F32)}, r"rope_freqs.weight is \(7,\) of type F32, expected \(8,\)"),
+    ({}, {"rope_freqs.weight": np.zeros(8, F32)}, "rope_freqs.weight holds a number that is not above 0"),
     ({"tokenizer.ggml.tokens": ["a", "b"]}, {}, "2 tokens but 269 rows of token_embd.weight"),
     ({}, {"token_embd.weight": None}, "token_embd.weight is missing"),
     ({}, {"blk.1.attn_q.bias": np.ones(64, F32)}, "blk.1.attn_q.bias is unexpected"),
     ({}, {"blk.0.ffn_up.weight": np.ones((64, 96), F32)}, r"blk.0.ffn_up.weight is \(64, 96\), expected \(96, 64\)"),
-    ({}, {"output.weight": Q4_K}, r"output.weight is \(64, 256\), .*output.weight has type Q4_K, supported: F32"),
+    ({}, {"output.weight": Q2_K}, r"output.weight is \(64, 256\), .*output.weight has type Q2_K, supported: F32"),
     ({"llama.block_count": 3}, {}, "blk.2.attn_norm.weight is missing; .* and 5 more"),
 ], ids=short)
 def test_files_that_do_not_fit_are_named(tmp_path, changes, tensors, message):
@@ -106,6 +111,66 @@ def test_files_that_do_not_fit_are_named(tmp_path, changes, tensors, message):
     with pytest.raises(ValueError, match=message) as error:
         base_model.load(path)
     assert one_line(error).startswith(f"{path}: ")
+
+
+GGUF_NAMES = {"llama2": "llama", "llama3.1": "llama", "linear": "llama", "smollm2": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+
+def written_gguf(model, family, path):
+    """transformers' model in a GGUF file, its tensors named by the gguf library, its numbers as llama.cpp's converter puts
+    them: q and k of a Llama in pairs of neighbours, Llama 3.1's slower RoPE as factors."""
+    library, kind, config = pytest.importorskip("gguf"), GGUF_NAMES[family], model.config
+    names = library.get_tensor_name_map(library.MODEL_ARCH[kind.upper()], config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        module, _, last = name.rpartition(".")
+        if kind == "llama" and module.endswith(tuple(heads)):
+            tensor = tensor.view(heads[module[-6:]], 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            tensors[f"{names.get_name(module)}.{last}"] = tensor.contiguous().numpy()
+    vocabulary = byte_vocabulary()["model"]
+    fields = {"block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+              "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
+              "attention.head_count_kv": config.num_key_value_heads, "attention.layer_norm_rms_epsilon": config.rms_norm_eps}
+    rope = config.rope_parameters
+    if rope["rope_theta"] != 1e4:
+        fields["rope.freq_base"] = rope["rope_theta"]
+    if family == "linear":
+        fields["rope.scaling.factor"] = rope["factor"]
+    if family == "llama3.1":
+        slowed, _ = transformers_rope(config)
+        plain = 1 / rope["rope_theta"] ** (torch.arange(0, 12, 2) / 12)
+        tensors["rope_freqs.weight"] = (plain / slowed).numpy()
+    if family == "qwen3":
+        fields |= {"attention.key_length": 16, "attention.value_length": 16}
+    return write_gguf(path, {
+        "general.architecture": kind, **{f"{kind}.{key}": value for key, value in fields.items()}, "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": [*vocabulary["vocab"]], "tokenizer.ggml.merges": vocabulary["merges"],
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * 317, "tokenizer.ggml.eos_token_id": 2}, tensors)
+
+
+def transformers_rope(config):
+    """(frequencies, factor of attention) of transformers' slowed RoPE."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, "cpu")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", GGUF_NAMES)
+def test_gguf_files_of_every_architecture_equal_transformers(family, tmp_path):
+    """The logits of the model that the file was made from; exported, transformers and our own loader give them too."""
+    transformers = pytest.importorskip("transformers")
+    from tests.weights.test_huggingface import peer, tokens
+    model = peer(family)
+    path = str(written_gguf(model, family, tmp_path / "model.gguf"))
+    export.main([str(tmp_path / "out"), "--model", path, "--to", "hf"])
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        for loaded in (base_model.load(path).model, base_model.load(str(tmp_path / "out")).model):
+            assert (loaded(tokens()) - expected).abs().max() < 1e-4
+        assert type(again) is type(model) and (again(tokens()).logits - expected).abs().max() < 1e-4
 
 
 def test_what_a_file_may_leave_out_or_say_plainly(tmp_path):

@@ -11,7 +11,8 @@ from weights import hub
 
 REVISION = "a" * 40
 FILES = {"config.json": b'{"x": 1}', "tokenizer.json": b"{}", "model.safetensors": bytes(range(256)) * 2000,
-         "README.md": b"no", "pytorch_model.bin": b"pickle", "nested/model.safetensors": b"no"}
+         "model-00001-of-00002.safetensors": b"no: transformers takes the single file", "README.md": b"no",
+         "pytorch_model.bin": b"pickle", "nested/model.safetensors": b"no"}
 
 
 def listing(files):

@@ -227,8 +227,8 @@ def write_folder(folder, model, dtype=torch.float32, shards=2):
     tensors = {name: tensor.to(dtype) for name, tensor in huggingface.hugging_face_names(model).items()}
     shard_of = {name: f"part-{i % shards}.safetensors" for i, name in enumerate(sorted(tensors))}
     for shard in set(shard_of.values()):
-        write_safetensors(folder / shard, {name: tensors[name] for name in tensors if shard_of[name] == shard})
-    (folder / INDEX).write_text(json.dumps({"weight_map": shard_of}))
+        write_safetensors(folder / shard, {name: tensors[name] for name in tensors if shard_of[name] == shard}, {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
     (folder / CONFIG).write_text(json.dumps(huggingface.llama_fields(model.config, eos_id=2)))
     (folder / VOCABULARY).write_text(json.dumps(byte_vocabulary()))
     return folder
@@ -399,6 +399,118 @@ def test_a_head_of_its_own_makes_another_base(folder):
     assert len(seen | {base_model.load(str(folder)).sha256}) == 3
 
 
+# ---- what stands beside the model -----------------------------------------------------------------------------------
+
+ENDS = [None, 2, [2, 3], [3, 2], []]  # what eos_token_id may be
+CONTROL = {"eos_token": "</s>"}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("of_config", ENDS, ids=str)
+@pytest.mark.parametrize("of_generation", ["no file", *ENDS], ids=str)
+def test_generation_stops_where_transformers_stops(of_config, of_generation, folder):
+    """At every token that its generate takes for an end, whichever file says so; where it knows none, at the tokenizer's."""
+    transformers = pytest.importorskip("transformers")
+    edit_json(folder / CONFIG, {"eos_token_id": of_config, "model_type": "llama"})
+    (folder / "tokenizer_config.json").write_text(json.dumps(CONTROL))
+    if of_generation != "no file":
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": of_generation}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    tokenizer = base_model.load(str(folder)).tokenizer
+    expected = theirs if isinstance(theirs, list) else [theirs] if theirs is not None else []
+    if not expected:  # then transformers never stops
+        expected = of_config if isinstance(of_config, list) and of_config else [2]
+    assert set(tokenizer.end_ids) == set(expected) and tokenizer.eos_id == 2
+
+
+def test_a_row_ends_at_any_end_token(folder):
+    """As transformers' generate does it: the first of several ends a text, and is its last token."""
+    base = base_model.load(str(folder))
+    prompts = [row.tolist() for row in tokens(3, 12)]
+    free = generate_batch(base.model, prompts, eos_id=-1, max_new=20)
+    for ends in ([free[0][3], free[1][7]], [free[2][0]], [-1, free[0][19]]):
+        cut = [row[:next((n + 1 for n, i in enumerate(row) if i in ends), None)] for row in free]
+        assert generate_batch(base.model, prompts, eos_id=ends, max_new=20) == cut
+
+
+@pytest.mark.parametrize("config, generation, beside, text", [
+    ({"eos_token_id": [3, 2]}, None, {"tokenizer_config.json": CONTROL},
+     "answers end in '</s>' (2), says tokenizer_config.json; generation stops at '!' (3) too (config.json)"),
+    ({"eos_token_id": 3}, None, {"tokenizer_config.json": CONTROL},
+     "answers end in '!' (3), says config.json, not at '</s>' (2) (tokenizer_config.json)"),
+    ({"eos_token_id": 3}, {"eos_token_id": [2]}, {}, "answers end in '</s>' (2), says generation_config.json"),
+    ({"eos_token_id": None}, {}, {"tokenizer_config.json": {"eos_token": {"content": "</s>"}}},
+     "answers end in '</s>' (2), says tokenizer_config.json"),
+    ({"eos_token_id": None}, None, {"special_tokens_map.json": CONTROL, "tokenizer_config.json": {"eos_token": "!"}},
+     "answers end in '</s>' (2), says special_tokens_map.json"),
+    ({"eos_token_id": [1, 2]}, None, {
+        "special_tokens_map.json": CONTROL, "tokenizer_config.json": {"eos_token": "<s>", "added_tokens_decoder": {}}},
+     "answers end in '<s>' (1), says tokenizer_config.json; generation stops at '</s>' (2) too (config.json)"),
+    ({"eos_token_id": [2, 999]}, None, {}, "answers end in '</s>' (2), says config.json")])
+def test_the_plan_names_the_end_token_and_who_says_so(config, generation, beside, text, folder):
+    """The tokenizer's where generation stops at it, else the first that it stops at; a contradiction is said."""
+    edit_json(folder / CONFIG, config)
+    for name, fields in {**beside, "generation_config.json": generation}.items():
+        if fields is not None:
+            (folder / name).write_text(json.dumps(fields))
+    assert base_model.load(str(folder)).tokenizer.end_text == text
+
+
+@pytest.mark.parametrize("name, content, found", [
+    ("tokenizer_config.json", '{"chat_template": "{{ messages }}"}', "tokenizer_config.json"), ("tokenizer_config.json", "{}", ""),
+    ("chat_template.jinja", "{{ messages }}", "chat_template.jinja")])
+def test_a_chat_template_is_seen(name, content, found, folder):
+    """Wherever it is: it is not used, and the plan says so."""
+    (folder / name).write_text(content)
+    tokenizer = base_model.load(str(folder)).tokenizer
+    assert tokenizer.chat == found and tokenizer.chat_text == (f" (not the model's chat template, {found})" if found else "")
+
+
+@pytest.mark.peers
+def test_added_tokens_of_tokenizer_config_replace_and_follow_those_of_tokenizer_json(folder):
+    """As transformers takes them: the same token with other flags, and one more."""
+    transformers = pytest.importorskip("transformers")
+    more = {"lstrip": False, "rstrip": True, "single_word": False, "normalized": False, "special": False}
+    vocabulary = byte_vocabulary()
+    vocabulary["pre_tokenizer"]["trim_offsets"] = True
+    vocabulary["added_tokens"] = [{**more, **token, "rstrip": False} for token in vocabulary["added_tokens"]]
+    vocabulary["added_tokens"].append({**more, "content": "ai", "id": 259, "rstrip": False})
+    (folder / VOCABULARY).write_text(json.dumps(vocabulary))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {
+        "320": {**more, "content": "<x>"}, "259": {**more, "content": "ai"}}}))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = base_model.folder_tokenizer(folder, 400)
+    for text in ("ai b<x> c", "<x>ai\n\n<x>", "bj ai"):
+        assert ours.encode(text) == theirs(text).input_ids
+    assert ours.added == {"ai": 259, "<x>": 320} and ours.notes == []
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("tokenizer_config.json", {"add_prefix_space": True},
+     "add_prefix_space is True in tokenizer_config.json, and here it is not; make them agree"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder does not give tokens by their numbers"),
+    ("tokenizer_config.json", {"eos_token": 2}, "the field eos_token is 2, expected a text"),
+    ("generation_config.json", {"eos_token_id": [[2]]}, r"eos_token_id is \[\[2\]\], expected a whole number or a list")])
+def test_what_contradicts_the_tokenizer_is_named(name, content, message, folder):
+    """What transformers would do otherwise, or can't read, beside a good tokenizer.json."""
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        base_model.load(str(folder))
+    assert str(folder) in one_line(error)
+
+
+@pytest.mark.peers
+def test_a_single_file_beside_a_sharded_set_is_taken(folder):
+    """As transformers takes it, although the index names other files."""
+    transformers = pytest.importorskip("transformers")
+    edit_json(folder / CONFIG, {"model_type": "llama"})
+    other = toy_model(vocab_size=320, seed=5)
+    write_safetensors(folder / "model.safetensors", huggingface.hugging_face_names(other), {"format": "pt"})
+    ours, theirs = base_model.load(str(folder)).model, transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(ours(tokens()), other(tokens())) and (theirs(tokens()).logits - other(tokens())).abs().max() < 1e-4
+
+
 # ---- damaged and unsupported folders --------------------------------------------------------------------------------
 
 def rewrite(change):
@@ -446,7 +558,9 @@ DAMAGE = [  # a file of the folder; fields to change, its text, what to do with 
     (CONFIG, {"architectures": ["Qwen2ForCausalLM"], "layer_types": [FULL, SLIDING], "sliding_window": 8}, "no window for them; set "),
     (CONFIG, {"architectures": ["Qwen2ForCausalLM"], "max_window_layers": "2"}, "max_window_layers is '2', expected a whole number"),
     (CONFIG, {"architectures": ["GPT2LMHeadModel"], "sliding_window": 8}, "sliding_window = 8 is not supported"),
-    (CONFIG, {"eos_token_id": None}, "the field eos_token_id is None"),
+    (CONFIG, {"eos_token_id": None}, "no end token: config.json names none and tokenizer_config.json None, of 320 tokens"),
+    (CONFIG, {"eos_token_id": [2, "x"]}, r"eos_token_id is \[2, 'x'\], expected a whole number or a list of them"),
+    (CONFIG, {"eos_token_id": 320}, r"no end token: config.json names \[320\]"),
     (INDEX, None, "holds no model.safetensors"),
     (INDEX, {"weight_map": None}, "has no weight_map"),
     (INDEX, {"weight_map": {"a": "../x.safetensors"}}, "'../x.safetensors' is not the name of a safetensors file in this folder"),

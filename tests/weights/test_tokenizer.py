@@ -1,13 +1,16 @@
 """The tokenizers give the ids that a model was trained on: those of the Hugging Face tokenizer it came with."""
 import copy
+import itertools
 import json
 import random
 import unicodedata
 
 import numpy as np
 import pytest
+import tiktoken
 
 from data import prompting
+from data.practice import practice
 from tests.tiny import byte_vocabulary, one_line, tiny_metadata
 from weights import base_model, tokenizer
 
@@ -128,7 +131,8 @@ def test_every_token_of_the_vocabulary_encodes_to_itself(ours, theirs, metadata)
 def test_attributes_of_the_default_model(ours):
     """49152 ids, 17 of them control tokens; an answer ends with <|im_end|>."""
     assert (ours.vocab_size, len(ours.special), ours.eos_id) == (49152, 17, 2)
-    assert ours.special["<|im_end|>"] == 2 and ours.encoding.name == "smollm"
+    assert ours.special["<|im_end|>"] == 2 and ours.end_ids == (2,) and ours.bos == []
+    assert ours.end_text == "answers end in '<|im_end|>' (2), says tokenizer.ggml" and ours.chat == "tokenizer.chat_template"
 
 
 def test_what_is_encoded_decodes_to_itself(ours):
@@ -173,13 +177,93 @@ def test_gpt2_rule_keeps_numbers_together():
     assert len(gpt2.encode(" 12")) == 1 and len(smollm.encode(" 12")) == 3
 
 
+KINDS = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe", "qwen": "qwen2"}  # trained vocabularies, tokenizer.ggml.pre
+
+
+def gguf_fields(fields, **more):
+    """What a GGUF file says of a trained vocabulary."""
+    tokens = sorted(fields["model"]["vocab"], key=fields["model"]["vocab"].get)
+    said = {"tokens": tokens, "token_type": np.array([3] * 3 + [1] * (len(tokens) - 3), np.int32), "eos_token_id": 2, "bos_token_id": 1,
+            "merges": [" ".join(pair) for pair in fields["model"]["merges"]], "model": "gpt2", **more}
+    return {f"tokenizer.ggml.{key}": value for key, value in said.items() if value is not None}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", KINDS)
+def test_byte_level_gguf_vocabularies_equal_hugging_face(kind, vocabularies):
+    """The ids of the family's own tokenizer, an added token included; what export writes of them is the same tokenizer."""
+    from tokenizers import Tokenizer
+    said = gguf_fields(vocabularies[kind], pre=KINDS[kind])
+    said["tokenizer.ggml.token_type"][600] = 4  # user-defined: is recognised
+    word = said["tokenizer.ggml.tokens"][600]
+    ours = tokenizer.from_gguf(said)
+    theirs = Tokenizer.from_str(json.dumps({**vocabularies[kind], "added_tokens": vocabularies[kind]["added_tokens"] + [added(word)]}))
+    written = Tokenizer.from_str(json.dumps(tokenizer.gguf_tokenizer_json(said)))
+    theirs.encode_special_tokens = written.encode_special_tokens = True
+    begin = [1] if kind == "llama3" else []  # llama.cpp's default for this cut
+    for text in [NASTY, *NASTY.splitlines(), *(NASTY[i:i + 40] for i in range(0, len(NASTY), 7)), f"a {word}{word} b", "e\u0301"]:
+        ids = ours.encode(text)
+        assert ids == begin + theirs.encode(text).ids == written.encode(text).ids
+        assert ours.decode(ids[len(begin):]) == written.decode(ids[len(begin):])
+
+
+def by_score(text, tokens, scores):
+    """SentencePiece's merges, slowly: of all neighbours that make a token, those of the highest score, the first of these."""
+    parts, scores = list(text), dict(zip(tokens, scores))
+    while True:
+        made = [(scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in scores]
+        if not made:
+            return [byte for part in parts for byte in ([part] if part in scores else [f"<0x{b:02X}>" for b in part.encode()])]
+        i = -max(made)[1]
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("space, begin", [(None, None), (False, False), (True, True)])
+def test_sentencepiece_gguf_vocabularies_are_merged_by_score(space, begin, vocabularies):
+    """Its fields add_space_prefix and add_bos_token, which are true where they are missing; export writes the same tokenizer."""
+    from tokenizers import Tokenizer
+    said = gguf_fields(vocabularies["llama2"], model="llama", merges=None, pre="default", add_space_prefix=space, add_bos_token=begin)
+    tokens = said["tokenizer.ggml.tokens"]
+    said["tokenizer.ggml.token_type"][3:259] = 6
+    said["tokenizer.ggml.scores"] = -np.arange(len(tokens), dtype=np.float32)
+    said["tokenizer.ggml.scores"][3:259] = 0
+    ours, written = tokenizer.from_gguf(said), Tokenizer.from_str(json.dumps(tokenizer.gguf_tokenizer_json(said)))
+    written.encode_special_tokens = True
+    reachable = {token: score for token, score in zip(tokens[259:], said["tokenizer.ggml.scores"][259:].tolist())}
+    for text in [*NASTY.splitlines(), *(NASTY[i:i + 40] for i in range(0, len(NASTY), 7))]:
+        before = "\u2581" * (space is not False) if text else ""
+        expected = by_score(before + text.replace(" ", "\u2581"), reachable.keys(), reachable.values())
+        expected = [1] * (begin is not False) + [tokens.index(token) for token in expected]
+        assert ours.encode(text) == expected == written.encode(text).ids
+    assert ours.decode(ours.encode("ab  c", start=False)) == "ab  c"
+
+
+@pytest.mark.parametrize("changes, ids, text", [
+    ({}, [2], "answers end in '<|im_end|>' (2), says tokenizer.ggml"),
+    ({"eot_token_id": 0}, [2, 0], "answers end in '<|im_end|>' (2), says tokenizer.ggml; "
+     "generation stops at '<|endoftext|>' (0) too (tokenizer.ggml)"),
+    ({"eos_token_id": 0}, [0, 2], "answers end in '<|endoftext|>' (0), says tokenizer.ggml; "
+     "generation stops at '<|im_end|>' (2) too (tokenizer.ggml)"),
+    ({"eos_token_id": None, "eom_token_id": 1}, [2, 1], None), ({"eos_token_id": None, "eot_token_id": 1}, [1], None)])
+def test_every_end_token_of_a_gguf_file_ends_an_answer(changes, ids, text):
+    """eos, eot and eom; an eot that the file does not name is known by its spelling, as in llama.cpp. The first is taught."""
+    ours = tokenizer.from_gguf(read(**changes))
+    assert (ours.eos_id, list(ours.end_ids)) == (ids[0], ids) and text in (None, ours.end_text)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"merges": None}, "tokenizer.ggml.merges is missing"),
     ({"eos_token_id": True}, "tokenizer.ggml.eos_token_id is a bool, expected a int"),
-    ({"eos_token_id": 269}, "end token 269"),
+    ({"eos_token_id": 269}, "tokenizer.ggml.eos_token_id is 269, of 269 tokens"),
+    ({"add_bos_token": True}, "begin with a token that tokenizer.ggml.bos_token_id does not name"),
+    ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token is a int, expected a bool"),
     ({"tokens": "abc"}, "tokenizer.ggml.tokens is a str, expected a list"),
-    ({"pre": "qwen2"}, "'qwen2' is not supported; supported: 'gpt2' with 'gpt-2' or 'smollm'"),
-    ({"model": "llama"}, "tokenizer 'llama' .* not supported"),
+    ({"pre": "default"}, "'default' is not supported; supported: 'llama', or 'gpt2' with 'gpt-2' or 'smollm' or 'qwen2'"),
+    ({"pre": None}, "splitting rule 'default' is not supported"),
+    ({"model": "bert"}, "tokenizer 'bert' .* not supported"),
+    ({"model": "llama"}, "tokenizer.ggml.scores is missing"),
+    ({"model": "llama", "scores": np.ones(5, np.float32)}, "5 scores for 269 tokens"),
     ({"token_type": np.ones(5, np.int32)}, "269 tokens, .* 5 token types"),
     ({"tokens": ["x"] * 269}, "269 tokens, [12] of them distinct"),
     ({"merges": ["Ġ t", "x y"]}, "the merge 'x y' does not make a token of the vocabulary"),
@@ -274,6 +358,12 @@ def test_texts_begin_with_what_the_post_processor_puts_before_them(processor):
     assert ids.count(1) == 1 and ids[0] == 1 and ids[:length] == ours.encode(prompting.prompt("How many?"))
 
 
+def added(content, id=0, **flags):
+    """An added token as tokenizer.json has it."""
+    plain = {"special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": id, "content": content, **plain, **flags}
+
+
 def test_added_tokens_that_are_not_control_tokens_are_recognised():
     """An added token like <think> is one id in a text; a control token spelled out is its characters."""
     fields = byte_vocabulary()
@@ -283,10 +373,131 @@ def test_added_tokens_that_are_not_control_tokens_are_recognised():
     assert 1 not in ours.encode("a<s>b") and ours.decode(ours.encode("a<think>b</s>")) == "a<think>b</s>"
 
 
+BITS = [*"<>m1ab_- \n\t\x85\x1c\u00a0\u2581\u0301\u0327\u200d\u2460\u24b6\u00e9\u00b2🙂",
+        "<m>", "<m", "  ", "e\u0301", "<s>", "</s>", "s>", "12", "'s", "the", " the"]
+FLAGS = {"special": 0.3, "single_word": 0.3, "lstrip": 0.4, "rstrip": 0.4, "normalized": 0.5}  # and how often each is set
+
+
+@pytest.fixture(scope="module")
+def vocabularies():
+    """{kind: tokenizer.json} of every family, and of SentencePiece with each rule for the space that a text begins with."""
+    texts = [NASTY, *(text for example in practice("train", 60) for text in example.values())]
+    made = {kind: trained(kind, texts, 700) for kind in ("gpt2", "smollm", "llama3", "qwen", "llama2", "mistral")}
+    for scheme in ("always", "never"):
+        made[scheme] = {**made["mistral"], "pre_tokenizer": {**made["mistral"]["pre_tokenizer"], "prepend_scheme": scheme}}
+    made["replace"] = {**made["mistral"], "pre_tokenizer": None, "normalizer": made["llama2"]["normalizer"]["normalizers"][1]}
+    return made
+
+
+def check_added_tokens(vocabulary, seeds, texts=25):
+    """Random added tokens of all flags, numbered at random, in a vocabulary: the ids of random texts are those of tokenizers."""
+    from tokenizers import Tokenizer
+    for seed in seeds:
+        choose, fields = random.Random(seed), copy.deepcopy(vocabulary)
+        for _ in range(choose.randint(1, 8)):
+            content = "".join(choose.choices(BITS, k=choose.choice((1, 1, 2, 3))))
+            if choose.random() < 0.2:  # a word that merges make
+                content = choose.choice(list(fields["model"]["vocab"]))
+            flags = {flag: choose.random() < share for flag, share in FLAGS.items()}
+            if content in ("\u2581\u2581", "  ", "e\u0301", "\u2581", " "):  # where two are one, normalised, tokenizers takes either
+                flags["normalized"] = False
+            fields["added_tokens"].append(added(content, choose.choice((3, 700, 5000)), **flags))
+        theirs, ours = Tokenizer.from_str(json.dumps(fields)), tokenizer.from_tokenizer_json(fields, 2)
+        theirs.encode_special_tokens = True
+        words = BITS + 3 * [token["content"] for token in fields["added_tokens"]]
+        for _ in range(texts):
+            text = "".join(choose.choices(words, k=choose.randint(0, 12)))
+            try:
+                expected = theirs.encode(text, add_special_tokens=False).ids
+            except BaseException as error:  # noqa: B902 (a panic of Rust: tokenizers ends where a token strips a token)
+                assert "PanicException" in type(error).__name__
+                continue
+            assert ours.encode(text) == expected, (seed, text, fields["added_tokens"][3:])
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["gpt2", "smollm", "llama3", "qwen", "llama2", "mistral", "always", "never", "replace"])
+def test_added_tokens_are_found_as_hugging_face_finds_them(kind, vocabularies):
+    """Which one wins, what it strips, whole words, normalised ones, and the space before what follows one."""
+    check_added_tokens(vocabularies[kind], range(40))
+
+
+@pytest.mark.peers
+@pytest.mark.long
+def test_thousands_of_added_tokens(vocabularies):
+    """The same with 1000 vocabularies of each kind."""
+    for fields in vocabularies.values():
+        check_added_tokens(fields, range(1000))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind, token, text, pieces", [
+    ("gpt2", added("<m>", lstrip=True), "a <m> b", ["a", "<m>", " b"]),
+    ("gpt2", added("<m>", rstrip=True), "a <m> b", ["a", " ", "<m>", "b"]),
+    ("gpt2", added("<m>", single_word=True), "x<m> <m>", ["x", "<", "m", ">", " ", "<m>"]),
+    ("mistral", added("<step>"), "1<step>2", [" ", "1", "<step>", "2"]), ("mistral", added("<step>"), "<step>2", ["<step>", "2"]),
+    ("always", added("<step>"), "1<step>2", [" ", "1", "<step>", " ", "2"]), ("always", added("<step>"), "<step>2", ["<step>", " ", "2"]),
+    ("never", added("<step>"), "1<step>2", ["1", "<step>", "2"]), ("llama2", added("<step>"), "1<step>2", [" ", "1", "<step>", " ", "2"]),
+    ("llama2", added("<step>", normalized=True), "1<step>", [" ", "1", "<", "st", "ep", ">"]),  # it is looked for with its space
+])
+def test_added_tokens_by_example(kind, token, text, pieces, vocabularies):
+    """What each flag does, and what SentencePiece puts before what follows; a text that goes on gets nothing before it."""
+    fields = {**vocabularies[kind], "added_tokens": [*vocabularies[kind]["added_tokens"], token]}
+    ours = tokenizer.from_tokenizer_json(fields, 2)
+    shown = [ours.pieces[i].decode() for i in ours.encode(text)]
+    assert "".join(shown) == "".join(pieces) and [piece for piece in shown if piece in ("<m>", "<step>")] == [
+        piece for piece in pieces if piece in ("<m>", "<step>")]
+    if not text.startswith("<") and kind in ("mistral", "always", "llama2"):
+        assert [ours.pieces[i] for i in ours.encode(text, start=False)][0] != b" "
+
+
+@pytest.mark.peers
+def test_numbers_are_those_that_tokenizers_gives():
+    """A vocabulary with holes; an added word that merges make; added tokens whose numbers in the file are not those they get."""
+    from tokenizers import Tokenizer
+    fields = copy.deepcopy(byte_vocabulary())
+    fields["pre_tokenizer"]["trim_offsets"] = True
+    fields["model"]["vocab"]["hm"] = 500  # where 319 was
+    fields["added_tokens"] = [added("<unk>", special=True), added("ai"), added("<a>", 900), added("</s>", special=True), added("<b>", 900)]
+    theirs, ours = Tokenizer.from_str(json.dumps(fields)), tokenizer.from_tokenizer_json(fields, 2)
+    for text in ("hm", "ai hai <a> hm<b>x", "aai", "<a></s><b>"):
+        theirs.encode_special_tokens = True
+        assert ours.encode(text) == theirs.encode(text).ids
+    assert ours.encode("hm") == [500] and ours.encode("ai") == [fields["model"]["vocab"]["ai"]]
+    assert ours.added == {"ai": 259, "<a>": 320, "<b>": 321} and ours.vocab_size == 322
+    assert ours.notes[0].startswith("added tokens numbered as Hugging Face tokenizers number them: 'ai' is 259, not 0, ")
+
+
+def test_a_token_beyond_the_embedding_is_refused_in_a_text_only():
+    """A pad token that was added without a row of its own loads; one that texts may hold is refused where one does."""
+    fields = byte_vocabulary()
+    fields["added_tokens"] += [added("<pad>", special=True), added("<x>")]
+    ours = tokenizer.from_tokenizer_json(fields, 2, rows=320)
+    assert ours.special["<pad>"] == 320 and 320 not in ours.encode("a<pad>")
+    with pytest.raises(ValueError, match="a text holds the added token '<x>', number 321, and the model's embedding has 320 rows"):
+        ours.encode("a<x>")
+    with pytest.raises(ValueError, match="some.json: 320 tokens for an embedding of 319 rows"):
+        tokenizer.from_tokenizer_json(byte_vocabulary(), 2, "some.json", 319)
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "tekken"])
+def test_texts_of_one_thing_repeated_are_encoded(kind):
+    """A million spaces, line breaks, letters, digits, marks, in every cut; the cut of long runs of white space is what it was."""
+    ours = tokenizer.from_gguf(read(pre=kind, add_bos_token=False))
+    for unit in (" ", "\n", "\t \n", "a", "7", "'", " a", "aB", "\u00e9"):
+        assert len(ours.encode(unit * (10**6 // len(unit)) + "x")) > 5 * 10**5 / len(unit)
+    plain = tiktoken.Encoding("plain", pat_str=tokenizer.PATTERNS[kind], mergeable_ranks=ours.encoding._mergeable_ranks, special_tokens={})
+    for spaces, end in itertools.product((1, 2, 3, 99, 100, 101, 102, 200, 201, 202, 1001), ("", "a", "7", "!", "\n", "\n!")):
+        text = "a" + " " * spaces + end
+        assert ours.encoding.encode_ordinary(text) == plain.encode_ordinary(text)
+
+
 @pytest.mark.parametrize("change, message", [
-    ({"added_tokens": [{"id": 0, "content": ""}]}, "a token without text or number"),
-    ({"added_tokens": [{"id": 0, "content": "\ud800"}]}, "a token without text or number"),
-    ({"added_tokens": [{"id": 9, "content": "<x>"}]}, "are not numbered 0, 1, 2"),
+    ({"added_tokens": [{"id": 0, "content": ""}]}, "an added token without text, number or flags"),
+    ({"added_tokens": [{"id": 0, "content": "\ud800"}]}, "an added token without text, number or flags"),
+    ({"added_tokens": [{"id": 0, "content": "<s>", "lstrip": 1}]}, "an added token without text, number or flags: .'id': 0"),
+    ({"model": {**byte_vocabulary()["model"], "vocab": {"a": 1, "b": -1}}}, "a token without a number"),
+    ({"post_processor": {"type": "RobertaProcessing", "cls": ["<s>", 1]}}, "a post-processor of RobertaProcessing is not supported"),
     ({"post_processor": {"type": "TemplateProcessing", "single": [{}]}}, "a template of the post-processor that gives no ids"),
     ({"model": {"type": "Unigram"}}, "a tokenizer of type 'Unigram' is not supported"),
     ({"pre_tokenizer": {"type": "Whitespace"}}, "a pre-tokenizer of Whitespace"),
