@@ -209,11 +209,9 @@ def test_how_it_is_computed_changes_no_loss(method, flag, run, tmp_path):
 
 @pytest.mark.parametrize("steps, words", [("1", "step 1: held-out loss nan"), ("6", r"step \d: loss")], ids=["last step", "later"])
 def test_a_run_that_diverges_saves_nothing(steps, words, run, tmp_path):
-    """A loss that is not finite ends the run with the step and a remedy; the adapter of the run before is still there."""
+    """A loss that is not finite ends the run with the step and a remedy; of a run that it was to replace nothing is there."""
     run("run")
-    before = (tmp_path / "run" / "adapter.safetensors").read_bytes()
     for flags in (["run", "--overwrite"], ["new"]):
         with pytest.raises(FloatingPointError, match=f"{words}.*lower --lr"):
             run(*flags, "--lr", "1e30", "--clip", "1e30", "--steps", steps)
-    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == before
-    assert not (tmp_path / "new" / "adapter.safetensors").exists() and not (tmp_path / "new" / "result.json").exists()
+        assert not {path.name for path in (tmp_path / flags[0]).iterdir()} & {"adapter.safetensors", "result.json"}
