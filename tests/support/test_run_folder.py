@@ -64,7 +64,7 @@ def test_two_runs_do_not_share_a_folder(place, whole, tmp_path, monkeypatch):
     for trial in range(2):
         (tmp_path / str(trial)).mkdir()
         two_runs(place, whole, tmp_path / str(trial))
-        two_runs_without_a_name(place, whole, tmp_path / str(trial), monkeypatch)
+    two_runs_without_a_name(place, whole, tmp_path, monkeypatch)
 
 
 @pytest.mark.long
@@ -168,14 +168,14 @@ def test_an_old_result_is_never_seen_beside_a_new_run(place, whole, tmp_path):
 
 # ---- the log ----------------------------------------------------------------------------------------------------------
 
-def test_a_log_of_a_gigabyte_takes_no_memory(half, whole, tmp_path):
+def test_a_log_of_any_size_takes_no_memory(half, whole, tmp_path):
     """With lines of any length and depth: what is of no step before the checkpoint is dropped."""
     run = copied(half, tmp_path / "run")
     with open(run / run_folder.LOG, "ab") as file:
         file.write(b"[" * 100000 + b"\n" + b'{"step": ' * 50000 + b"\n" + b'{"step": 1' + b"0" * 100000 + b"}\n")
-        file.truncate(file.tell() + (1 << 30))
+        file.truncate(file.tell() + (1 << 27))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open(tmp_path / "kept", "wb") as kept:
         kept.writelines(run_folder.kept_lines(run / run_folder.LOG, 4))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (64 << 10)  # in KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (40 << 10)  # in KiB
     assert (tmp_path / "kept").read_bytes() == (half / run_folder.LOG).read_bytes()
