@@ -119,14 +119,13 @@ def test_a_wrong_file_is_not_read_to_its_end(tmp_path, monkeypatch):
             base_model.load(str(path))
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_layers_that_are_not_there_are_not_built(layers, tmp_path, monkeypatch):
-    """What is missing or too much is named before the model is."""
-    folder, built, empty = tiny_folder(tmp_path / "m", num_hidden_layers=layers), [], base_model.empty_model
+def test_layers_are_not_built_before_they_are_known_to_be_there(tmp_path, monkeypatch):
+    """Tensors that do not fit are named by one layer: so many may be claimed as a file has tensors of no size."""
+    folder, built, empty = tiny_folder(tmp_path / "m", hidden_size=16), [], base_model.empty_model
     monkeypatch.setattr(base_model, "empty_model", lambda config: (built.append(config.num_hidden_layers), empty(config))[1])
-    with pytest.raises(ValueError, match="layers.1.* is unexpected|3 layers in config.json for 20 tensors"):
+    with pytest.raises(ValueError, match=r"layers.1.* is \[8\], expected \[16\]|expected \[320, 16\]"):
         base_model.load(str(folder))
-    assert set(built) <= {1}
+    assert built == [1]
 
 
 def test_what_is_damaged_in_the_hubs_cache_says_what_to_delete(tmp_path, monkeypatch):
