@@ -164,7 +164,14 @@ def main(argv=None):
     if args.compile:
         fast.compile_blocks(model, args.compile)
     choose_budget(args, device, len(data.train))
-    args.out = run_folder.choose_out(args)
+    command = " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])
+    with run_folder.claimed(args):  # args.out
+        return carry_out(args, base, data, source, regularizer, device, began, command)
+
+
+def carry_out(args, base, data, source, regularizer, device, began, command):
+    """Print the plan, train, and write the adapter and the result, which is returned, into the run's folder."""
+    model, method = base.model, METHODS[args.method]
     progress = args.saved.progress if args.saved else resume.Progress()
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
     products = args.saved.products if args.saved else fast.products()
@@ -205,15 +212,15 @@ def main(argv=None):
 
     path = args.out / run_folder.ADAPTER
     adapter_file.save(model, path, base.name, base.sha256)
-    for stale in run_folder.ALL_EVAL_FILES:  # of the adapter that was overwritten
-        (args.out / stale).unlink(missing_ok=True)
     progress.seconds = earlier + time.perf_counter() - began
-    command = " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])
     result = report.result_of(args, regularizer, base, data, source, progress, path, command)
     write_json(args.out / run_folder.RESULT, result)
     (args.out / resume.FILE).unlink()  # the run is finished: the adapter is all that is needed
     print_sample(args, base, data.example, "after")
     report.print_result(args, result, path)
+    for changed in base_model.changed(base):
+        print(f"{changed} has been written to since this run began: the adapter belongs to the base as it was then, "
+              f"sha256 {base.sha256[:12]}...", file=sys.stderr)
     return result
 
 

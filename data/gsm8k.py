@@ -13,6 +13,7 @@ Top to bottom: data, scoring. `python -m data.gsm8k` shows what each scoring rul
 """
 import hashlib
 import http.client
+import io
 import math
 import re
 import sys
@@ -23,7 +24,8 @@ from pathlib import Path
 from data import instructions
 from data.calculator import LONGEST, beginning, decimal
 from data.practice import practice
-from weights.files import atomic_write, cache_dir, printable, sha256
+from weights.files import LARGEST_HEADER, atomic_write, cache_dir, printable, sha256
+from weights.hub import copy
 
 # ---- Data: a folder, the cache, the dataset's own repository, or practice problems ----------------------------------
 
@@ -103,9 +105,10 @@ def download(url, path, expected):
     """Fetch url into the file `path`. Raises ConnectionError where that fails or the sha256 is not the expected one."""
     try:
         with urllib.request.urlopen(url, timeout=10) as reply:
-            body = reply.read()
+            copy(reply, held := io.BytesIO(), url, path.name, LARGEST_HEADER)
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(f"{url}: download failed ({error}); {FIX}") from None
+    body = held.getvalue()
     if hashlib.sha256(body).hexdigest() != expected:
         raise ConnectionError(f"{url}: the {len(body)} bytes that came have the wrong sha256; {FIX}")
     with atomic_write(path) as file:

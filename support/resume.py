@@ -76,13 +76,19 @@ def kind_of(optimizer):
     return type(optimizer).__name__
 
 
-def read(folder):
-    """The checkpoint in the folder of a run. FileNotFoundError where there is none, ValueError if it is damaged."""
+def checkpoint(folder):
+    """The path of the checkpoint in the folder of a run. FileNotFoundError where there is none."""
     path = folder / FILE
     if not path.is_file():
         why = ("this run is finished" if (folder / "result.json").is_file() else
                "nothing was saved before it stopped" if folder.is_dir() else "there is no such folder")
         raise FileNotFoundError(f"{path}: no such file, so there is nothing to continue: {why}; {AGAIN}")
+    return path
+
+
+def read(folder):
+    """The checkpoint in the folder of a run. FileNotFoundError where there is none, ValueError if it is damaged."""
+    path = checkpoint(folder)
     tensors, metadata = read_safetensors(path)
     config = adapter_file.checked_config(path, metadata)
     run = json_object(metadata.get("run", ""), path, "the 'run' metadata is ", AGAIN)

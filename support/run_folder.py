@@ -6,7 +6,7 @@ from pathlib import Path
 
 from support import resume
 from support.script import check_folder
-from weights.files import atomic_write
+from weights.files import LOCK, SMALL, atomic_write, holder, try_lock, unlock
 
 ADAPTER, RESULT, LOG = "adapter.safetensors", "result.json", "log.jsonl"
 # What eval.py writes, by what it measures: the predictions, if there are any, and the summary.
@@ -22,9 +22,24 @@ def holds_a_run(folder):
 
 
 def check_out(args):
-    """ValueError, before anything is loaded, if --out is no folder, or holds a run and there is no --overwrite."""
+    """ValueError, before anything is loaded, if --out is no folder, or another process writes its run there, or it
+    cannot take this run."""
     check_folder(args.out or Path("runs"), "--out")
-    if args.out and holds_a_run(args.out) and not args.overwrite and not args.resume:
+    if args.out and (process := holder(args.out / LOCK)):
+        raise in_use(args.out, process)
+    check_free(args)
+
+
+def in_use(folder, process):
+    """A ValueError for a folder in which another process writes."""
+    return ValueError(f"{folder}: {process} writes its run there: wait until it has ended, or give another --out")
+
+
+def check_free(args):
+    """ValueError if --out holds a run and there is no --overwrite; FileNotFoundError if --resume has none to go on."""
+    if args.resume:
+        resume.checkpoint(args.resume)
+    elif args.out and holds_a_run(args.out) and not args.overwrite:
         more = f", or --resume {args.out} to go on" if (args.out / resume.FILE).exists() else ""
         raise ValueError(f"--out {args.out} already holds a run: give another folder, or --overwrite to replace it"
                          f"{more}")
@@ -33,24 +48,54 @@ def check_out(args):
 def choose_out(args):
     """The run's folder: --out, or the first free one of runs/METHOD, runs/METHOD-2, ..."""
     names = (args.method if n == 1 else f"{args.method}-{n}" for n in itertools.count(1))
-    return args.out or next(Path("runs") / name for name in names if not holds_a_run(Path("runs") / name))
+    folders = (Path("runs") / name for name in names)
+    return args.out or next(folder for folder in folders if not holds_a_run(folder) and not holder(folder / LOCK))
+
+
+@contextlib.contextmanager
+def claimed(args):
+    """Make the run's folder, args.out from here on. While the block runs no other process writes a run there. A dry run
+    only chooses. ValueError if the folder has been taken since `check_out`."""
+    if args.dry_run:
+        args.out = choose_out(args)
+        yield
+        return
+    while True:
+        folder = choose_out(args)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(folder / LOCK)
+        if lock and (args.out or not holds_a_run(folder)):
+            break
+        if args.out:
+            raise in_use(folder, holder(folder / LOCK) or "another process")
+        if lock:  # another process has been faster: it was here and has ended
+            unlock(lock)
+    try:
+        check_free(args)
+        args.out = folder
+        yield
+    finally:
+        unlock(lock)
 
 
 def open_log(args, step):
     """The run's log, to append to: new, or when a run goes on the lines up to its checkpoint's step. Line by line, so
     that a killed run leaves every line it printed."""
     path = args.out / LOG
-    args.out.mkdir(parents=True, exist_ok=True)
-    for left in args.out.glob(".*.tmp"):  # of a run that was killed as it wrote
-        left.unlink()
-    if not args.resume:
-        (args.out / resume.FILE).unlink(missing_ok=True)  # of the run that is overwritten
-    kept = []
-    if args.resume and path.is_file():
-        for text in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # the last line may be cut
-                if json.loads(text)["step"] <= step:
-                    kept.append(text + "\n")
+    if not args.resume:  # what is overwritten goes first: no file of the old run is ever seen beside one of the new
+        for name in FILES:
+            (args.out / name).unlink(missing_ok=True)
     with atomic_write(path) as file:
-        file.write("".join(kept).encode())
+        if path.is_file():
+            file.writelines(kept_lines(path, step))
     return open(path, "a", buffering=1)
+
+
+def kept_lines(path, step):
+    """The lines of a log up to a step, without those that are none: the last may be cut, and a file may hold anything,
+    of which no more than a line's length is read at once."""
+    with open(path, "rb") as log:
+        while text := log.readline(SMALL):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                if json.loads(text)["step"] <= step:
+                    yield text.rstrip() + b"\n"

@@ -178,6 +178,11 @@ def changed_result(content):
     return prepare
 
 
+def link(name, target):
+    """A link in the folder of the test."""
+    return lambda here, kit: (here / name).symlink_to(here / target)
+
+
 def several(*prepares):
     return lambda here, kit: [prepare(here, kit) for prepare in prepares]
 
@@ -263,6 +268,11 @@ FILES = [
      "{here}/run/adapter.safetensors: does not fit this model", "has shape (2, 64), expected (4, 64)"),
     ("half an adapter", several(changed_result({}), cut("{run}/adapter.safetensors", "run/adapter.safetensors", 0.9)), "eval {here}/run",
      "{here}/run/adapter.safetensors", "write or download it again"),
+    ("link out of the model", several(changed_folder("config.json", {}), write("secret", "x"), link("hf/chat_template.jinja", "secret")),
+     "export {here}/to --model {here}/hf --to hf", "{here}/hf/chat_template.jinja is a link to {here}/secret", "put the file itself there"),
+    ("link out by a link", several(changed_folder("tokenizer_config.json", None), write("a/b/secret", "{{}}"), link("in", "a"),
+                                   link("hf/tokenizer_config.json", "in/b/secret")),
+     "export {here}/to --model {here}/hf --to hf", "{here}/hf/tokenizer_config.json is a link to", "outside of the model's folder"),
     ("export onto files", write("to/model.safetensors"), "export {run} {here}/to --to hf", "{here}/to is not an empty folder",
      "name another"),
     ("results in a folder", folder("r"), "compare --methods lora --results {here}/r", "--results {here}/r is a folder", "name a file")]

@@ -14,6 +14,7 @@ from support import fast, resume
 from support.loss import answer_loss
 from support.monitor import Monitor
 from tests.toy import SIZES, attach, perturb, toy_examples, toy_model, write_sums
+from tools import export
 from weights import adapter_file
 
 KINDS = ["lora", "mosara", "full"]  # a sum of matrices, a router that looks at each token, no adapter
@@ -209,11 +210,29 @@ def test_how_it_is_computed_changes_no_loss(method, flag, run, tmp_path):
 
 @pytest.mark.parametrize("steps, words", [("1", "step 1: held-out loss nan"), ("6", r"step \d: loss")], ids=["last step", "later"])
 def test_a_run_that_diverges_saves_nothing(steps, words, run, tmp_path):
-    """A loss that is not finite ends the run with the step and a remedy; the adapter of the run before is still there."""
+    """A loss that is not finite ends the run with the step and a remedy; of a run that it was to replace nothing is there."""
     run("run")
-    before = (tmp_path / "run" / "adapter.safetensors").read_bytes()
     for flags in (["run", "--overwrite"], ["new"]):
         with pytest.raises(FloatingPointError, match=f"{words}.*lower --lr"):
             run(*flags, "--lr", "1e30", "--clip", "1e30", "--steps", steps)
-    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == before
-    assert not (tmp_path / "new" / "adapter.safetensors").exists() and not (tmp_path / "new" / "result.json").exists()
+        assert not {path.name for path in (tmp_path / flags[0]).iterdir()} & {"adapter.safetensors", "result.json"}
+
+
+@pytest.mark.parametrize("harm", ["written to", "cut"])
+def test_a_base_that_changes_during_training_changes_nothing(harm, run, tiny_gguf, tmp_path, monkeypatch, capsys):
+    """The run has the weights as it has read them, and what is saved belongs to those; that the file is another is said."""
+    export.main([str(tmp_path / "base"), "--model", str(tiny_gguf), "--to", "hf"])
+    flags, path, loop = ("--model", str(tmp_path / "base"), "--dtype", "float32"), tmp_path / "base" / "model.safetensors", train.train
+    run("whole", *flags)
+    assert "has been written to" not in capsys.readouterr().err
+
+    def train_on_sand(*arguments):
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+            file.write(b"" if harm == "cut" else bytes(100000))
+        loop(*arguments)
+    monkeypatch.setattr(train, "train", train_on_sand)
+    run("changed", *flags)
+    assert capsys.readouterr().err.startswith(f"{path} has been written to since this run began: the adapter belongs to the base as it was")
+    adapters = [(tmp_path / name / "adapter.safetensors").read_bytes() for name in ("whole", "changed")]
+    assert adapters[0] == adapters[1] and log_of(tmp_path / "whole", "held_out_loss") == log_of(tmp_path / "changed", "held_out_loss")

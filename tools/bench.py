@@ -26,7 +26,6 @@ import json
 import random
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -41,7 +40,7 @@ from model import Config
 from support import fast, report
 from support.generate import complete, generate
 from support.script import Parser, amount, choose_device, positive, run_script
-from weights import base_model
+from weights import base_model, child
 
 ROOT = Path(__file__).parent.parent
 PEERS = ("peer", "strict", "tuned")
@@ -395,7 +394,7 @@ def side_arguments(what, side, options):
 
 def run_side(arguments):
     """One measurement in a process of its own: its record. ValueError with its last words if it fails."""
-    done = subprocess.run([sys.executable, "-m", "tools.bench", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = child.run("tools.bench", arguments, ROOT, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{' '.join(arguments[:3])}: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])

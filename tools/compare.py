@@ -15,8 +15,10 @@ from pathlib import Path
 
 from methods import METHODS
 from support.script import Parser, above_zero, amount, check_folder, one_line, run_script
+from weights import child
 from weights.files import fault, read_json
 
+ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
         "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "model", "tokens", "seconds_in_steps",
         "seconds", "memory_gb", "device", "torch", "command")
@@ -31,9 +33,8 @@ def run(method, lr, out, extra):
     arguments = ["--method", method, "--out", str(out), "--overwrite", "--no-sample", *extra]
     arguments += [] if lr is None else ["--lr", f"{lr:g}"]
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(Path(__file__).parent.with_name("train.py")), *arguments]
     with open(out / "output.txt", "w") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True)
+        done = child.run("train", arguments, ROOT, stdout=file, stderr=subprocess.PIPE, text=True, errors="replace")
         file.write(done.stderr)
     if "lower --lr" in done.stderr:
         return {"method": method, "lr": lr, "held_out_after": None, "error": done.stderr.strip()}

