@@ -217,7 +217,8 @@ def evaluate_loss(args, base, run, described):
     """The mean loss per answer token on a file of instructions and responses, printed: its summary."""
     encoded, source = held_out_examples(args, base, run)
     print(f"data      {source}; {batching.answer_tokens(encoded):,} answer tokens, prompt {args.template}")
-    loss = mean_loss(base.model, encoded, min(args.batch, 8), base.model.lm_head.weight.device)
+    device, context = base.model.lm_head.weight.device, base.model.config.max_position_embeddings
+    loss = mean_loss(base.model, encoded, min(args.batch, 8), device, fast.row_multiple(device, None, context))
     print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and "
           "MATH's answers are scored)")
     return {**described, "source": source, "n": len(encoded), "loss": loss, "template": args.template}
@@ -272,7 +273,7 @@ def main(argv=None):
     device, dtype = choose_device(args.device, args.dtype)
     run = settle(args, device.type == "cpu")
     if not args.plain:
-        fast.switch_on()
+        fast.switch_on(device=device)
     base, method = load_for_eval(args, device, dtype)
     precision = str(dtype).removeprefix("torch.")
     shown = f"{base.name}, method {method}, {precision} on {device}"

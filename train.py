@@ -99,7 +99,7 @@ def held_out_loss(args, model, held_out, step, log):
     device, watch = model.lm_head.weight.device, METHODS[args.method].watch
     with fast.eagerly(args.compile):
         with mixed_precision(args, device):
-            loss = mean_loss(model, held_out, args.micro_batch, device)
+            loss = mean_loss(model, held_out, args.micro_batch, device, args.multiple)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step}: held-out loss {loss:g}; lower --lr, now {args.lr:g}")
         line = {"step": step, "held_out_loss": loss}
@@ -136,16 +136,16 @@ def main(argv=None):
     weights = torch.float32 if args.method == "full" else dtype
     args.autocast = "bfloat16" if weights != dtype else None
     args.dtype = str(dtype).removeprefix("torch.")
-    args.multiple = fast.GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1
     run_folder.check_out(args)
     if not args.plain:
-        fast.switch_on()
+        fast.switch_on(device=device)
 
     print(f"loading {args.model}, attaching {args.method} ...", flush=True)
     examples, source = load_examples(args.data)
     base = base_model.load(args.model, weights, device)
     model = base.model
     model.model.recompute = args.recompute
+    args.multiple = fast.row_multiple(device, args.compile, model.config.max_position_embeddings)
     data = encode_data(args, examples, base)
     if args.saved:
         resume.attach(args.resume, args.saved, base, data.sha256)

@@ -36,12 +36,14 @@ from support import loss
 
 CACHED = 1 << 20  # numbers, 4 MB of fp32: so much stays in a processor's cache from one pass to the next
 QUERIES = 64  # about so many of a row are looked at together
-GRAPH_MULTIPLE = 64  # CUDA graphs are recorded anew for every shape: rows are padded to a multiple of so many tokens
+# Rows are padded to a multiple of so many tokens: on a GPU, where attention may set itself up anew for every shape, and
+# for CUDA graphs, which are recorded for every shape.
+CUDA_MULTIPLE, GRAPH_MULTIPLE = 16, 64
 plain_attention = decoder.attention  # kept, as switch_on puts another in its place
 CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 100 MB
 
 
-def switch_on(names=None):
+def switch_on(names=None, device="cpu"):
     """From here on, in this process, what is in NAMES is used: all of it, or what is given."""
     names = NAMES if names is None else names
     for name, (owner, attribute, _, fast) in FORMS.items():
@@ -49,7 +51,7 @@ def switch_on(names=None):
             setattr(owner, attribute, fast)
     if "malloc" in names:
         keep_freed_memory()
-    if "onednn" in names:
+    if "onednn" in names and torch.device(device).type == "cpu":
         fast_products()
 
 
@@ -133,6 +135,10 @@ def onednn_multiplies(x):
     return plain_fp32(x) and has_onednn_switch() and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
+# Where an autograd.Function has changed its result in place, it returns a view of it: torch.compile of torch 2.11 would
+# else lose its gradient (pytorch issue 180642), and nothing would train.
+
+
 # ---- positions ------------------------------------------------------------------------------------------------------
 
 def rotate(x, cos, sin):
@@ -150,7 +156,7 @@ class Rotation(torch.autograd.Function):
         y = torch.mul(x, torch.cat((cos, cos), dim=-1), out=x.new_empty(x.shape))  # contiguous, as x may not be
         for half, other, sign in zip(y.chunk(2, dim=-1), (second, first), (-1, 1)):
             half.addcmul_(other, sin, value=sign)
-        return y
+        return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -170,7 +176,7 @@ def attention(q, k, v, seen=None):
         return AttentionInPieces.apply(q, k, v) if onednn_multiplies(q) else plain_attention(q, k, v)
     if seen.shape[2] > 1:
         seen = seen.repeat(1, 1, q.shape[1] // k.shape[1], 1)  # (B, 1, H/K * T, S)
-    with onednn("ieee"):
+    with onednn("ieee") if onednn_multiplies(q) else contextlib.nullcontext():
         return F.scaled_dot_product_attention(folded(q, k), k, v, attn_mask=seen).view(q.shape)
 
 
@@ -253,7 +259,8 @@ class LeanRMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         inverse = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        y = (x * inverse).mul_(weight)
+        return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -277,7 +284,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        y = F.silu(gate).mul_(up)
+        return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -311,7 +319,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             logits -= logits.amax(dim=1, keepdim=True)
             at_target = logits.gather(1, targets[rows, None])  # (chunk, 1)
             total = logits.exp_().sum(dim=1, keepdim=True)  # (chunk, 1)
-            loss += (total.log() - at_target).sum()
+            loss = loss + (total.log() - at_target).sum()
             if ctx.needs_input_grad[0]:
                 logits.div_(total).scatter_add_(1, targets[rows, None], torch.full_like(total, -1.0))
                 gradient[rows] = logits.to(head.dtype) @ head
@@ -330,6 +338,12 @@ FORMS = {name: (owner, attribute, getattr(owner, attribute), fast) for name, own
     ("norm", decoder.RMSNorm, "forward", norm_forward), ("swiglu", decoder.MLP, "forward", mlp_forward),
     ("head", loss, "head_loss", head_loss))}  # name: (where, under what name, the plain form, the fast one)
 NAMES = (*FORMS, "malloc", "onednn")
+
+
+def row_multiple(device, compiled, context):
+    """What the length of rows is padded to a multiple of; rows never get longer than the context."""
+    multiple = GRAPH_MULTIPLE if compiled == "reduce-overhead" else CUDA_MULTIPLE if device.type == "cuda" else 1
+    return math.gcd(multiple, context)
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------

@@ -129,7 +129,8 @@ def our_steps(args, model, encoded):
     if args.compile:
         fast.compile_blocks(model, args.compile)
     args.autocast = "bfloat16" if args.side == "full" and DTYPE == torch.bfloat16 else None
-    args.multiple, args.micro_batch = fast.GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1, args.batch
+    args.multiple = fast.row_multiple(DEVICE, args.compile, model.config.max_position_embeddings)
+    args.micro_batch = args.batch
     parameters = list(adapter.trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     regularize = METHODS[args.side].regularize
@@ -159,7 +160,9 @@ def peer_steps(args, model, encoded):
         ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in chosen])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in chosen])
         labels = torch.tensor([[-100] * start + row[start:] + [-100] * (longest - len(row)) for row, start in chosen])
-        model(input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DTYPE == torch.bfloat16):  # as their Trainer does
+            loss = model(input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), labels=labels.to(DEVICE)).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -504,7 +507,7 @@ def main():
     if args.side is None:
         return bench(args)
     if args.side not in PEERS[:2]:
-        fast.switch_on([name for name in fast.NAMES if args.leave_out not in (name, "all")])
+        fast.switch_on([name for name in fast.NAMES if args.leave_out not in (name, "all")], DEVICE)
     print(json.dumps(SIDES[args.what](args)))
 
 

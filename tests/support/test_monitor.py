@@ -151,7 +151,7 @@ def test_the_way_of_a_gpu():
     data = types.SimpleNamespace(train=toy_examples(16), numbers=range(10, 26))
     model, plain = (attach(toy_model(), "lora") for _ in range(2))
     optimizer, other = (torch.optim.AdamW(train.decay_groups(some, 0.1), lr=1e-2, fused=True) for some in (model, plain))
-    monitor = Monitor(args, model, optimizer, data, 1.0, None, None, None, None, [])
+    monitor = Monitor(args, model, optimizer, data, 1.0, resume.Progress(), None, None, None, [])
     monitor.waits = False
 
     def take_step(model, optimizer, look=lambda loss: None):
@@ -167,9 +167,9 @@ def test_the_way_of_a_gpu():
     assert same(snapshot(model), snapshot(plain))
     for kept, expected in zip(optimizer.state.values(), other.state.values(), strict=True):
         assert same(kept, expected) and kept["step"] == 2
-    monitor.check_finite(monitor.since[:2])
+    monitor.check_numbers(monitor.since[:2])
     with pytest.raises(FloatingPointError, match=r"step 3: loss [\d.]+, R inf, on records 13, 10 of the data"):
-        monitor.check_finite(monitor.since)
+        monitor.check_numbers(monitor.since)
 
 
 # ---- the log --------------------------------------------------------------------------------------------------------
