@@ -42,8 +42,8 @@ class Monitor:
             self.optimizer.found_inf = torch.maximum(getattr(self.optimizer, "found_inf", torch.zeros_like(bad)), bad)
 
     def check_numbers(self, steps):
-        """FloatingPointError for the first of `steps` whose numbers are not all finite, with the records it saw; and for
-        a process whose first gradient is exactly 0: every method starts with one that is not."""
+        """FloatingPointError for the first of `steps` whose numbers are not all finite, with the records it saw; and
+        where the first gradient of a process is exactly 0: every method starts with one that is not."""
         for step, indices, numbers in steps:
             if step == self.first and numbers.get("grad_norm") == 0:
                 raise FloatingPointError(f"step {step}: the gradient of all that trains is exactly 0, so nothing would "
