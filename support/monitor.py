@@ -30,9 +30,9 @@ class Monitor:
         self.started = time.perf_counter()
 
     def check(self, step, indices, numbers):
-        """FloatingPointError, before the weights move, if a number of this step is not finite, or the first gradient is
-        0. Without waiting for a GPU: all steps from here on leave the weights alone, and `after` raises when it next
-        logs."""
+        """FloatingPointError if a number of this step is not finite, before the weights move, or if the first gradient
+        is 0. Without waiting for a GPU: all steps from one that is not finite on leave the weights alone, and `after`
+        raises when it next logs."""
         self.since.append((step, indices, numbers))
         if self.waits:
             self.check_numbers(self.since[-1:])
