@@ -128,15 +128,13 @@ def test_gradients_are_finite_differences(name):
     assert torch.autograd.gradcheck(FUNCTIONS[name][0], inputs_of(name))
 
 
-@pytest.mark.parametrize("name", ["rotation", "norm", "swiglu"])  # those that compiled blocks have
-def test_what_was_changed_in_place_is_returned_as_a_view(name, monkeypatch):
+@pytest.mark.parametrize("function, inputs", [  # those that compiled blocks have
+    (fast.Rotation, [torch.ones(1, 2, 3, 4), torch.ones(3, 2), torch.ones(3, 2)]), (fast.LeanRMSNorm, [torch.ones(3), torch.ones(3), 1e-5]),
+    (fast.SwiGLU, [torch.ones(3), torch.ones(3)])])
+def test_what_was_changed_in_place_is_returned_as_a_view(function, inputs):
     """Else torch.compile of torch 2.11 would lose its gradient."""
-    returned, apply = [], torch.autograd.Function.apply.__func__
-    monkeypatch.setattr(torch.autograd.Function, "apply", classmethod(lambda function, *inputs: returned.append(
-        function.forward(types.SimpleNamespace(save_for_backward=lambda *_: None), *inputs)) or apply(function, *inputs)))
-    with torch.no_grad():
-        FUNCTIONS[name][0](*inputs_of(name))
-    assert returned[0]._version == 0 or returned[0]._is_view()
+    y = function.forward(types.SimpleNamespace(save_for_backward=lambda *_: None), *inputs)
+    assert y._version == 0 or y._is_view()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -338,6 +336,7 @@ def test_compiled_blocks_give_the_same_gradients(backend, method, monkeypatch):
     compile, nor keep the steps from it. (Backend eager traces and makes no machine code.)"""
     graphs, compile_block = torch._dynamo.utils.counters["stats"], nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda block, mode: compile_block(block, backend=backend))
+    torch._dynamo.reset()  # what other tests have compiled counts against a limit
     options = {"threshold": 0.5, "targets": ["q_proj", "v_proj"]} if method == "sara" else {}
     plain = perturb(attach(toy_model(num_hidden_layers=8), method, **options))
     compiled = copy.deepcopy(plain)
@@ -354,7 +353,7 @@ def test_compiled_blocks_give_the_same_gradients(backend, method, monkeypatch):
             losses[-1].backward()
         assert torch.allclose(*losses, rtol=1e-5)
         for one, other in zip(adapter.trainable(plain).values(), adapter.trainable(compiled).values()):
-            assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+            assert (one.grad - other.grad).norm() <= 1e-3 * one.grad.norm()
     after = graphs["unique_graphs"]
     assert 1 <= after - before < 8
     with fast.eagerly(True):
