@@ -243,11 +243,13 @@ def simulated_cuda():
     torch.cuda.synchronize = lambda *_: Seen.note(Seen.waits, "synchronize")
     torch.Tensor.pin_memory, torch.tensor = pinned, on_the_way(torch.tensor)
     F.scaled_dot_product_attention = fused(F.scaled_dot_product_attention, check_attention)
-    F.rms_norm, aten.silu_backward = fused(F.rms_norm), fused(aten.silu_backward)
+    F.rms_norm = fused(F.rms_norm)
     _foreach_utils._foreach_supported_types.append(Simulated)
     _foreach_utils._device_has_foreach_support = lambda device: True
     if torch.version.cuda:
-        torch._C._ensureCUDADeviceGuardSet()
+        getattr(torch._C, "_ensureCUDADeviceGuardSet", int)()  # a GPU's torch needs it where there is no GPU, but for old ones
+    else:
+        aten.silu_backward = fused(aten.silu_backward)  # which a CPU's torch takes apart
     torch.autograd.set_multithreading_enabled(False)
     with Mode():
         yield
