@@ -136,6 +136,15 @@ def freeze(model):
     model.base_keys = frozenset(model.state_dict())
 
 
+@torch.no_grad()
+def cast_frozen(model, dtype):
+    """Round what does not train to `dtype`, in place, one parameter at a time. It comes after attach, which takes W
+    apart in the precision that it was loaded in. Factors stay fp32, and so do the buffers that methods keep of them."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def replace(model, name, layer):
     """Put `layer` in the place of the module called `name`."""
     parent, _, last = name.rpartition(".")

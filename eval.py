@@ -27,6 +27,7 @@ from weights import adapter_file, base_model
 from weights.files import atomic_write, fault, read_json
 
 BENCHMARKS = {"gsm8k": gsm8k, "math": hendrycks_math}  # those with answers: each has gold and score
+SKIPPED = {"text": "", "new_tokens": 0, "finish": "skipped"}  # in place of a completion: the question is too long
 SHOWN_EVERY = 5  # seconds between two lines of progress
 
 
@@ -43,13 +44,15 @@ def score_all(benchmark, examples, completions):
 
 
 def summarise(records):
-    """n, accuracy and its standard error per rule, the shares that were capped and that gave no answer, new tokens."""
+    """n, accuracy and its standard error per rule, the shares that were capped and that gave no answer, how many
+    questions were skipped, new tokens."""
     n = len(records)
     accuracy = {rule: sum(record["scores"][rule]["correct"] for record in records) / n for rule in records[0]["scores"]}
     return {"n": n, "accuracy": accuracy,
             "standard_error": {rule: math.sqrt(p * (1 - p) / n) for rule, p in accuracy.items()},
             "capped": sum(record["finish"] == "cap" for record in records) / n,
             "no_answer": sum(record["scores"]["answer"]["extracted"] is None for record in records) / n,
+            "skipped": sum(record["finish"] == SKIPPED["finish"] for record in records),
             "new_tokens": sum(record["new_tokens"] for record in records)}
 
 
@@ -82,7 +85,7 @@ def parse_arguments(argv):
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
     parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and eval.json (default: the run)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in train.py")
     parser.add_argument("--plain", action="store_true", help="leave off what makes it fast (support/fast.py)")
     args = parser.parse_args(argv)
     if args.run is None and args.model is None:
@@ -96,8 +99,9 @@ def parse_arguments(argv):
     return args
 
 
-def load_run(run, model, device, dtype, force=False):
-    """(Base with the adapter of a run attached, the method's name), on `model` or else the base that the run names.
+def load_run(run, model, force=False):
+    """(Base with the adapter of a run attached, the method's name), on `model` or else the base that the run names: in
+    fp32 on the CPU, where it can be merged without rounding in between.
     `force` takes an adapter that was trained on another base."""
     path = run / run_folder.ADAPTER if run.is_dir() else run
     if not path.is_file():
@@ -107,7 +111,7 @@ def load_run(run, model, device, dtype, force=False):
         raise fault(path, f"names no base model ({base_name[:40]!r})", "give it with --model")
     if not model and Path(base_name).is_absolute() and not Path(base_name).exists():
         raise FileNotFoundError(f"{path}: its base model {base_name} is not there any more: give it with --model")
-    base = base_model.load(model or base_name, dtype, device)
+    base = base_model.load(model or base_name)
     adapter_file.load(base.model, path, base.sha256, force)
     return base, config["method"]
 
@@ -117,10 +121,12 @@ def load_for_eval(args, device, dtype):
     if args.run is None:
         base, method = base_model.load(args.model, dtype, device), "none"
     else:
-        base, method = load_run(args.run, args.model, device, dtype, args.force)
+        base, method = load_run(args.run, args.model, args.force)
     if not any(layer.unmergeable for _, layer in adapter.adapted_layers(base.model)):
         adapter.merge(base.model)
-    base.model.eval().requires_grad_(False)
+        base.model.requires_grad_(False)  # full fine-tuning's parameters too
+    adapter.cast_frozen(base.model, dtype)
+    base.model.to(device).eval().requires_grad_(False)
     return base, method
 
 
@@ -171,20 +177,27 @@ def settle(args, on_cpu):
 # ---- answers and losses ---------------------------------------------------------------------------------------------
 
 def answer_all(args, base, examples, shots):
-    """The completions of all questions, with a line of progress every few seconds."""
+    """The completions of all questions, with a line of progress every few seconds. A question that leaves no room for
+    an answer in the model's context is skipped: it counts, and nothing answers it."""
     started = shown = time.time()
 
     def progress(done, tokens):
         nonlocal shown
         now = time.time()
-        if now - shown > SHOWN_EVERY or done == len(examples):
+        if now - shown > SHOWN_EVERY or done == len(asked):
             shown, rate = now, tokens / (now - started)
-            print(f"  {done:>5}/{len(examples)} answered  {tokens:,} new tokens, {rate:,.0f} per second  "
+            print(f"  {done:>5}/{len(asked)} answered  {tokens:,} new tokens, {rate:,.0f} per second  "
                   f"{duration(now - started)}", flush=True)
 
     texts = [prompting.prompt(example["question"], shots, args.template) for example in examples]
-    return complete(base.model, base.tokenizer, texts, args.max_new, args.batch, args.calculator, progress,
-                    args.template)
+    room = base.model.config.max_position_embeddings - args.max_new
+    fits = [len(base.tokenizer.encode(text)) <= room for text in texts]
+    if not any(fits):
+        fits = [True] * len(texts)  # `complete` says what to lower
+    asked = [text for text, fit in zip(texts, fits) if fit]
+    done = iter(complete(base.model, base.tokenizer, asked, args.max_new, args.batch, args.calculator, progress,
+                         args.template))
+    return [next(done) if fit else SKIPPED for fit in fits]
 
 
 def held_out_examples(args, base, run):
@@ -254,6 +267,9 @@ def print_accuracy(summary, path):
             print(f"  {field} {value:<24} {100 * group['accuracy']:6.2f} %  of {group['n']}")
     print(f"stopped at the cap of {summary['max_new']} tokens: {100 * summary['capped']:.1f} %   "
           f"no answer found: {100 * summary['no_answer']:.1f} %")
+    if summary["skipped"]:
+        print(f"skipped: {summary['skipped']} questions that do not fit the model's context with {summary['max_new']} "
+              "new tokens; they count as wrong")
     print(f"{summary['new_tokens']:,} new tokens in {summary['seconds']:.1f} s   predictions: {path}")
 
 
@@ -270,10 +286,10 @@ def answer_one(args, base, shown):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    device, dtype = choose_device(args.device, args.dtype)
-    run = settle(args, device.type == "cpu")
     if not args.plain:
-        fast.switch_on(device=device)
+        fast.switch_on(device=args.device)
+    device, dtype = choose_device(args.device, args.dtype, args.plain)
+    run = settle(args, device.type == "cpu")
     base, method = load_for_eval(args, device, dtype)
     precision = str(dtype).removeprefix("torch.")
     shown = f"{base.name}, method {method}, {precision} on {device}"

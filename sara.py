@@ -174,8 +174,8 @@ class MoSARALinear(adapter.AdaptedLinear):
 
     def __init__(self, linear, U, Vt, Lam, v, W_g1=None, W_g2=None, v_mode="branch"):
         super().__init__(linear)
-        self.register_buffer("U", U.to(self.weight))  # (out, k)
-        self.register_buffer("Vt", Vt.to(self.weight))  # (k, in)
+        self.register_buffer("U", U.to(self.weight.device, torch.float32))  # (out, k)
+        self.register_buffer("Vt", Vt.to(self.weight.device, torch.float32))  # (k, in)
         self.Lam, self.v = self.factor(Lam), self.factor(v)  # (n, k), (out,)
         self.W_g1, self.W_g2 = (None if W is None else self.factor(W) for W in (W_g1, W_g2))  # (k, q), (q, n)
         self.v_mode = v_mode
@@ -192,13 +192,13 @@ class MoSARALinear(adapter.AdaptedLinear):
             return (h.to(self.W_g1.dtype) @ self.W_g1 @ self.W_g2).softmax(dim=-1)
 
     def forward(self, x):
-        v = self.v.to(x)
-        h = x @ self.Vt.T  # (..., k)
+        U, Vt, v = self.U.to(x), self.Vt.to(x), self.v.to(x)
+        h = x @ Vt.T  # (..., k)
         mix = (self.gates(h) @ self.Lam).to(x.dtype)  # Lam^T g (..., k): one product with U for all sets
         if self.v_mode == "output":
-            return (1 + v) * (self.base(x) + (mix * h) @ self.U.T)  # (..., out)
+            return (1 + v) * (self.base(x) + (mix * h) @ U.T)  # (..., out)
         y = self.base(x)  # (..., out)
-        y += (mix * h) @ (v[:, None] * self.U).T  # v folded into U, which is smaller than the output
+        y += (mix * h) @ (v[:, None] * U).T  # v folded into U, which is smaller than the output
         return y
 
     def delta(self, gates=None):
@@ -217,8 +217,8 @@ class MoSARALinear(adapter.AdaptedLinear):
         return self._factors_at(self.Lam.new_ones(1))
 
     def _factors_at(self, gates):
-        """(Vt (k, in), diag(v) U diag(Lam^T gates) (out, k)), in the dtype of Lam."""
-        return self.Vt.to(self.Lam.dtype), self.v[:, None] * self.U.to(self.Lam.dtype) * (gates @ self.Lam)
+        """(Vt (k, in), diag(v) U diag(Lam^T gates) (out, k))."""
+        return self.Vt, self.v[:, None] * self.U * (gates @ self.Lam)
 
 
 def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: int = 5, router_rank: int = 1,
@@ -277,7 +277,7 @@ def gate_statistics(model, tokens):
     means, tops, hooks = {}, [], []
 
     def watch(layer, inputs):
-        gates = layer.gates(inputs[0] @ layer.Vt.T).flatten(0, -2)  # (tokens, n)
+        gates = layer.gates(inputs[0] @ layer.Vt.to(inputs[0]).T).flatten(0, -2)  # (tokens, n)
         tops.append(gates.amax(-1).mean())
         means[layer] = gates.mean(0)  # (n,)
 

@@ -131,14 +131,14 @@ def main(argv=None):
     args = parse_arguments(argv)
     options, regularizer = method_options(args)
     method = METHODS[args.method]
-    device, dtype = choose_device(args.device, args.dtype)
+    if not args.plain:
+        fast.switch_on(chosen=args.saved and args.saved.products, device=args.device)
+    device, dtype = choose_device(args.device, args.dtype, args.plain)
     # Full fine-tuning keeps fp32 weights, where small steps survive, and computes in bf16 on a GPU.
     weights = torch.float32 if args.method == "full" else dtype
     args.autocast = "bfloat16" if weights != dtype else None
     args.dtype = str(dtype).removeprefix("torch.")
     run_folder.check_out(args)
-    if not args.plain:
-        fast.switch_on(device=device)
 
     print(f"loading {args.model}, attaching {args.method} ...", flush=True)
     examples, source = load_examples(args.data)
@@ -154,12 +154,14 @@ def main(argv=None):
         method.attach(model, **options)
         del options  # --extra can be large
     adapter_file.check_recorded(args.method, model)
+    adapter.cast_frozen(model, weights)
     if args.compile:
         fast.compile_blocks(model, args.compile)
     choose_budget(args, device, len(data.train))
     args.out = run_folder.choose_out(args)
     progress = args.saved.progress if args.saved else resume.Progress()
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
+    products = args.saved.products if args.saved else fast.products()
     if args.saved:
         resume.restore(args.resume, args.saved, model, optimizer, args.steps)
         args.saved = None  # its file, which the next checkpoint replaces, is let go
@@ -182,6 +184,8 @@ def main(argv=None):
         if args.resume:
             progress.resumed_at.append(progress.step)
             print(f"going on  after step {progress.step} of {args.steps}", flush=True)
+            if products != fast.products():
+                print(f"          fp32 products {fast.products()}, when it began {products}: the last digits may differ")
         else:
             print_sample(args, base, data.example, "before")
             started = time.perf_counter()

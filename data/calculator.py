@@ -7,6 +7,7 @@ import operator
 import re
 from fractions import Fraction
 
+TOKEN = r"[0-9]+\.?[0-9]*|\.[0-9]+|//|[-+*/()]"
 LONGEST = 300  # characters; a longer number is a model stuck on one digit, and more than int() and float() accept
 OPERATIONS = {"*": operator.mul, "/": operator.truediv, "//": lambda a, b: Fraction(a // b)}
 
@@ -17,15 +18,21 @@ def calculate(expression):
     Every annotation of GSM-8K comes out with the value that is written there, and 97 in 100 to the letter: the others
     end in zeros (144.00) or begin with a point (.5).
     """
-    tokens = re.findall(r"[0-9]+\.?[0-9]*|\.[0-9]+|//|[-+*/()]", expression)
-    if len(expression) > 100 or "".join(tokens) != expression:  # the length also bounds depth and size of numbers
+    tokens = re.findall(TOKEN, expression)
+    if "".join(tokens) != expression:
         return None
-    tokens.append("end")
+    value, rest = beginning(expression)
+    return None if value is None or rest else decimal(value)
+
+
+def beginning(expression):
+    """(value, tokens that are left) of the longest sum that a text begins with, spaces and all that is no token left
+    out: the value a Fraction, or None if it begins with none or is too long."""
+    tokens = [*re.findall(TOKEN, expression), "end"] if len(expression) <= 100 else ["end"]  # bounds depth and numbers
     try:
-        value = parse_sum(tokens)
+        return parse_sum(tokens), tokens[:-1]
     except (ValueError, ZeroDivisionError):
-        return None
-    return decimal(value) if tokens == ["end"] else None
+        return None, []
 
 
 def parse_sum(tokens):

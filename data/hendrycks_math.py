@@ -6,8 +6,8 @@ rules, three of them other people's, repeated with their flaws to compare with t
 
     answer      the last box, else what follows the last "The answer is", else the last $...$; equal as mended below
     is_equiv    the same prediction, equal as in the data set's own code
-    harness     lm-evaluation-harness, hendrycks_math: the last box, else the first \[...\], else what lies between the
-                first and the last dollar sign, else everything; compared as is_equiv (nearly as there)
+    harness     lm-evaluation-harness 0.4.13, hendrycks_math: what lies between the first and the last dollar sign, else
+                everything, of the text before any "Problem:"; compared as there, which is nearly is_equiv
     metamath    MetaMath, PiSSA and SORSA: what follows the last "The answer is: ", to the end of the sentence; is_equiv
 
 The data set is not shipped: `eval.py --benchmark math --data FILE` reads it, one JSON object per line.
@@ -25,7 +25,8 @@ from data.instructions import is_text, read_records
 def load(path):
     """(examples, source) of a .jsonl file (or a .json list) of MATH problems.
 
-    A record has a problem, an answer or a solution with a boxed one, and may have a subject (or type) and a level.
+    A record has a problem, an answer or a solution with a boxed one, and may have a subject (or type) and a level. In
+    MetaMath's own file the two are called instruction and output.
     An example is a dict of question, answer (the gold one, LaTeX), subject and level (text, or None). Raises
     FileNotFoundError for a missing file, ValueError naming the file and the record at fault.
     """
@@ -37,6 +38,8 @@ def example(record, where):
     """One record as an example; `where` names it in the ValueError raised when it is none."""
     record = record if isinstance(record, dict) else {}
     problem, solution, answer, level = (record.get(key) for key in ("problem", "solution", "answer", "level"))
+    if problem is None and solution is None:
+        problem, solution = record.get("instruction"), record.get("output")
     if not is_text(problem):
         raise ValueError(f"{where}: expected a JSON object with a non-empty text under 'problem'")
     answer = str(answer) if type(answer) in (int, float) else answer
@@ -89,14 +92,8 @@ def extract_answer(text):
 
 
 def extract_harness(text):
-    """lm-evaluation-harness. Flaw: there is always an answer, at worst the whole text."""
-    box = last_box(text)
-    if box is not None:
-        return box
-    start = text.find(r"\[")
-    end = text.find(r"\]", start + 3) if start >= 0 else -1
-    if end >= 0:
-        return text[start + 2:end].strip()
+    """lm-evaluation-harness. Flaws: no box is looked for; there is always an answer, at worst the whole text."""
+    text = text.partition("Problem:")[0]
     first, last = text.find("$"), text.rfind("$")
     return text[first + 1:last] if first < last else text
 
@@ -151,14 +148,31 @@ def brace_fractions(text):
     return done
 
 
-def is_equiv(prediction, answer):
+WHOLE = r"\s*[-+]?\d+(?:_\d+)*\s*"  # what Python reads as an int
+
+
+def normalise_harness(text):
+    """The normal form of lm-evaluation-harness: the data set's, less that a single slash must divide whole numbers: its
+    code fails at a/b."""
+    text = normalise(text)
+    if text.count("/") == 1 and not re.fullmatch(rf"{WHOLE}/{WHOLE}", text):
+        raise ValueError("not a quotient of whole numbers")
+    return text
+
+
+def is_equiv(prediction, answer, form=normalise):
     """The data set's own comparison: equal normal forms; equal texts where there is none. None equals nothing."""
     if prediction is None:
         return False
     try:
-        return normalise(prediction) == normalise(answer)
+        return form(prediction) == form(answer)
     except ValueError:
         return prediction == answer
+
+
+def is_equiv_harness(prediction, answer):
+    """The same with the normal form of lm-evaluation-harness."""
+    return is_equiv(prediction, answer, normalise_harness)
 
 
 GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"  # braces, with braces in them at most once
@@ -207,7 +221,7 @@ def equal(prediction, answer):
 
 
 RULES = {"answer": (extract_answer, equal), "is_equiv": (extract_answer, is_equiv),
-         "harness": (extract_harness, is_equiv), "metamath": (extract_metamath, is_equiv)}
+         "harness": (extract_harness, is_equiv_harness), "metamath": (extract_metamath, is_equiv)}
 
 
 def score(completion, answer):

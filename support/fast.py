@@ -22,6 +22,7 @@ Shapes: B rows, T tokens, S cached slots, H query heads, K key/value heads, D he
 """
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import shutil
@@ -43,16 +44,17 @@ plain_attention = decoder.attention  # kept, as switch_on puts another in its pl
 CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 100 MB
 
 
-def switch_on(names=None, device="cpu"):
-    """From here on, in this process, what is in NAMES is used: all of it, or what is given."""
+def switch_on(names=None, chosen=None, device="auto"):
+    """From here on, in this process, what is in NAMES is used: all of it, or what is given. `chosen`: the `products` of
+    the process that this one goes on for. device: as --device names it; on a GPU there is nothing to choose."""
     names = NAMES if names is None else names
     for name, (owner, attribute, _, fast) in FORMS.items():
         if name in names:
             setattr(owner, attribute, fast)
     if "malloc" in names:
         keep_freed_memory()
-    if "onednn" in names and torch.device(device).type == "cpu":
-        fast_products()
+    if "onednn" in names and (str(device) == "cpu" or not torch.cuda.is_available()):
+        fast_products(chosen)
 
 
 def switch_off():
@@ -84,6 +86,11 @@ def has_onednn_switch():
     return hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
 
 
+def products():
+    """Who multiplies fp32 matrices on a CPU: "bf16" is oneDNN, "ieee" or "none" MKL, None a torch without the switch."""
+    return torch.backends.mkldnn.matmul.fp32_precision if has_onednn_switch() else None
+
+
 @contextlib.contextmanager
 def onednn(precision):
     """A block in which oneDNN multiplies fp32 matrices on a CPU ("bf16") or not ("ieee"); what was set is set again."""
@@ -98,41 +105,73 @@ def onednn(precision):
         products.fp32_precision = before
 
 
-def fast_products():
-    """Let oneDNN multiply fp32 matrices on the CPU where it is as exact as torch's default, MKL, and clearly faster.
+def fast_products(chosen=None):
+    """Let oneDNN multiply fp32 matrices on the CPU where it is as exact as torch's default, MKL, and clearly faster, or
+    where it was `chosen` before: "bf16", and not "ieee".
 
     MKL has a slow path for CPUs that are not Intel's: on an AMD one oneDNN is twice as fast. Its switch also permits
-    rounding to bf16, which it makes use of on some CPUs: so one product is checked against fp64, and timed, by the time
-    of one thread alone, so that other processes do not change the choice.
+    rounding to bf16, which it makes use of on some CPUs: so one product is checked against fp64, and timed.
     """
     if not has_onednn_switch():
         return
-    a = torch.rand(512, 512, generator=torch.Generator()) - 0.5
-    exact, times, threads = a.double() @ a.double(), {"ieee": [], "bf16": []}, torch.get_num_threads()
-    products = {}
+    a = trial_matrix()
+    exact = a.double() @ a.double()
+
+    def product(precision):
+        with onednn(precision):
+            return a @ a
+
+    is_exact = (product("bf16") - exact).norm() < 1e-6 * exact.norm()
+    if chosen not in ("ieee", "bf16"):
+        times = trial({precision: functools.partial(product, precision) for precision in ("ieee", "bf16")})
+        chosen = "bf16" if times["bf16"] <= 0.75 * times["ieee"] else "ieee"
+    torch.backends.mkldnn.matmul.fp32_precision = chosen if is_exact else "ieee"
+
+
+def bf16_pays():
+    """Whether this CPU multiplies bf16 matrices at 1.5 times the speed of fp32 ones, or faster: some have units for
+    them (avx512_bf16, AMX), on others they take several times as long."""
+    a = trial_matrix()
+    b = a.bfloat16()
+    times = trial({"fp32": lambda: a @ a, "bf16": lambda: b @ b})
+    return 1.5 * times["bf16"] <= times["fp32"]
+
+
+def trial_matrix():
+    """(512, 512) in +-0.5: a product of it takes a few milliseconds."""
+    return torch.rand(512, 512, generator=torch.Generator()) - 0.5
+
+
+def trial(products):
+    """{name: seconds} of the functions {name: product}: the least of six calls in turns, by the time of one thread
+    alone, so that other processes do not change which is faster."""
+    times, threads = {name: [] for name in products}, torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        for precision in 6 * ("ieee", "bf16"):
-            with onednn(precision):
-                started = time.thread_time()
-                products[precision] = a @ a
-                times[precision].append(time.thread_time() - started)
+        for name in 6 * [*products]:
+            started = time.thread_time()
+            products[name]()
+            times[name].append(time.thread_time() - started)
     finally:
         torch.set_num_threads(threads)
-    is_exact = (products["bf16"] - exact).norm() < 1e-6 * exact.norm()
-    is_faster = min(times["bf16"]) <= 0.75 * min(times["ieee"])
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if is_exact and is_faster else "ieee"
+    return {name: min(taken) for name, taken in times.items()}
 
 
-def plain_fp32(x):
-    """Whether x is fp32 on a CPU, in code that torch.compile is not looking at."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+def eager_on_cpu(x):
+    """Whether x is fp32 or bf16 on a CPU, in code that torch.compile is not looking at."""
+    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+            and not torch.compiler.is_compiling())
+
+
+def wide(x):
+    """x, as fp32 if it is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def onednn_multiplies(x):
-    """Whether `fast_products` gave the products of x to oneDNN. It is slow at small ones, of which torch's attention
-    consists."""
-    return plain_fp32(x) and has_onednn_switch() and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    """Whether oneDNN takes the products of x: bf16 ones always, fp32 ones where `fast_products` has given them to it.
+    It is slow at small ones, of which torch's attention consists."""
+    return eager_on_cpu(x) and (x.dtype == torch.bfloat16 or products() == "bf16")
 
 
 # Where an autograd.Function has changed its result in place, it returns a view of it: torch.compile of torch 2.11 would
@@ -184,7 +223,8 @@ class AttentionInPieces(torch.autograd.Function):
     """Causal attention over whole rows, a few of them at a time, and of long ones some of the queries.
 
     The scores of a piece stay in the processor's cache, keys that come after all its queries are left out, and the
-    weights P are computed again in the backward pass: nothing of size T x T outlives its piece. With g = dL/dy
+    weights P are computed again in the backward pass: nothing of size T x T outlives its piece. A piece is computed in
+    fp32, whatever q, k and v are. With g = dL/dy
 
         dv = P^T g      dS = P * (g v^T - sum(g * y)) / sqrt(D)      dq = dS k      dk = dS^T q
     """
@@ -192,8 +232,10 @@ class AttentionInPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         y = q.new_empty(q.shape)
-        for queries, keys in pieces(q):
-            y[queries] = (attention_weights(q[queries], k[keys]) @ v[keys]).view(y[queries].shape)
+        with torch.autocast("cpu", enabled=False):
+            for queries, keys in pieces(q):
+                P = attention_weights(wide(q[queries]), wide(k[keys]))  # (b, K, H/K * t, S)
+                y[queries] = (P @ wide(v[keys])).view(y[queries].shape)
         ctx.save_for_backward(q, k, v, y)
         return y
 
@@ -201,16 +243,17 @@ class AttentionInPieces(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         q, k, v, y = ctx.saved_tensors
-        dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        dq, dk, dv = q.new_empty(q.shape), torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
         for queries, keys in pieces(q):
-            P = attention_weights(q[queries], k[keys])  # (b, K, H/K * t, S)
-            q_piece, g_piece, y_piece = (folded(x[queries], k) for x in (q, g, y))  # (b, K, H/K * t, D)
+            k_piece, v_piece = wide(k[keys]), wide(v[keys])  # (b, K, S, D)
+            P = attention_weights(wide(q[queries]), k_piece)  # (b, K, H/K * t, S)
+            q_piece, g_piece, y_piece = (folded(wide(x[queries]), k) for x in (q, g, y))  # (b, K, H/K * t, D)
             dv[keys] += P.mT @ g_piece
-            dS = g_piece @ v[keys].mT  # (b, K, H/K * t, S)
+            dS = g_piece @ v_piece.mT  # (b, K, H/K * t, S)
             dS.sub_((g_piece * y_piece).sum(-1, keepdim=True)).mul_(P).mul_(q.shape[-1] ** -0.5)
-            dq[queries] = (dS @ k[keys]).view(dq[queries].shape)
+            dq[queries] = (dS @ k_piece).view(dq[queries].shape)
             dk[keys] += dS.mT @ q_piece
-        return dq, dk, dv
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def pieces(q):
@@ -244,32 +287,33 @@ def attention_weights(q, k):
 
 def norm_forward(self, x):
     """model.RMSNorm's forward."""
-    if plain_fp32(x):
+    if eager_on_cpu(x):
         return LeanRMSNorm.apply(x, self.weight, self.eps)
     return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # a GPU has one kernel for it
 
 
 class LeanRMSNorm(torch.autograd.Function):
-    """RMSNorm in fp32, keeping x and 1 / rms alone. With g = dL/dy and u = g * weight
+    """RMSNorm, computed in fp32, keeping x and 1 / rms alone. With g = dL/dy and u = g * weight
 
         dx = u / rms - x sum(u * x) / (d rms^3)      d weight = sum(g * x / rms)
     """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        inverse = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1] + eps).rsqrt_()  # (..., 1)
+        length = torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True)  # (..., 1)
+        inverse = (length.square_() / x.shape[-1] + eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
-        y = (x * inverse).mul_(weight)
+        y = (x * inverse).to(x.dtype).mul_(weight)
         return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, weight, inverse = ctx.saved_tensors
-        u = g * weight
+        u = wide(g * weight)
         along = (u * x).sum(-1, keepdim=True).mul_(inverse ** 3 / x.shape[-1])  # (..., 1)
-        d_weight = (g * x * inverse).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return u.mul_(inverse).addcmul_(x, along, value=-1), d_weight, None
+        d_weight = (g * (x * inverse)).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return u.mul_(inverse).addcmul_(x, along, value=-1).to(x.dtype), d_weight, None
 
 
 def mlp_forward(self, x):
@@ -316,13 +360,12 @@ class FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
             logits = (hidden[rows] @ head.T).float()  # (chunk, V)
-            logits -= logits.amax(dim=1, keepdim=True)
-            at_target = logits.gather(1, targets[rows, None])  # (chunk, 1)
-            total = logits.exp_().sum(dim=1, keepdim=True)  # (chunk, 1)
-            loss = loss + (total.log() - at_target).sum()
+            log_p, target = torch.log_softmax(logits, dim=1, out=logits), targets[rows, None]  # (chunk, V), (chunk, 1)
+            loss = loss - log_p.gather(1, target).sum()
             if ctx.needs_input_grad[0]:
-                logits.div_(total).scatter_add_(1, targets[rows, None], torch.full_like(total, -1.0))
-                gradient[rows] = logits.to(head.dtype) @ head
+                p = log_p.exp_()
+                p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+                gradient[rows] = p.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
         return loss
 

@@ -3,8 +3,9 @@
     adapter.NAME      what the method added and what trains (for full fine-tuning: every parameter)
     KEY.NAME          what the optimizer keeps of each trained parameter: for AdamW exp_avg, exp_avg_sq and step
     rng, rng.cuda     torch's random state
-    metadata          method and settings of the adapter, name and checksum of the base, and as JSON: the flags of the
-                      run, a checksum of its examples, the optimizer, the step, what was measured so far
+    metadata          method and settings of the adapter, name and identity of the base, and as JSON: the flags of the
+                      run, a checksum of its examples, the optimizer, the step, what was measured so far, and which
+                      library multiplied fp32 matrices
 
 The order of the data follows from the seed and the step. The file is written whole or not at all; like any
 file that is loaded here it cannot run code, and is believed only as far as it can be checked.
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 import adapter
+from support import fast
 from weights import adapter_file
 from weights.files import fault, json_object
 from weights.safetensors import read_safetensors, write_safetensors
@@ -49,6 +51,7 @@ class Saved:
     progress: Progress
     data_sha256: str
     base_sha256: str
+    products: str | None  # fast.products()
 
 
 def save(path, model, optimizer, base, flags, data_sha256, progress):
@@ -62,7 +65,8 @@ def save(path, model, optimizer, base, flags, data_sha256, progress):
     tensors["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    run = {"flags": flags, "data_sha256": data_sha256, "optimizer": kind_of(optimizer), "progress": asdict(progress)}
+    run = {"flags": flags, "data_sha256": data_sha256, "optimizer": kind_of(optimizer), "progress": asdict(progress),
+           "products": fast.products()}
     write_safetensors(path, tensors, {"adapter": json.dumps(model.adapter_config), "base_name": base.name,
                                       "base_sha256": base.sha256, "run": json.dumps(run)})
 
@@ -85,14 +89,16 @@ def read(folder):
     flags, progress = run.get("flags"), read_progress(run.get("progress"))
     if not isinstance(flags, list) or not all(isinstance(flag, str) and flag[:2] == "--" for flag in flags):
         raise fault(path, "its flags are no flags", AGAIN)
-    if progress is None or not isinstance(run.get("data_sha256"), str) or not isinstance(run.get("optimizer"), str):
+    texts = run.get("data_sha256"), run.get("optimizer"), run.get("products") or ""
+    if progress is None or not all(isinstance(text, str) for text in texts):
         raise fault(path, "its progress is none", AGAIN)
     kinds = {"adapter": {}, "rng": {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         kinds.setdefault(kind, {})[rest] = tensor
     return Saved(flags, config, kinds.pop("adapter"), run["optimizer"], rng=kinds.pop("rng"), state=kinds,
-                 progress=progress, data_sha256=run["data_sha256"], base_sha256=metadata.get("base_sha256", ""))
+                 progress=progress, data_sha256=run["data_sha256"], base_sha256=metadata.get("base_sha256", ""),
+                 products=run.get("products"))
 
 
 def read_progress(record):
@@ -120,7 +126,7 @@ def attach(folder, saved, base, data_sha256):
     for what, now, then in (("model", base.sha256, saved.base_sha256), ("data", data_sha256, saved.data_sha256)):
         if now != then:
             raise fault(path, f"the run began with another {what} (sha256 {then[:12]}..., now {now[:12]}...)",
-                        f"name that one with --{what}")
+                        f"name that one with --{what}, as it was then")
     adapter_file.attach_saved(base.model, path, saved.adapter, saved.config)
 
 

@@ -7,18 +7,22 @@ import sys
 
 import torch
 
+from support import fast
 from weights.files import atomic_write
 
 
-def choose_device(device, dtype=None):
-    """(device, dtype of frozen weights): CUDA and bf16 where there is a GPU, else CPU and fp32, or as told."""
+def choose_device(device, dtype="auto", plain=False):
+    """(device, dtype of frozen weights), as told or by what is there: CUDA before the CPU, bf16 on a GPU and on a CPU
+    that is fast at it (which a `plain` run does not ask)."""
     here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if device == "auto":
         device = "cuda" if "cuda" in here else "cpu"
     if device not in here:
         raise ValueError(f"--device {device}: torch finds no such device here; choose auto, {', '.join(here)}")
-    default = "bfloat16" if device.startswith("cuda") else "float32"
-    return torch.device(device), getattr(torch, dtype or default)
+    if dtype == "auto":
+        pays = device.startswith("cuda") or not plain and fast.bf16_pays()
+        dtype = "bfloat16" if pays else "float32"
+    return torch.device(device), getattr(torch, dtype)
 
 
 class Help(argparse.HelpFormatter):

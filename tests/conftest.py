@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def plain_forms():
-    """What a script switches on for its process (support/fast.py) is not there in the next test."""
+def plain_forms(monkeypatch):
+    """What a script switches on for its process (support/fast.py) is not there in the next test; --dtype auto is fp32 on every CPU."""
+    monkeypatch.setattr(fast, "bf16_pays", lambda: False)
     yield
     fast.switch_off()
 

@@ -27,7 +27,7 @@ class Place:
     def __init__(self, folder, model):
         self.folder, self.model, self.data = folder, model, write_sums(folder / "data")
         self.common = ["--model", str(model), "--data", str(self.data), "--held-out", "8", "--batch", "4", "--device", "cpu",
-                       "--no-sample"]
+                       "--dtype", "float32", "--no-sample"]
         self.lora = self.flags("lora")
 
     def flags(self, method, *more):

@@ -72,6 +72,24 @@ def test_weight_plus_delta_is_the_original_weight(method, dtype, tolerance):
         assert layer.bias is bias and (bias is None or not bias.requires_grad)
 
 
+@pytest.mark.parametrize("method", ATTACHED)
+def test_the_base_is_rounded_once_after_attach(method):
+    """cast_frozen leaves what was added as it was, to the bit; the weights are those of fp32, PiSSA's and SORSA's residuals too, rounded
+    once: W_r + W_p misses W by the rounding of W_r alone."""
+    exact, cast = (attach(toy_model(), method) for _ in range(2))
+    adapter.cast_frozen(cast, torch.bfloat16)
+    added = adapter.state(cast)
+    for name, tensor in cast.state_dict().items():
+        expected = exact.state_dict()[name]
+        assert tensor.dtype == (torch.float32 if name in added else torch.bfloat16)
+        assert torch.equal(tensor, expected if name in added else expected.bfloat16())
+    assert cast(tokens()).dtype == torch.bfloat16
+    for (name, layer), W in zip(adapter.adapted_layers(cast), [linear.weight for _, linear in adapter.find_linears(toy_model(), adapter.TARGETS)]):
+        if not layer.unmergeable:
+            residual = W - layer.delta()
+            assert ((layer.weight.float() - residual).abs() <= residual.abs() * 2 ** -8 + 1e-6).all()
+
+
 @pytest.mark.parametrize("method", MERGEABLE)
 def test_forward_equals_weight_plus_delta(method):
     """The factored forward is that of the base model under weight + delta(), for arbitrary factors."""

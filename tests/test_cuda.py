@@ -13,7 +13,7 @@ from methods import METHODS
 # 28 cast factors and their gradients, 21 are sums, 18 rotate, 6 are SwiGLU's, 4 the norms', 2 attention's, 3 make heads
 # lie side by side. (torch 2.6 takes one more.)
 OPERATORS = {"full": (62, 45), "lora": (139, 42), "pissa": (139, 42), "sorsa": (195, 87), "sara": (181, 42),
-             "mosara": (279, 42), "cora": (125, 42), "cora-init": (139, 42), "lotr": (195, 42)}
+             "mosara": (293, 42), "cora": (125, 42), "cora-init": (139, 42), "lotr": (195, 42)}
 WAITS_IN_A_STEP = set()  # for which the host stops until the GPU has caught up
 
 

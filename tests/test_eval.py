@@ -3,15 +3,22 @@ import json
 import shutil
 
 import pytest
+import torch
 
+import adapter
 import eval as evaluation
 import train
 from data import gsm8k, prompting
 from data.practice import practice
+from methods import METHODS
 from support import fast
+from tests.runs import Stopped, begin, go_on, stopping
 from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
-from tests.toy import write_sums
+from tests.toy import attach, perturb, same, toy_model, write_sums
+from tests.weights.test_huggingface import edit_json, write_folder
 from tools import export
+from weights import adapter_file, base_model
+from weights.safetensors import read_safetensors
 
 
 def train_tiny(tiny_gguf, data, out, *flags):
@@ -106,7 +113,7 @@ def test_math_is_counted_in_total_by_subject_and_by_level(tiny_gguf, math_file, 
     """With completions that are known, so are all printed figures: 2 of 3, by subject 1 of 2 and 1 of 1, by level 2 of 2 and 0 of 1."""
     known(["So $\\boxed{4}$.", "The answer is: 2", "The answer is: $4.0$."])
     summary = evaluate("--model", tiny_gguf, "--benchmark", "math", "--data", math_file, "--out", tmp_path)
-    assert summary["accuracy"] == {"answer": 2 / 3, "is_equiv": 1 / 3, "harness": 1 / 3, "metamath": 0} and summary["max_new"] == 1024
+    assert summary["accuracy"] == {"answer": 2 / 3, "is_equiv": 1 / 3, "harness": 0, "metamath": 0} and summary["max_new"] == 1024
     assert summary["standard_error"]["answer"] == pytest.approx((2 / 27) ** 0.5)
     assert summary["by_subject"] == {"Algebra": {"n": 2, "accuracy": 0.5}, "Geometry": {"n": 1, "accuracy": 1}}
     assert summary["by_level"] == {"1": {"n": 2, "accuracy": 1}, "5": {"n": 1, "accuracy": 0}}
@@ -148,6 +155,49 @@ def test_the_prompt_is_that_of_the_run(run, made, math_file, known):
     prompts = known([" 1"] * 3)
     evaluate(run, "--benchmark", "math", "--data", math_file, "--template", "alpaca-steps")
     assert prompts[1] == prompting.prompt("Solve $2x=1$.", template="alpaca") + " Let's think step by step."
+
+
+@pytest.mark.parametrize("flags, skipped", [([], 2), (["--max-new", 150], 3), (["--limit", 3], 1)])
+def test_a_question_too_long_for_the_context_is_skipped(flags, skipped, run, tmp_path, capsys):
+    """It is counted, said, and wrong by every rule; all others are answered as they are without it. The model has room for 256
+    tokens, one for each letter here."""
+    questions = ["What is 1+1?", "a" * 400, "What is 2+1?", "b" * 90, "c" * 5000]
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"question": question, "answer": "#### 2"}) for question in questions]
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(lines))
+    summary = evaluate(run, "--data", tmp_path / "data", "--max-new", 100, *flags)
+    records = predictions(run)
+    assert summary["n"] == len(records) == (3 if "--limit" in flags else 5) and summary["skipped"] == skipped
+    assert [record["question"] for record in records] == questions[:len(records)]
+    out = [record for record in records if record["finish"] == "skipped"]
+    assert len(out) == skipped and all(record["completion"] == "" and record["new_tokens"] == 0 for record in out)
+    assert not any(score["correct"] for record in out for score in record["scores"].values())
+    said = capsys.readouterr().out
+    assert f"skipped: {skipped} questions that do not fit the model's context with {summary['max_new']} new tokens" in said
+    evaluate("--model", json.loads((run / "result.json").read_text())["model"], "--data", tmp_path / "data", "--limit", 1, "--max-new", 9)
+
+
+def test_where_no_question_fits_nothing_is_measured(run, made):
+    """All too long, as with too many new tokens: an error that says what to lower, and no file."""
+    with pytest.raises(ValueError, match="do not fit the model's context of 256: lower --max-new"):
+        evaluate(run, "--max-new", 240)
+    assert not (run / "eval.json").exists()
+
+
+@pytest.mark.parametrize("benchmark, name, record, gold", [
+    ("math", "MATH_test.jsonl", {"idx": "a", "instruction": "What is $1+1$?", "output": r"It is $\boxed{2}$.", "type": "Algebra"}, "2"),
+    ("gsm8k", "GSM8K_test.jsonl", {"query": "What is 1+1?", "response": "1+1=2\n#### 2"}, "2"),
+    ("gsm8k", "data/test.jsonl", {"query": "What is 1+1?", "response": "1+1=2\n#### 2"}, "2")])
+def test_metamaths_own_files_are_read(benchmark, name, record, gold, tiny_gguf, tmp_path, known):
+    """The files of its evaluators, under their names and in a folder as GSM-8K's."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record) + "\n")
+    prompts = known([r"The answer is: 2"])
+    data = path.parent if name == "data/test.jsonl" else path
+    summary = evaluate("--model", tiny_gguf, "--benchmark", benchmark, "--data", data, "--out", tmp_path)
+    assert prompts == [prompting.prompt(record.get("query") or record["instruction"])] and summary["accuracy"]["metamath"] == 1
+    assert [r["gold"] for r in predictions(tmp_path, f"predictions{'-math' * (benchmark == 'math')}.jsonl")] == [gold]
 
 
 def test_progress_is_printed(run, monkeypatch, capsys):
@@ -234,3 +284,51 @@ def test_an_adapter_on_another_base_must_be_forced(run, tmp_path, capsys):
             command()
         command("--force")
     assert "other.gguf, method" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_rounded_once(method, tiny_gguf, tmp_path):
+    """In bf16 a merged weight is the fp32 sum rounded, in eval.py as in export. What can't be merged keeps fp32 factors beside
+    weights in bf16."""
+    base = base_model.load(str(tiny_gguf))
+    perturb(attach(base.model, method), 0.05)
+    (tmp_path / "run").mkdir()
+    adapter_file.save(base.model, tmp_path / "run" / "adapter.safetensors", base.name, base.sha256)
+    args = evaluation.parse_arguments([str(tmp_path / "run")])
+    evaluated = evaluation.load_for_eval(args, torch.device("cpu"), torch.bfloat16)[0].model
+    if method == "mosara":
+        fp32 = base.model.state_dict()
+        for name, tensor in evaluated.state_dict().items():
+            assert tensor.dtype == (torch.float32 if name in adapter.state(base.model) else torch.bfloat16)
+            assert torch.equal(tensor, fp32[name].to(tensor.dtype))
+        assert evaluated(torch.tensor([[5, 6]])).dtype == torch.bfloat16
+        return
+    adapter.merge(base.model)
+    once = {name: tensor.bfloat16() for name, tensor in base.model.state_dict().items()}
+    assert same(evaluated.state_dict(), once)
+    export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", "hf", "--dtype", "bfloat16"])
+    written = read_safetensors(tmp_path / "out" / "model.safetensors")[0]
+    assert all(torch.equal(tensor, once[name]) for name, tensor in written.items()) and len(written) == len(once) - 1
+
+
+@pytest.mark.parametrize("file, change", [("config.json", {"rope_theta": 5e5}), ("tokenizer.json", {"normalizer": {"type": "NFC"}})])
+def test_a_base_with_the_same_weights_may_be_another(file, change, tmp_path, capsys):
+    """What is in a folder beside its weights decides too: a run, evaluated or resumed on it after a change there, is refused,
+    the one unless it is forced; in bf16 or in fp32 it is the same base."""
+    model = write_folder(tmp_path / "model", toy_model(vocab_size=320))
+    flags = ["--method", "lora", "--rank", "2", "--model", str(model), "--data", str(write_sums(tmp_path / "data")), "--batch", "4",
+             "--held-out", "4", "--steps", "2", "--save-every", "1", "--no-sample", "--device", "cpu"]
+    with stopping(1), pytest.raises(Stopped):
+        begin(flags, tmp_path / "half")
+    begin(flags, tmp_path / "run")
+    asking = [tmp_path / "run", "--ask", "?", "--max-new", 2]
+    evaluate(*asking, "--dtype", "bfloat16")
+    kept = (model / file).read_bytes()
+    edit_json(model / file, change)
+    with pytest.raises(ValueError, match="trained on another base model.*: other weights, numbers in config.json or tokenizer.*--force"):
+        evaluate(*asking)
+    evaluate(*asking, "--force")
+    with pytest.raises(ValueError, match="the run began with another model"):
+        go_on(tmp_path / "half")
+    (model / file).write_bytes(kept)
+    go_on(tmp_path / "half")

@@ -198,7 +198,7 @@ def build_adapter():
 def read_adapter(folder, name):
     base = small_base()
     with mock.patch.object(base_model, "load", lambda *_: base):
-        _, method = evaluation.load_run(folder / name, None, "cpu", torch.float32)
+        _, method = evaluation.load_run(folder / name, None)
     with torch.inference_mode():
         base.model(toy.tokens(1, 4, 20))
         adapter.relative_change(base.model)

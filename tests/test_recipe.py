@@ -82,7 +82,7 @@ def test_from_training_to_both_accuracies_and_out(llama2, tmp_path):
 
     export.main([str(run), str(tmp_path / "lora"), "--to", "peft"])
     base = transformers.AutoModelForCausalLM.from_pretrained(llama2, dtype=torch.float32)
-    theirs, ours = peft.PeftModel.from_pretrained(base, tmp_path / "lora"), evaluation.load_run(run, None, "cpu", torch.float32)[0]
+    theirs, ours = peft.PeftModel.from_pretrained(base, tmp_path / "lora"), evaluation.load_run(run, None)[0]
     ids = torch.tensor([ours.tokenizer.encode(prompting.prompt("How many?", template="alpaca"))])
     with torch.no_grad():
         assert (theirs(ids).logits - ours.model(ids)).abs().max() < 1e-4

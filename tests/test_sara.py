@@ -290,13 +290,14 @@ def test_router_of_rank_one_uses_the_ends_of_its_line_only():
 
 
 def test_mosara_dtypes():
-    """On a bf16 base U and Vt are bf16 too; the router and its softmax stay fp32, also under a caller's autocast."""
+    """On a bf16 base U and Vt stay fp32, and are cast where they meet x; the router and its softmax are fp32, also under a caller's
+    autocast."""
     host, x = linear_host()
     host, x = host.bfloat16(), x.bfloat16()
     sara.attach_mosara(host, targets=["0"])
     layer = perturb(host)[0]
-    assert layer(x).dtype == layer.weight.dtype == layer.U.dtype == layer.Vt.dtype == torch.bfloat16
-    h = x @ layer.Vt.T
+    assert layer(x).dtype == layer.weight.dtype == torch.bfloat16 and layer.U.dtype == layer.Vt.dtype == torch.float32
+    h = x @ layer.Vt.to(x).T
     gates = layer.gates(h)
     expected = (h.double() @ layer.W_g1.double() @ layer.W_g2.double()).softmax(-1)
     assert gates.dtype == torch.float32 and (gates - expected).abs().max() < 1e-6

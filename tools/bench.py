@@ -41,7 +41,7 @@ from weights import base_model
 
 ROOT = Path(__file__).parent.parent
 PEERS = ("peer", "strict", "tuned")
-DEVICE, DTYPE = choose_device("auto")
+DEVICE, _ = choose_device("auto", "float32")
 
 
 def matmul_rate(device, dtype, size=2048):
@@ -63,7 +63,8 @@ def seconds(work):
 
 
 def attach(model, args):
-    """Attach args.side to all seven projections, at --params or at --rank where the method has one."""
+    """Attach args.side to all seven projections, at --params or at --rank where the method has one, and round what is
+    frozen to --dtype."""
     function, fit = METHODS[args.side].attach, METHODS[args.side].fit
     options = {} if args.side == "full" else {"targets": adapter.TARGETS}
     if args.params and fit:
@@ -71,6 +72,7 @@ def attach(model, args):
     elif "rank" in arguments(function):
         options["rank"] = args.rank
     function(model, **options)
+    adapter.cast_frozen(model, frozen_dtype(args))
 
 
 def random_llama(args):
@@ -81,7 +83,7 @@ def random_llama(args):
                     intermediate_size=args.width * 43 // 16 if large else 4 * args.width,
                     num_hidden_layers=args.layers, num_attention_heads=heads // 2 if large else heads,
                     num_key_value_heads=heads // 2 if large else key_heads)
-    return random_weights(config, DTYPE, DEVICE)
+    return random_weights(config, frozen_dtype(args), DEVICE)
 
 
 def random_weights(config, dtype, device):
@@ -95,20 +97,27 @@ def random_weights(config, dtype, device):
     return model
 
 
-def loaded_model(args, weights=DTYPE):
-    """(model, tokenizer or None): --model, or a random one where --width is given."""
+def frozen_dtype(args):
+    """Of the frozen weights: --dtype, and fp32 where all of them train."""
+    return torch.float32 if args.side == "full" else getattr(torch, args.dtype)
+
+
+def loaded_model(args):
+    """(model, tokenizer or None): --model, or a random one where --width is given. (--model as it was loaded, before
+    `adapter.cast_frozen`.)"""
     if args.width:
         return random_llama(args), None
-    base = base_model.load(args.model, weights, DEVICE)
+    base = base_model.load(args.model, frozen_dtype(args), DEVICE)
     return base.model, base.tokenizer
 
 
-def peer_model(ours):
-    """transformers' model around the same weight tensors."""
+def peer_model(ours, dtype):
+    """transformers' model around the same weight tensors, rounded to dtype."""
     import transformers
     config = transformers.LlamaConfig(**vars(ours.config))
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
+    adapter.cast_frozen(ours.requires_grad_(False), dtype)
     model.load_state_dict(ours.state_dict(), assign=True)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(DEVICE)
@@ -134,7 +143,7 @@ def our_steps(args, model, encoded):
     model.model.recompute = args.recompute
     if args.compile:
         fast.compile_blocks(model, args.compile)
-    args.autocast = "bfloat16" if args.side == "full" and DTYPE == torch.bfloat16 else None
+    args.autocast = "bfloat16" if args.side == "full" and args.dtype == "bfloat16" else None
     args.multiple = fast.row_multiple(DEVICE, args.compile, model.config.max_position_embeddings)
     args.micro_batch = args.batch
     parameters = list(adapter.trainable(model).values())
@@ -153,7 +162,7 @@ def our_steps(args, model, encoded):
 def peer_steps(args, model, encoded):
     """The same in transformers + peft."""
     import peft
-    model = peer_model(model).train()
+    model = peer_model(model, frozen_dtype(args)).train()
     lora = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS))
     model = peft.get_peft_model(model, lora)
     if args.recompute:
@@ -166,7 +175,7 @@ def peer_steps(args, model, encoded):
         ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in chosen])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in chosen])
         labels = torch.tensor([[-100] * start + row[start:] + [-100] * (longest - len(row)) for row, start in chosen])
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DTYPE == torch.bfloat16):  # as their Trainer does
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # as their Trainer does
             loss = model(input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), labels=labels.to(DEVICE)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -186,9 +195,9 @@ def training_examples(args, model, tokenizer):
 def train_side(args):
     """Tokens per second, peak memory, GFLOP/s and the machine's own; a first step, on the largest batch, is not
     timed."""
-    model, tokenizer = loaded_model(args, torch.float32 if args.side == "full" else DTYPE)
+    model, tokenizer = loaded_model(args)
     encoded = training_examples(args, model, tokenizer)
-    limit = matmul_rate(DEVICE, DTYPE, 8192 if DEVICE.type == "cuda" else 2048)
+    limit = matmul_rate(DEVICE, getattr(torch, args.dtype), 8192 if DEVICE.type == "cuda" else 2048)
     steps = (peer_steps if args.side in PEERS else our_steps)(args, model, encoded)
     warm_up = seconds(lambda: next(steps))
     tokens = []
@@ -205,9 +214,9 @@ def train_side(args):
 def memory_side(args):
     """Peak memory of one training step on --batch rows of --length tokens, and how much of it is weights, and what
     AdamW keeps of the trained ones: itself, a gradient and two moments. The rest is activations and the program."""
-    model, tokenizer = loaded_model(args, torch.float32 if args.side == "full" else DTYPE)
+    model, tokenizer = loaded_model(args)
     ids = torch.randint(0, model.config.vocab_size, (args.length,)).tolist()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.numel() for p in model.parameters()) * frozen_dtype(args).itemsize
     args.steps = 0  # the one step that is not timed
     list((peer_steps if args.side in PEERS else our_steps)(args, model, [(ids, args.length // 3)] * args.batch))
     record = {"memory_gb": report.peak_memory(DEVICE), "weights_gb": 1e-9 * weights}
@@ -222,10 +231,10 @@ def memory_side(args):
 def generate_side(args):
     """Problems per second over the first test problems, zero-shot, greedy, and the texts; a warm-up comes first."""
     model, tokenizer = loaded_model(args)
-    model.eval().requires_grad_(False)
+    adapter.cast_frozen(model.eval().requires_grad_(False), frozen_dtype(args))
     examples = gsm8k.load(args.data, "test")[0][:args.problems]
     asked = [prompting.prompt(example["question"]) for example in examples]
-    peer = peer_model(model).eval() if args.side == "peer" else None
+    peer = peer_model(model, frozen_dtype(args)).eval() if args.side == "peer" else None
 
     def answer(texts, cap):
         if peer is None:
@@ -258,7 +267,7 @@ def init_side(args):
     model, _ = loaded_model(args)
     if args.side == "peer":
         import peft
-        plain = peer_model(model)
+        plain = peer_model(model, frozen_dtype(args))
         pissa = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS),
                                 init_lora_weights="pissa")
         return {"seconds": seconds(lambda: peft.get_peft_model(plain, pissa)), "memory_gb": report.peak_memory(DEVICE)}
@@ -275,7 +284,7 @@ def load_side(args):
     """Seconds to load the model, and how far memory rose above what it held before, in sizes of the loaded weights."""
     torch.ones(2, 2, device=DEVICE) @ torch.ones(2, 2, device=DEVICE)
     before, loaded = resident(), []
-    elapsed = seconds(lambda: loaded.append(base_model.load(args.model, DTYPE, DEVICE).model))
+    elapsed = seconds(lambda: loaded.append(base_model.load(args.model, frozen_dtype(args), DEVICE).model))
     size = 1e-9 * sum(p.numel() * p.element_size() for p in loaded[0].parameters())
     record = {"seconds": elapsed, "weights_gb": size}
     if DEVICE.type == "cpu":
@@ -285,10 +294,11 @@ def load_side(args):
 
 def merged_side(args):
     """Time of a forward pass of the merged model over the base's, in alternation: the median of 15 ratios."""
-    base, merged = (base_model.load(args.model, DTYPE, DEVICE).model for _ in range(2))
+    base, merged = (base_model.load(args.model, frozen_dtype(args), DEVICE).model for _ in range(2))
     args.side = "lora"
     attach(merged, args)
     adapter.merge(merged)
+    adapter.cast_frozen(base.requires_grad_(False), frozen_dtype(args))
     tokens = torch.randint(0, base.config.vocab_size, (args.batch, 128), device=DEVICE)
     with torch.inference_mode():
         times = [[seconds(lambda: model.model(tokens)) for model in (base, merged)] for _ in range(16)][1:]
@@ -344,7 +354,7 @@ DEFAULTS = {  # of the flags that mean something else in some commands
     "fast": {"batch": 16, "steps": 3, "problems": 64},
     "cost": {"batch": 8, "width": 576, "layers": 4}}
 COMMON = ("model", "data", "max_new")
-OPTIONS = (*COMMON, "rank", "params", "batch", "steps", "problems", "width", "layers", "length", "compile",
+OPTIONS = (*COMMON, "dtype", "rank", "params", "batch", "steps", "problems", "width", "layers", "length", "compile",
            "recompute", "leave_out")
 
 
@@ -383,7 +393,12 @@ def compare(rounds, key, first, other):
 
 
 def plan(args):
-    """[(command, side, options that differ from those given)] of one round."""
+    """[(command, side, options that differ from those given)] of one round: each in every --dtype."""
+    return [(what, side, {"dtype": dtype, **case}) for what, side, case in cases(args) for dtype in args.dtype]
+
+
+def cases(args):
+    """[(command, side, options that differ from those given)] of one round, less the dtype."""
     if args.what == "fast":
         return list(without_each(args))
     if args.what == "cost":
@@ -399,7 +414,7 @@ def bench(args):
     for number, (what, side, case) in itertools.product(range(args.rounds), plan(args)):
         chosen = {**options, **case}
         record = {"what": what, "side": side, "round": number, **case, **run_side(side_arguments(what, side, chosen))}
-        rounds.setdefault(side, []).append(record)
+        rounds.setdefault(side if len(args.dtype) == 1 else f"{side} {case['dtype']}", []).append(record)
         named = ", ".join(f"{key} {value}" for key, value in case.items() if value not in (None, False))
         print(f"round {number + 1}  {side:<9}  {named}{'  ' * bool(named)}{row(record)}", flush=True)
         kept = {key: value for key, value in record.items() if key != "texts"}
@@ -419,9 +434,9 @@ def print_ratios(what, rounds):
     for other in others if keys else ():
         ratios = [f"{key.replace('_', ' ')} {compare(rounds, key, first, other)}" for key in keys]
         print(f"{first} / {other}: {', '.join(ratios)}")
-    if what == "generate" and others:
-        same = [a == b for a, b in zip(rounds["ours"][0]["texts"], rounds["peer"][0]["texts"])]
-        print(f"the same text: {sum(same)} of {len(same)} problems")
+        if what == "generate":
+            same = [a == b for a, b in zip(rounds[first][0]["texts"], rounds[other][0]["texts"])]
+            print(f"the same text: {sum(same)} of {len(same)} problems")
 
 
 def device_name():
@@ -437,6 +452,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--methods", nargs="+", choices=list(METHODS),
                         help="ours, for train, memory, init (default: lora); the peer is LoRA (init: PiSSA)")
     parser.add_argument("--model", default=base_model.DEFAULT_MODEL)
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), help="of the frozen weights, one after "
+                        "the other where there are two (default: bfloat16 on a GPU, else float32)")
     parser.add_argument("--data", default="auto")
     parser.add_argument("--rank", type=positive, help="(default: 16)")
     parser.add_argument("--params", type=amount, help="a budget instead, as in train.py")
@@ -456,11 +473,14 @@ def parse_arguments(argv=None):
     parser.add_argument("--results", type=Path, default=Path("results/bench.jsonl"))
     args = parser.parse_args(argv)
     if args.side is None:
-        for name, value in {"rounds": 1, "rank": 16, "length": 256, **DEFAULTS.get(args.what, {})}.items():
+        dtype = ["bfloat16" if DEVICE.type == "cuda" else "float32"]
+        for name, value in {"rounds": 1, "rank": 16, "length": 256, "dtype": dtype, **DEFAULTS.get(args.what, {})}.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
         if args.peer and args.what not in ("train", "generate", "init", "memory"):
             parser.error("--peer is for train, generate, init and memory")
+    else:
+        args.dtype, = args.dtype or ["float32"]
     return args
 
 
@@ -472,7 +492,7 @@ def main():
     if args.side is None:
         return bench(args)
     if args.side not in PEERS[:2]:
-        fast.switch_on([name for name in fast.NAMES if args.leave_out not in (name, "all")], DEVICE)
+        fast.switch_on([name for name in fast.NAMES if args.leave_out not in (name, "all")])
     print(json.dumps(SIDES[args.what](args)))
 
 

@@ -79,7 +79,8 @@ def write_hf(base, folder):
         eos = base.tokenizer.decode([eos_id])
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos})
     fields.pop("torch_dtype", None)  # the older name of dtype
-    write_json(folder / "config.json", {**fields, "dtype": str(base.model.lm_head.weight.dtype).rpartition(".")[2]})
+    write_json(folder / "config.json", {**fields, "dtype": str(base.model.lm_head.weight.dtype).rpartition(".")[2],
+                                        "tie_word_embeddings": base.model.config.tie_word_embeddings})
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -100,16 +101,16 @@ def main(argv=None):
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise ValueError(f"{args.folder} is not an empty folder: name another")
     check_folder(args.folder, "DIR")
-    dtype = getattr(torch, args.dtype if args.to == "hf" else "float32")
     if args.run is None:
-        base, method = base_model.load(args.model, dtype), "no method"
+        base, method = base_model.load(args.model), "no method"
     else:
-        base, method = load_run(args.run, args.model, torch.device("cpu"), dtype, args.force)
+        base, method = load_run(args.run, args.model, args.force)
     for name, layer in adapter.adapted_layers(base.model):
         if layer.unmergeable:
             raise ValueError(f"{name} cannot be exported: {layer.unmergeable}; eval.py takes the run as it is")
     if args.to == "hf":
         adapter.merge(base.model)
+        adapter.cast_frozen(base.model.requires_grad_(False), getattr(torch, args.dtype))  # rounded once, after the merge
         args.folder.mkdir(parents=True, exist_ok=True)
         write_hf(base, args.folder)
     else:

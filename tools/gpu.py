@@ -27,7 +27,7 @@ from model import Config
 from support import fast, report, run_folder
 from support.generate import generate, generate_batch
 from support.script import Parser, above_zero, run_script
-from tools.bench import (DEVICE, DTYPE, PEERS, ROOT, attach, device_name, matmul_rate, our_steps, peer_steps,
+from tools.bench import (DEVICE, PEERS, ROOT, attach, device_name, matmul_rate, our_steps, peer_steps,
                          random_weights, seconds)
 from weights import adapter_file, base_model
 from weights.files import read_json
@@ -39,6 +39,7 @@ LENGTHS = ((71, 30), (95, 40), (103, 42), (109, 44), (114, 46), (119, 47), (123,
            (177, 63), (182, 62), (186, 65), (190, 65), (195, 67), (201, 70), (206, 69), (211, 70), (217, 71), (222, 71),
            (228, 74), (234, 77), (242, 78), (250, 82), (260, 83), (272, 89), (285, 87), (301, 92), (322, 93), (351, 97),
            (505, 138))
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 DATA = "random tokens, rows of GSM-8K's lengths"
 EPOCH, PROBLEMS = 7468, 1319
 LEAST = 10  # seconds: no part is begun with less
@@ -88,8 +89,8 @@ def note(args, part, values):
 
 def settings(side, batch, **more):
     """The arguments that bench's steps take."""
-    return argparse.Namespace(**{"side": side, "batch": batch, "params": None, "rank": 16, "recompute": False,
-                                 "compile": None, **more})
+    return argparse.Namespace(**{"side": side, "batch": batch, "dtype": str(DTYPE).removeprefix("torch."),
+                                 "params": None, "rank": 16, "recompute": False, "compile": None, **more})
 
 
 def clean():
@@ -164,16 +165,18 @@ def correct(task):
         for dtype in (torch.float32, torch.bfloat16):
             weights = torch.float32 if method == "full" else dtype
             autocast = "bfloat16" if weights != dtype else None
-            model = fresh(weights, DEVICE)
+            model = fresh(torch.float32, DEVICE)
             adapter_file.attach_saved(model, Path("the CPU's"), state, dict(reference.adapter_config))
+            adapter.cast_frozen(model, weights)
             found, g = gradient(model, examples, autocast)
             result[str(dtype).removeprefix("torch.")] = [abs(found / loss - 1), distance(g, exact)]
         losses = few_steps(model, method, examples, autocast)
         ids = torch.tensor([examples[0][0]], device=DEVICE)
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             adapter_file.save(model, Path(folder) / "x.safetensors")
-            loaded, logits = fresh(weights, DEVICE), model(ids).float()
+            loaded, logits = fresh(torch.float32, DEVICE), model(ids).float()
             adapter_file.load(loaded, Path(folder) / "x.safetensors")
+            adapter.cast_frozen(loaded, weights)
             result["loaded"] = distance(loaded(ids).float(), logits)
             if method != "mosara":
                 adapter.merge(model)
@@ -390,7 +393,7 @@ def main(argv=None):
     args.results = args.results.resolve()
     if args.part:
         if args.part != "peers":
-            fast.switch_on(device=DEVICE)
+            fast.switch_on()
         return PARTS[args.part][0](Task(args.part, args))
     deadline = time.monotonic() + 60 * args.minutes
     args.results.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """An adapter in a safetensors file: its tensors, and as metadata its method with its settings and what base it is for.
 
     adapter          JSON: {"method": "sorsa", "rank": 16, ...}, the arguments that attach would need to do it again
-    base_name, base_sha256
+    base_name, base_sha256      name and identity of the base (see base_model.identity)
 """
 import inspect
 import json
@@ -31,13 +31,14 @@ def save(model, path, base_name="", base_sha256=""):
 def load(model, path, base_sha256="", force=False):
     """Attach the method named in the file to a fresh base `model` and fill in its tensors. Returns the config.
 
-    Raises ValueError if the file is no adapter, if it belongs to another base (both checksums known and different;
+    Raises ValueError if the file is no adapter, if it belongs to another base (both identities known and different;
     `force` takes it all the same), or if its tensors are not exactly those that the method has on this model.
     """
     tensors, config, name, sha256 = read(path)
     if sha256 and base_sha256 and sha256 != base_sha256 and not force:
         raise fault(path, f"this adapter was trained on another base model ({name}, sha256 {sha256[:12]}...; the one "
-                          f"given has {base_sha256[:12]}...)", "load that base, or force it on this one (--force)")
+                          f"given has {base_sha256[:12]}...: other weights, numbers in config.json or tokenizer)",
+                    "load that base, or force it on this one (--force)")
     attach_saved(model, path, tensors, config, force)
     return config
 

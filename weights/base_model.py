@@ -1,8 +1,10 @@
 """The base model by its name: the default model, fetched once, a GGUF file, a folder in Hugging Face layout, a hub id.
 
-`load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, in the dtype asked for, one at
-a time, each let go before the next is read: no second copy of the weights exists. Nothing read here can run code.
+`load(name)` gives the model with its tokenizer. Tensors arrive under Hugging Face names, one at a time, each let go
+before the next is read: no second copy of the weights exists. Nothing read here can run code.
 """
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +36,7 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 # ---- the model by its name ----
 
 class Base(NamedTuple):
-    """What `load` returns: the model, its tokenizer, its name (for a file, the whole path), its file's checksum."""
+    """What `load` returns: the model, its tokenizer, its name (for a file, the whole path), its `identity`."""
     model: Model
     tokenizer: Tokenizer
     name: str
@@ -42,6 +45,9 @@ class Base(NamedTuple):
 
 def load(name, dtype=torch.float32, device="cpu"):
     """The model and tokenizer called `name` -> Base. All parameters require gradients; the methods freeze.
+
+    Nothing is rounded: tensors that the file holds in `dtype` stay so, all others become fp32. `adapter.cast_frozen`
+    rounds to `dtype` what does not train, once the method has taken from it what it needs.
 
     name is DEFAULT_MODEL, the path of a GGUF file of a Llama-type model or of a folder in Hugging Face layout, or a hub
     id, which is fetched once. Raises ValueError or FileNotFoundError for another name, ConnectionError where the hub
@@ -52,14 +58,34 @@ def load(name, dtype=torch.float32, device="cpu"):
     if name == DEFAULT_MODEL:
         check_default(path, digest)
     config, tokenizer, tensors = (read_folder if path.is_dir() else read_gguf_model)(path)
-    weights = {name: weight.to(device, dtype).contiguous() for name, weight in tensors}
+    weights = {name: weight.to(device, dtype if weight.dtype == dtype else torch.float32).contiguous()
+               for name, weight in tensors}
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model = empty_model(config)
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie()
     named = name == DEFAULT_MODEL or is_hub_id(str(name)) and not Path(name).is_dir()
-    return Base(model, tokenizer, name if named else str(path.resolve()), digest)
+    return Base(model, tokenizer, name if named else str(path.resolve()), identity(path, digest, config, tokenizer))
+
+
+def identity(path, digest, config, tokenizer):
+    """The checksum of all that decides a base's logits and ids, whatever dtype it is loaded in.
+
+    Of a GGUF file it is the file's own, `digest`: everything is in there. Of a folder it is taken over `digest`, that
+    of the weights, the numbers of the config as they were settled, what tokenizer.json says about ids, and the ids that
+    a text begins and an answer ends with. Defaults are left out: they stay the same when a later version knows more.
+    """
+    if not path.is_dir():
+        return digest
+    numbers = {field.name: getattr(config, field.name) for field in fields(config)
+               if getattr(config, field.name) != field.default and field.name != "max_position_embeddings"}
+    described = read_json(path / "tokenizer.json")
+    vocabulary = {key: value for key, value in described["model"].items() if value not in (None, False)}
+    vocabulary["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in vocabulary["merges"]]
+    steps = [described.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor")]
+    everything = [digest, numbers, vocabulary, steps, tokenizer.bos, tokenizer.eos_id]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 def empty_model(config):
@@ -93,14 +119,21 @@ def read_folder(folder):
         raise fault(folder, f"{config.num_hidden_layers} layers in config.json for {len(tensors)} tensors")
     expected = {name: weight for name, weight in empty_model(config).state_dict().items()
                 if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    left_out = [name for name in tensors if name not in expected]  # the head of a reward model, say
     faults = [f"{name} is missing" for name in expected if name not in tensors]
-    faults += [f"{name} is unexpected" for name in tensors if name not in expected]
+    faults += [f"{name} is unexpected" for name in left_out if faults]
     faults += [f"{name} is {list(tensors[name].shape)}, expected {list(weight.shape)}"
                for name, weight in expected.items() if name in tensors and tensors[name].shape != weight.shape]
-    faults += [f"{name} has dtype {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    faults += [f"{name} has dtype {tensor.dtype}" for name, tensor in tensors.items()
+               if name in expected and not tensor.is_floating_point()]
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise fault(folder, f"not the tensors of this model: {'; '.join(faults[:4])}{more}", "use another folder")
+    if left_out:
+        more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
+        print(f"{folder}: not part of this model, left out as transformers does: "
+              f"{', '.join(map(ascii, left_out[:4]))}{more}", file=sys.stderr)
+        tensors = {name: tensors[name] for name in expected}
     path = Path(folder) / "tokenizer.json"
     tokenizer = from_tokenizer_json(read_json(path), end_token(folder), path)
     if tokenizer.vocab_size > config.vocab_size:

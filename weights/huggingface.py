@@ -15,6 +15,12 @@ from weights.safetensors import read_safetensors
 # What each architecture adds to the Llama block (model.py).
 ARCHITECTURES = {"LlamaForCausalLM": {}, "MistralForCausalLM": {}, "Qwen2ForCausalLM": {"attention_bias": True},
                  "Qwen3ForCausalLM": {"qk_norm": True}, "GPT2LMHeadModel": {"gpt2": True}}
+# What a config.json leaves out is what transformers' class of that architecture says; null is no number and stays null.
+DEFAULTS = {
+    "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096,
+                         "head_dim": 128}}
 # Tables that old files hold and that the model computes.
 COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 LARGEST = {int: 1 << 30, float: 1e30}  # number: a tensor of two such sides can still be counted in bytes
@@ -33,8 +39,9 @@ def folder_config(folder):
     architecture = names[0] if isinstance(names, list) and names else None
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise fault(path, f"architecture {architecture} is not supported", f"supported: {', '.join(ARCHITECTURES)}")
+    fields = {**DEFAULTS.get(architecture, {}), **fields}
     kind = ARCHITECTURES[architecture]
-    return gpt2_config(path, fields) if kind.get("gpt2") else llama_config(path, fields, kind)
+    return gpt2_config(path, fields) if kind.get("gpt2") else llama_config(path, fields, architecture)
 
 
 def number(path, fields, key, kind=int, default=None):
@@ -54,11 +61,11 @@ def refuse(path, fields, key, *allowed):
         raise fault(path, f"{key} = {fields[key]!r} is not supported", f"supported: {', '.join(map(repr, allowed))}")
 
 
-def llama_config(path, fields, kind):
+def llama_config(path, fields, architecture):
     """Config of the Llama family."""
+    kind = ARCHITECTURES[architecture]
     refuse(path, fields, "hidden_act", "silu")
     refuse(path, fields, "mlp_bias", False)
-    refuse(path, fields, "use_sliding_window", False)
     refuse(path, fields, "partial_rotary_factor", 1.0, None)
     if not kind.get("attention_bias"):  # Llama's flag would give o_proj a bias too, Qwen2's are on q, k and v alone
         refuse(path, fields, "attention_bias", False)
@@ -67,29 +74,57 @@ def llama_config(path, fields, kind):
     head_dim = number(path, fields, "head_dim", default=hidden // heads)
     if heads % kv_heads or head_dim % 2 or heads * head_dim > LARGEST[int]:
         raise fault(path, f"{heads} query heads of {head_dim} features on {kv_heads} key heads cannot be grouped")
-    longest = number(path, fields, "max_position_embeddings", default=2048)
-    if fields.get("sliding_window") and "use_sliding_window" not in fields:
-        longest = min(longest, number(path, fields, "sliding_window"))  # within it, attention is the ordinary one
-    theta, scaling = rope(path, fields)
+    layers, (theta, scaling) = number(path, fields, "num_hidden_layers"), rope(path, fields)
     return Config(
         vocab_size=number(path, fields, "vocab_size"), hidden_size=hidden, num_attention_heads=heads,
         intermediate_size=number(path, fields, "intermediate_size"), num_key_value_heads=kv_heads, head_dim=head_dim,
-        num_hidden_layers=number(path, fields, "num_hidden_layers"), rope_theta=theta, rope_scaling=scaling,
-        rms_norm_eps=number(path, fields, "rms_norm_eps", float, 1e-6), max_position_embeddings=longest,
+        num_hidden_layers=layers, rope_theta=theta, rope_scaling=scaling,
+        rms_norm_eps=number(path, fields, "rms_norm_eps", float, 1e-6),
+        max_position_embeddings=longest_text(path, fields, architecture, layers),
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)), **kind)
 
 
+def longest_text(path, fields, architecture, layers):
+    """How many tokens a text may have: max_position_embeddings, and no more than a sliding window holds, wherever
+    transformers has one: within it, attention is the ordinary one.
+
+    In Mistral every layer slides, whatever else is said; in Qwen2 and Qwen3 those that layer_types names, else those
+    from max_window_layers on, if use_sliding_window is true; in Llama the cache of transformers' `generate` does.
+    """
+    refuse(path, fields, "use_sliding_window", False, True)
+    qwen = architecture.startswith("Qwen")
+    window = None if qwen and not fields.get("use_sliding_window") else fields.get("sliding_window")
+    kinds, first = fields.get("layer_types"), fields.get("max_window_layers", 28)
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers
+                              or not all(kind in ("full_attention", "sliding_attention") for kind in kinds)):
+        raise fault(path, "the field layer_types is not a list of full_attention or sliding_attention, one per layer")
+    if qwen and type(first) is not int:
+        raise fault(path, f"the field max_window_layers is {first!r}, expected a whole number")
+    slides = "sliding_attention" in kinds if kinds is not None else not qwen or first < layers
+    longest = number(path, fields, "max_position_embeddings", default=2048)
+    if kinds is not None and slides and window is None:
+        raise fault(path, "layer_types names layers that slide, and there is no window for them",
+                    "set sliding_window, and use_sliding_window to true, or take layer_types out")
+    if window is None or not slides and architecture != "MistralForCausalLM":
+        return longest
+    return min(longest, number(path, fields, "sliding_window"))
+
+
 def rope(path, fields):
-    """(theta, rope_scaling or None). Newer files keep both under rope_parameters, older ones apart."""
-    given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise fault(path, f"the RoPE scaling {given!r} is not an object")
+    """(theta, rope_scaling or None). Newer files keep both under rope_parameters, older ones apart; where a file has
+    both, transformers takes the older field."""
+    given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise fault(path, f"the RoPE scaling {given!r} is not an object of numbers")
+    refuse(path, given, "partial_rotary_factor", 1.0, None)
     theta = number(path, given if "rope_theta" in given else fields, "rope_theta", float, 10000.0)
     kind = given.get("rope_type", given.get("type", "default"))
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                                "original_max_position_embeddings")}
     if not isinstance(kind, str) or kind not in needed:
         raise fault(path, f"RoPE scaling of type {kind!r} is not supported", f"supported: {', '.join(needed)}")
+    if kind == "llama3":  # without it, the context is the original one: as transformers has it
+        given = {"original_max_position_embeddings": fields.get("max_position_embeddings", 2048), **given}
     scaling = {key: number(path, given, key, float) for key in needed[kind]}
     return theta, {"rope_type": kind, **scaling} if scaling else None
 
@@ -99,6 +134,7 @@ def gpt2_config(path, fields):
     refuse(path, fields, "activation_function", "gelu_new", "gelu_pytorch_tanh")
     refuse(path, fields, "scale_attn_weights", True)
     refuse(path, fields, "scale_attn_by_inverse_layer_idx", False)
+    refuse(path, fields, "sliding_window", None)
     hidden, heads = number(path, fields, "n_embd"), number(path, fields, "n_head")
     if hidden % heads:
         raise fault(path, f"{heads} heads do not divide the width {hidden}")
@@ -124,14 +160,13 @@ def end_token(folder):
 # ---- the weights ----
 
 def weight_files(folder):
-    """The safetensors files of a folder: one, or those that its index names."""
+    """The safetensors files of a folder: model.safetensors, where it is not there those that the index names."""
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise FileNotFoundError(f"{folder}: holds no model.safetensors and no model.safetensors.index.json")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
         return [single]
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder}: holds no model.safetensors and no model.safetensors.index.json")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise fault(index, "has no weight_map from names to files")
@@ -146,19 +181,31 @@ def weight_files(folder):
 
 
 def folder_tensors(folder, config):
-    """{our name: tensor} of all weight files, mapped; ValueError if two files hold one name."""
+    """{our name: tensor} of all weight files, mapped. ValueError if two files hold one name with different numbers.
+
+    A head of its own beside `tie_word_embeddings` is kept, and the config says so afterwards, as in transformers 5.
+    """
     tensors = {}
     for path in weight_files(folder):
         for name, tensor in read_safetensors(path)[0].items():
-            if name in tensors:
-                raise fault(path, f"{name} is in another file too")
+            if name in tensors and not same(tensor, tensors[name]):
+                raise fault(path, f"{name} is in another file too, with other numbers", "leave one of the two out")
             tensors[name] = tensor
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(COMPUTED)}
     if config.gpt2:
         tensors = gpt2_names(tensors)
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in tensors:
+        config.tie_word_embeddings = embedding not in tensors or same(tensors[head], tensors[embedding])
+        if config.tie_word_embeddings:
+            tensors[embedding] = tensors.pop(head)
     return tensors
+
+
+def same(one, other):
+    """Whether two tensors have the same dtype, shape and bytes."""
+    return one.dtype == other.dtype and one.shape == other.shape \
+        and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 GPT2_PARTS = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",

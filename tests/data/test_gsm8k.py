@@ -157,7 +157,7 @@ def test_strip_annotations(text, expected):
     ("She needs 18 dollars...", 18, ["-", ".. wrong", "-", "18"]),  # the ellipsis, less its final dot
     ("10-5=5", 5, ["-", "5", "-", "5"]),
     ("#### 5\n#### 7", 5, ["5", "7 wrong", "-", "7 wrong"]),
-    ("#### 5\nQuestion: 3+4", 5, ["5", "4 wrong", "-", "5"]),
+    ("#### 5\nQuestion: 3+4", 5, ["5", "5", "-", "5"]),
     (prompting.truncate("#### 5\nQuestion: 3+4"), 5, ["5", "5", "-", "5"]),
     # further ones
     ("", 5, ["-", "-", "-", "-"]),
@@ -178,21 +178,41 @@ def test_each_rule_reads_as_decided(completion, gold, expected):
 @pytest.mark.parametrize("text, expected", [
     # signs, dollars, separators, decimals
     ("#### -$7", -7), ("#### $-7", -7), ("#### - 7", 7), ("#### +7", 7), ("#### $1,234.50", Fraction("1234.5")),
-    ("#### .5", Fraction(1, 2)), ("#### 1 450", 1), ("#### 1,45", 1), ("#### 1234,567", 1234), ("#### 1,4500", 1),
-    ("#### 12 -3", 12), ("#### x7", 7), ("#### (3)-4", 3), ("#### (-4)", -4), ("\uff17 apples", 7), ("#### \u22125", 5),
+    ("#### .5", Fraction(1, 2)), ("#### 1,45", 1), ("#### 1234,567", 1234), ("#### 1,4500", 1),
+    ("#### x7", 7), ("#### (-4)", -4), ("\uff17 apples", 7), ("#### \uff17", 7),
+    ("#### \u22125", -5), ("#### -\u20ac5", -5), ("#### \\$5", 5),
+    # grouped digits
+    ("#### 1 450", 1450), ("#### 1 234 567", 1234567), ("#### 1'234", 1234), ("#### 1\u2019234\u2019567.5", Fraction("1234567.5")),
+    ("#### 1_234", 1234), ("#### 12,34,567", 1234567), ("#### 1,23,456.5", Fraction("123456.5")), ("#### 1\u202f234", 1234),
+    ("#### 1.234.567", 1234567), ("#### 1.234.567,89", Fraction("1234567.89")), ("#### 1.234,5", Fraction("1234.5")),
+    ("#### 1 234,56", Fraction("1234.56")), ("#### 1,234.56", Fraction("1234.56")),
+    ("#### 1.234", Fraction("1.234")), ("#### 1{,}450", 1450),
+    ("#### 1234 567", 1234), ("#### 12 34 567", 12), ("#### 1 234'567", 1234), ("#### 1 2345", 1), ("#### 1,234,56", 1234),
+    # what a line arrives at
+    ("#### 5*3=15", 15), ("#### x = 5 + 3 = 8", 8), ("#### 3 - 5 = -2", -2), ("#### 3 - 5 = \u2212 2", -2),
+    ("#### x = 5 + 3 = 8 apples, not 3 = 4", 8),
+    ("#### 15 = 5*3", 15), ("#### 8 = x", 8), ("#### 5 * 3 =", 15), ("#### 10/3 \u2248 3.33", Fraction("3.33")), ("#### 5 -> 6", 6),
+    ("#### 5 \u00d7 3", 15), ("#### 12 -3", 9), ("#### (3)-4", -1), ("#### 2*(3+4)", 14), ("#### -(3+4)*2", -14), ("#### (5 + 3", 8),
+    ("#### 5 + apples", 5), ("#### 5 - \n3", 5), ("#### 5 3", 5), ("#### 2 1/2", Fraction(5, 2)), ("#### -2 1/2.", Fraction(-5, 2)),
+    ("#### <<5*3=15>>15", 15), ("#### 5*3 = <<5*3=15>>", 15),
+    ("#### <<5*3=15>>", 15), ("#### **5*3 = 15**", 15), ("#### 7 (2*3=6, so 7)", 7),
+    ("#### 15 since x = 3", 15), ("#### since x = 3", 3), ("#### 5 (x = 3)", 5), ("#### (x = 3)", 3), ("#### f(x) = 3", 3),
+    ("#### 20% of 50 = 10%", 10), ("#### 5 m\u00b2 = 5", 5), ("The answer is 5*3=15. 2+2=4", 15), ("The answer is Rs. 500. 7", 500),
+    ("5*3=15", 15), ("The answer is:\n 4 + 1 = 5\n6", 5),
     # ratios
-    ("#### 1/3", Fraction(1, 3)), ("#### -6 / 4", Fraction(-3, 2)), ("#### 6/0", 6), ("#### 1,000/10", 100), ("6/2", 2),
+    ("#### 1/3", Fraction(1, 3)), ("#### -6 / 4", Fraction(-3, 2)), ("#### 6/0", 6),
+    ("#### -6/0", -6), ("#### 1/2/4", Fraction(1, 8)), ("#### 1,000/10", 100), ("6/2", 2),
     # which marker counts
     ("#### **7**, not 8", 7), ("####\t7", 7), ("##### 7", 7), ("#### 5 #### 6", 6), ("so 8\n#### \n7", 7),
     ("The answer is 8.\n#### none\n9", 8), ("#### 5\nThe answer is 6.", 5), ("The answer is:\n5\n6", 5),
     ("The answer is 5. The answer is 6. 7", 6), ("6. The answer is five", 6), ("the answer is 5, not 6", 6),
     # the last number of all
-    ("12 -3", -3), ("12-3", 3), ("(2)-3", 3), ("1 450", 450), ("3 dollars and .25", Fraction(1, 4)), ("1e3", 3), ("costs $5.", 5),
+    ("12 -3", -3), ("12-3", 3), ("(2)-3", 3), ("1 450", 1450), ("3 dollars and .25", Fraction(1, 4)), ("1e3", 3), ("costs $5.", 5),
     # nothing
     ("####", None), ("$, - . /", None), ("#### " + "9" * 5000, None), ("#### 1/" + "9" * 5000, None), ("9" * 5000, None),
 ], ids=lambda value: str(value)[:30])
 def test_our_rule(text, expected):
-    """extract_answer: signs, separators, ratios, markers, and what it is known not to read."""
+    """extract_answer: signs, separators, ratios, arithmetic, markers, and what it is known not to read."""
     assert gsm8k.extract_answer(text) == expected
 
 
@@ -201,6 +221,9 @@ def test_our_rule(text, expected):
     ("strict", "#### 6/2", "6"), ("strict", "#### ,", ""), ("strict", "### 7", None), ("strict", "##### 7", "7"),
     ("flexible", "1 and -7", "-7"), ("flexible", "-$1,000.", "-1000"), ("flexible", "5,", "5"), ("flexible", "10-5", "-5"),
     ("flexible", "a 5 b $$", ""), ("flexible", "5.", "5"), ("flexible", "$", None), ("flexible", "#### 5 (3+4)", "4"),
+    # the harness stops at these, inside a line too
+    ("strict", "#### 7 Question: #### 8", "7"), ("strict", "Question: #### 7", None), ("strict", "so</s>#### 7", None),
+    ("flexible", "7 apples. Question: 8", "7"), ("flexible", "7<|im_end|>8", "7"), ("flexible", "question: 8", "8"),
     ("metamath", "The answer is: 1. The answer is: 7 8", 7), ("metamath", "The answer is 7", None), ("metamath", "The answer is:7", None),
     ("metamath", "the answer is: 7", None), ("metamath", "The answer is: x", None), ("metamath", "The answer is: +7", 7),
     ("metamath", "The answer is: -7.", -7), ("metamath", "The answer is: - 7", 7), ("metamath", "The answer is: .5", 0),
@@ -258,8 +281,70 @@ def marked_text(rng):
         a, b = rng.randrange(10**6), rng.randrange(1, 1000)
         text, value = f"{a}{rng.choice(['/', ' / ', '/ '])}{b}", Fraction(a, b)
     start, end = rng.choice([" ", ": ", " = ", " **", " ("]), rng.choice(END)
-    behind = {"####": "\n" + with_numbers(rng), "The answer is": " " + with_numbers(rng), "": " " + random_words(rng)}[marker]
+    behind = {"####": "\n" + with_numbers(rng), "The answer is": ". " + with_numbers(rng), "": " " + random_words(rng)}[marker]
     return f"{with_numbers(rng)}{marker}{start}{text}{end}{behind}", value
+
+
+UNITS = ("", " dollars", " apples", "%", " %", " km/h", "\u20ac", " m\u00b2", "kg", "th", " of them")
+LEADS = ("", " ", "x = ", "Total: ", " She pays ", "**", "= ", "Answer: x = ", "<<2*3=6>>", "(a) ", "so ", "\\[ ", "f(n) = ")
+ENDS = ("", ".", "!", " .", "**", " (as 2 + 2 = 4)", " because 9 = 3*3", ", not 7", " since x = 3", " \\]", "; done", "  ", " (see above)")
+GROUPS = ("", ",", " ", "'", "\u2019", "_", "\u00a0", "\u202f", "indian", ".")
+
+
+def grouped(rng, whole):
+    """(digits of a whole number, the style): in thousands by some separator, or as they are grouped in India."""
+    style = rng.choice(GROUPS)
+    if style == "indian" and whole >= 100_000:
+        head, tail = divmod(whole, 1000)
+        pairs = re.findall(r"\d{2}", f"{head:0{len(str(head)) + len(str(head)) % 2}}")
+        return ",".join(pairs).removeprefix("0") + f",{tail:03}", style
+    if style == "indian" or style == "." and whole < 1_000_000:
+        style = ""
+    return f"{whole:,}".replace(",", style), style
+
+
+def arithmetic(rng, depth):
+    """(text, Fraction) of an expression: a number in some style, or two joined by an operator, perhaps in brackets."""
+    if depth == 0 or rng.random() < 0.3:
+        whole, decimals = rng.randrange(10 ** rng.randrange(1, 9)), rng.choice(["", "", str(rng.randrange(100))])
+        text, style = grouped(rng, whole)
+        point = "," if style == "." or style in (" ", "'") and style in text and rng.random() < 0.3 else "."
+        return rng.choice(["", "", "$", "\u20ac"]) + text + (point + decimals if decimals else ""), Fraction(f"{whole}.{decimals or 0}")
+    (left, a), (right, b) = arithmetic(rng, 0), arithmetic(rng, depth - 1)
+    if depth > 1:
+        right = f"({right})"
+    sign = rng.choice("+-*/")
+    written_sign = rng.choice({"+": "+", "-": "-\u2212", "*": "*\u00d7\u00b7", "/": "/\u00f7"}[sign])
+    if sign == "/" and b == 0:
+        sign = written_sign = "+"
+    space = rng.choice(["", " "]) if not right.startswith("-") else " "
+    value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[sign]
+    return left + space + written_sign + space + right, value
+
+
+@CASES
+def test_a_line_counts_for_what_it_arrives_at(cases):
+    """Lines of a small grammar, behind `####`: leading text, expressions that equal each other, the last of them with a sign, a
+    unit, annotations, markup, an aside or an explanation behind it. The value is that of the last one, by exact arithmetic."""
+    rng = random.Random(11)
+    for _ in range(cases):
+        steps = [arithmetic(rng, rng.randrange(3))[0] + rng.choice(UNITS) for _ in range(rng.choice([0, 0, 1, 1, 2, 3]))]
+        last, value = arithmetic(rng, rng.choice([0, 0, 0, 1, 2]))
+        lead = rng.choice(LEADS)
+        if value and rng.random() < 0.3 and re.fullmatch(r"[\d.,'_ ]+", last):
+            last, value = rng.choice(["-", "\u2212", "- " if steps else "-"]) + last, -value
+        elif re.fullmatch(r"\d+", last) and rng.random() < 0.2:
+            last, value = f"{last} 3/4", value + Fraction(3, 4)
+        line = lead + rng.choice([" = ", "=", " \u2248 "]).join([*steps, last]) + rng.choice(UNITS) + rng.choice(ENDS)
+        assert gsm8k.extract_answer(f"{with_numbers(rng)}\n####{rng.choice(['', ' '])}{line}\n{with_numbers(rng)}") == value, line
+
+
+def test_every_line_of_the_data_keeps_its_number(gsm8k_data):
+    """All 8792 solutions: the rule reads the number that they end with."""
+    answers = [example["answer"] for split in ("train", "test") for example in gsm8k.load(gsm8k_data, split)[0]]
+    assert len(answers) == 8792
+    for answer in answers:
+        assert gsm8k.extract_answer(answer) == Fraction(gsm8k.gold(answer)) == gsm8k.extract_answer(gsm8k.strip_annotations(answer))
 
 
 def gold_of(rng, value):

@@ -100,10 +100,12 @@ EXTRACT = {rule: getattr(hendrycks_math, f"extract_{rule}") for rule in ("answer
     ("answer", "So $5$. The answer is: .", "5"), ("answer", "So $4$ or $\n5$.", "\n5"), ("answer", "So $5", None),
     ("answer", "$$x=5$$ so $y = 7$.", "y = 7"), ("answer", "So $y = 7$, and $$x=5$$", "x=5"),
     ("answer", r"Tickets cost \$5, so the total is $15$.", "15"), ("answer", r"A \$5 and a \$10 ticket", None), ("answer", r"\[5\]", None),
-    # the last box, the first display (stripped), what the outermost dollars hold, or everything, in that order
-    ("harness", r"\[4\] $6$ \boxed{5} \[4\]", "5"), ("harness", r"$6$ \[4\] \[5\]", "4"), ("harness", "\\[\nx =\n5\\]", "x =\n5"),
-    ("harness", r"\[4\] \boxed{5", "4"), ("harness", r"\[4 and $5$", "5"), ("harness", r"\[\] $5$", "5"), ("harness", r"\[\]", r"\[\]"),
-    ("harness", "So $4$, $5$ or $6$.", "4$, $5$ or $6"), ("harness", "$$", ""), ("harness", "costs $5", "costs $5"), ("harness", "", ""),
+    # what the outermost dollars hold, or everything, in front of another problem
+    ("harness", r"\[4\] $6$ \boxed{5} \[4\]", "6"), ("harness", r"$6$ \[4\] \[5\]", "6"), ("harness", r"\[5\]", r"\[5\]"),
+    ("harness", r"\[4\] \boxed{5}", r"\[4\] \boxed{5}"), ("harness", r"So $x = \boxed{42}$.", r"x = \boxed{42}"),
+    ("harness", "So $4$, $5$ or $6$.", "4$, $5$ or $6"), ("harness", r"a \$5 and a \$10 ticket", "5 and a \\"),
+    ("harness", "$$", ""), ("harness", "costs $5", "costs $5"), ("harness", "", ""), ("harness", "$5$ Problem: $6$", "5"),
+    ("harness", "The Problem:\n5", "The "), ("harness", "problem: $6$", "6"),
     # behind the last marker, with colon and space exactly, up to a dot that ends a line, and without a final dot
     ("metamath", "The answer is:   5 . ", "5"), ("metamath", "The answer is: 2.5.", "2.5"),
     ("metamath", "The answer is: 5.\nThe end.", "5"),
@@ -207,6 +209,18 @@ def test_what_is_equal(left, right, equivalent, same):
     assert hendrycks_math.equal(left, right) == hendrycks_math.equal(right, left) == same
 
 
+@pytest.mark.parametrize("left, right, same", [
+    ("a/b", "a/b ", False), ("a/b", "a/b", True), (r"\dfrac{1}{2}/x", r"\frac{1}{2}/x", False), ("1/2", r"\frac12", True),
+    ("1 / 2", "1/2", True), ("1/2/3", "1/2/ 3", True), ("a/b/c", "a/b/c ", True), ("1_0/2", "1_0/2 ", True), ("+1/2", "+1 /2", True),
+    ("x=1/2", "0.5", True), ("5 /", "5/", False), ("1/\t2", "1 /\t2", True), ("1__0/2", "1__0 /2", False), ("\u0661/2", "\u0661 /2", True),
+    (r"5\text{ cm}", "5", True)],
+    ids=lambda value: str(value)[:20])
+def test_what_is_equal_to_the_harness(left, right, same):
+    """lm-evaluation-harness 0.4.13 has no normal form for a slash that does not divide whole numbers: then texts are compared."""
+    assert hendrycks_math.is_equiv_harness(left, right) == hendrycks_math.is_equiv_harness(right, left) == same
+    assert hendrycks_math.RULES["harness"][1] is hendrycks_math.is_equiv_harness and not hendrycks_math.is_equiv_harness(None, "")
+
+
 def test_no_answer_equals_nothing():
     """A missing prediction is wrong by both comparisons, also against a text that says None, or nothing."""
     for same in (hendrycks_math.is_equiv, hendrycks_math.equal):
@@ -271,9 +285,10 @@ PAGE = [  # subject, level, problem, solution, gold, {completion: verdicts}
     ("Counting & Probability", 3, "Two of five balls are red. How probable is a red one?",
      r"It is $\boxed{\frac{2}{5}}$.", r"\frac{2}{5}", {
         r"Not $\boxed{\frac{1}{5}}$ but $\boxed{\frac{4}{10}}$.": "1000", "The answer is $x = 2/5$": "1010",
-        "The answer is: \\frac{2}{5}.\nNo, $\\boxed{\\frac{3}{5}}$.": "0001", r"The answer is: \boxed{2/5}": "1110"}),
+        "The answer is: \\frac{2}{5}.\nNo, $\\boxed{\\frac{3}{5}}$.": "0001", r"The answer is: \boxed{2/5}": "1100"}),
     ("Number Theory", "?", "Write eleven in base two.", r"$8+2+1$ gives $\fbox{1011_2}$.", "1011_2", {
-        "I cannot do this.": "0000", "1011_2": "0010", "": "0000", r"\[ x = 1011_2 \] is more than $1010_2$.": "0010"}),
+        "I cannot do this.": "0000", "1011_2": "0010", "": "0000", r"\[ x = 1011_2 \] is more than $1010_2$.": "0000",
+        "$x = 1011_2$\n\nProblem: What is $1+1$?": "0010"}),
 ]
 
 
@@ -284,7 +299,7 @@ def test_a_page_of_problems(tmp_path):
     examples, _ = hendrycks_math.load(write_records(tmp_path / "page.jsonl", *records))
     for example, (subject, level, problem, solution, gold, completions) in zip(examples, PAGE, strict=True):
         assert example == {"question": problem, "answer": gold, "subject": subject, "level": str(level)}
-        assert verdicts(solution, gold) == "1110"  # a solution as the data has it: a box, and no marker
+        assert verdicts(solution, gold) == "1100"  # a solution as the data has it: a box, and no marker
         assert {completion: verdicts(completion, hendrycks_math.gold(gold)) for completion in completions} == completions
 
 

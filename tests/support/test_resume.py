@@ -12,7 +12,7 @@ import torch
 import train
 from data.batching import collate
 from methods import METHODS
-from support import flags, resume
+from support import fast, flags, resume
 from support.loss import answer_loss
 from tests.child import ended, forked
 from tests.runs import Stopped, assert_same, begin, contents, copied, ends, go_on, logged_steps, state_of, stopping, trace
@@ -42,6 +42,40 @@ def test_a_continued_run_is_the_uninterrupted_one(method, place, tmp_path):
     begin(flags, tmp_path / "whole")
     result = interrupted(flags, tmp_path / "parts", 2, 4)
     assert result["resumed_at"] == [2, 4] and logged_steps(tmp_path / "parts") == [1, 2, 3, 4, 5, 6]
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.skipif(not fast.has_onednn_switch(), reason="this torch has no such switch")
+@pytest.mark.parametrize("first, then", [("ieee", "bf16"), ("bf16", "ieee")])
+def test_a_continued_run_multiplies_with_the_same_library(first, then, place, tmp_path, monkeypatch, capsys):
+    """Which one it is follows from a trial at the start, which may end otherwise the next time; where it cannot be the same, it is said."""
+    def trial(faster):
+        monkeypatch.setattr(fast, "trial", lambda products: {name: 1.0 if name == faster else 9.0 for name in products})
+    trial(first)
+    begin(place.lora, tmp_path / "whole")
+    if fast.products() != first:
+        pytest.skip("oneDNN rounds on this CPU")
+    with stopping(2), pytest.raises(Stopped):
+        begin(place.lora, tmp_path / "parts")
+    trial(then)
+    go_on(tmp_path / "parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert fast.products() == first and "fp32 products ieee" not in capsys.readouterr().out
+    if first == "bf16":
+        with stopping(2), pytest.raises(Stopped):
+            begin(place.lora, tmp_path / "other")
+        monkeypatch.setattr(fast, "fast_products", lambda chosen: None)
+        fast.switch_off()
+        go_on(tmp_path / "other")
+        assert "fp32 products none, when it began " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["full", "sorsa", "mosara"])
+def test_a_continued_run_in_bf16(method, place, tmp_path):
+    """The same, to the bit, where the frozen weights are bf16, or full fine-tuning multiplies in it."""
+    flags = place.flags(method, "--dtype", "bfloat16")
+    begin(flags, tmp_path / "whole")
+    interrupted(flags, tmp_path / "parts", 2)
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 

@@ -78,21 +78,20 @@ def test_beside_the_peer(what, sides, words, measure):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_peer_computes_as_its_trainer_does(dtype, tiny_gguf, monkeypatch):
     """Under autocast where its weights are bf16: its factors are fp32, and would else be multiplied as such."""
     pytest.importorskip("peft")
     seen, build = [], bench.peer_model
 
-    def watched(ours):
-        model = build(ours)
+    def watched(ours, dtype):
+        model = build(ours, dtype)
         model.model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
         return model
     monkeypatch.setattr(bench, "peer_model", watched)
-    monkeypatch.setattr(bench, "DTYPE", dtype)
     bench.memory_side(bench.parse_arguments(["memory", "--side", "peer", "--model", str(tiny_gguf), "--batch", "2", "--length", "9",
-                                             "--rank", "4"]))
-    assert seen == [dtype == torch.bfloat16]
+                                             "--rank", "4", "--dtype", dtype]))
+    assert seen == [dtype == "bfloat16"]
 
 
 def test_what_each_fast_form_buys(monkeypatch, capsys):
@@ -102,7 +101,7 @@ def test_what_each_fast_form_buys(monkeypatch, capsys):
     assert [(what, case["leave_out"]) for what, _, case in cases] == [
         (what, name) for what in ("train", "generate") for name in (None, *fast.NAMES, "all")]
     seen = []
-    monkeypatch.setattr(fast, "switch_on", lambda names, device: seen.append(set(names)))
+    monkeypatch.setattr(fast, "switch_on", lambda names: seen.append(set(names)))
     monkeypatch.setattr(bench, "SIDES", {"train": lambda args: {}})
     for side, left_out in (("lora", None), ("lora", "norm"), ("lora", "all"), ("tuned", None), ("peer", None), ("strict", None)):
         monkeypatch.setattr(sys, "argv", ["bench.py", *bench.side_arguments("train", side, {"leave_out": left_out})])
@@ -113,14 +112,14 @@ def test_what_each_fast_form_buys(monkeypatch, capsys):
 
 def test_the_cost_of_a_small_case(monkeypatch):
     """A training step and a generation of a random Llama, per token; each width of the table has a model."""
-    case = argparse.Namespace(width=64, layers=1, batch=2, length=9, rank=2, params=None, problems=None, max_new=3)
+    case = argparse.Namespace(width=64, layers=1, batch=2, length=9, rank=2, params=None, problems=None, max_new=3, dtype="float32", side="lora")
     assert bench.cost_side(case)["us_per_token"] > 0
     case.problems = 3
     assert bench.cost_side(case)["us_per_token"] > 0
     monkeypatch.setattr(bench, "DEVICE", torch.device("meta"))
     for width in {case.get("width", 576) for case in bench.COST}:
         with torch.device("meta"):
-            config = bench.random_llama(argparse.Namespace(width=width, layers=1)).config
+            config = bench.random_llama(argparse.Namespace(width=width, layers=1, dtype="float32", side="lora")).config
         assert config.num_attention_heads % config.num_key_value_heads == 0
     assert {key for case in bench.COST for key in case} == {"batch", "length", "rank", "width", "problems", "max_new"}
 

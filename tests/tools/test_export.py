@@ -13,7 +13,7 @@ from weights import adapter_file, base_model
 pytestmark = pytest.mark.peers
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-from tests.weights.test_huggingface import byte_vocabulary, peer, tokens  # noqa: E402 (needs transformers)
+from tests.weights.test_huggingface import byte_vocabulary, edit_json, peer, tokens  # noqa: E402 (needs transformers)
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,9 @@ def models(tiny_gguf, tmp_path_factory):
     for family in ("llama3.1", "qwen2", "gpt2"):
         peer(family).save_pretrained(root / family)
         (root / family / "tokenizer.json").write_text(json.dumps(byte_vocabulary()))
+    peer("llama2").save_pretrained(root / "own head")  # though its config says that it has none
+    (root / "own head" / "tokenizer.json").write_text(json.dumps(byte_vocabulary()))
+    edit_json(root / "own head" / "config.json", {"tie_word_embeddings": True})
     return {"gguf": tiny_gguf, **{path.name: path for path in root.iterdir()}}
 
 
@@ -69,11 +72,13 @@ def test_a_peft_folder_gives_our_logits(family, method, targets, modules, models
 
 
 @pytest.mark.parametrize("family, method", [
-    ("llama3.1", "sorsa"), ("llama3.1", "full"), ("gpt2", "lora"), ("qwen2", "lotr"), ("gguf", "cora")])
+    ("llama3.1", "sorsa"), ("llama3.1", "full"), ("gpt2", "lora"), ("qwen2", "lotr"), ("gguf", "cora"), ("own head", "lora")])
 def test_an_hf_folder_gives_our_logits(family, method, models, exported):
     """AutoModelForCausalLM.from_pretrained, and our own loader, on the merged model; the tokenizer comes along."""
     expected, folder = exported(family, method, "hf")
     assert (logits(transformers.AutoModelForCausalLM.from_pretrained(folder)) - expected).abs().max() < 1e-4
+    if family == "own head":
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
     again, before = base_model.load(str(folder)), base_model.load(str(models[family]))
     with torch.no_grad():
         assert (again.model(tokens() % again.model.config.vocab_size) - expected).abs().max() < 1e-4

@@ -1,4 +1,5 @@
 """Loading a base model: the tiny file and the default one, fetched and checked, and what does not fit."""
+import copy
 import hashlib
 import os
 import shutil
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import adapter
+from support import fast
 from tests.tiny import HEAD_DIM, one_line, short, tiny_metadata, tiny_tensors, write_gguf
 from weights import base_model
 from weights.huggingface import llama_fields
@@ -52,11 +55,12 @@ def test_load_draws_no_random_weights(tiny_gguf):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_load_in_another_dtype(tiny_gguf):
-    """bf16 weights are the fp32 weights rounded."""
-    exact, rounded = base_model.load(tiny_gguf).model, base_model.load(tiny_gguf, torch.bfloat16).model
-    for a, b in zip(exact.parameters(), rounded.parameters()):
-        assert b.dtype == torch.bfloat16 and torch.equal(a.bfloat16(), b)
+def test_nothing_is_rounded_before_attach(tiny_gguf):
+    """Loaded to compute in bf16, a file's numbers are as they are in fp32, as a method may take W apart; cast_frozen rounds them."""
+    exact, loaded = base_model.load(tiny_gguf).model, base_model.load(tiny_gguf, torch.bfloat16).model
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(exact.parameters(), loaded.parameters()))
+    adapter.cast_frozen(loaded.requires_grad_(False), torch.bfloat16)
+    assert all(torch.equal(a.bfloat16(), b) and b.dtype == torch.bfloat16 for a, b in zip(exact.parameters(), loaded.parameters()))
 
 
 def test_load_with_a_head_of_its_own(tmp_path):
@@ -120,21 +124,40 @@ def test_unknown_names_say_what_model_takes(tmp_path):
 
 # ---- the default model ----
 
-@pytest.mark.peers
-def test_the_default_model_equals_transformers(real_base):
-    """Its weights and numbers in transformers' Llama give the same logits."""
+def in_transformers(model):
+    """The same weight tensors in transformers' Llama; without that library the test is skipped."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(**{**llama_fields(real_base.model.config, eos_id=2), "architectures": None})
+    config = transformers.LlamaConfig(**{**llama_fields(model.config, eos_id=2), "architectures": None})
     with torch.device("meta"):  # no time for random weights
         theirs = transformers.LlamaForCausalLM(config).eval()
-    theirs.load_state_dict(real_base.model.state_dict(), assign=True)
+    theirs.load_state_dict(model.state_dict(), assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
+    return theirs
+
+
+def some_texts(tokenizer):
+    """(4, T) ids, padded on the right by 0, and where they are none of that (4, T)."""
     prompts = ("The capital of France is", "Question: Tom has 12 apples and eats 5. How many are left?\nAnswer:",
                "def add(a, b):\n    return a +", "Der schnelle braune Fuchs springt über")
-    rows = [torch.tensor(real_base.tokenizer.encode(prompt)) for prompt in prompts]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (4, T)
+    rows = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return tokens, torch.arange(tokens.shape[1]) < torch.tensor([[len(row)] for row in rows])
+
+
+@pytest.mark.peers
+def test_the_default_model_equals_transformers(real_base):
+    """Its weights and numbers in transformers' Llama give the same logits; rounded to bf16, both are as far from these, with the
+    fast forms too."""
+    tokens, real = some_texts(real_base.tokenizer)
     with torch.no_grad():
-        assert (real_base.model(tokens) - theirs(tokens).logits).abs().max() < 1e-3
+        exact = real_base.model(tokens)
+        assert (exact - in_transformers(real_base.model)(tokens).logits).abs().max() < 1e-3
+        rounded = copy.deepcopy(real_base.model).requires_grad_(False)
+        adapter.cast_frozen(rounded, torch.bfloat16)
+        theirs, plain = in_transformers(rounded)(tokens).logits, rounded(tokens)
+        fast.switch_on()
+        errors = [(logits.float() - exact)[real].norm() / exact[real].norm() for logits in (theirs, plain, rounded(tokens))]
+    assert max(errors[1:]) < 1.1 * errors[0] and errors[0] < 0.05, errors
 
 
 def test_the_default_model_speaks(real_base):

@@ -40,6 +40,8 @@ FAMILIES = {  # name: (transformers' config, its fields)
     "mistral": ("MistralConfig", {**SHAPE, "sliding_window": 64}),
     "qwen2": ("Qwen2Config", {**SHAPE, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {**SHAPE, "head_dim": 16}),
+    "qwen3-128": ("Qwen3Config", {**SHAPE, "head_dim": 128}),
+    "mistral-8": ("MistralConfig", {**SHAPE, "num_attention_heads": 8, "num_key_value_heads": 8}),
     "gpt2": ("GPT2Config", dict(vocab_size=320, n_embd=48, n_layer=3, n_head=4, n_positions=128, eos_token_id=2)),
 }
 
@@ -70,6 +72,134 @@ def test_logits_and_greedy_text_equal_transformers(family, tmp_path):
     ours = generate_batch(model, [row.tolist() for row in tokens(3, 12)], eos_id=-1, max_new=20)
     expected = theirs.generate(tokens(3, 12), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert ours == expected[:, 12:].tolist()
+
+
+# ---- files that contradict themselves, settled as transformers does ------------------------------------------------
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NO_HEAD, A_HEAD = {"tie_word_embeddings": True}, torch.randn(320, 48, generator=torch.Generator().manual_seed(3))
+
+
+def saved_by_them(folder, family, fields, change, shards):
+    """Their model saved as they save it, then with other fields in config.json (None: taken out) and other tensors."""
+    peer(family).save_pretrained(folder, max_shard_size="100KB" if shards > 1 else "1GB")
+    edit_json(folder / CONFIG, fields)
+    (folder / VOCABULARY).write_text(json.dumps(byte_vocabulary()))
+    path = sorted(folder.glob("*.safetensors"))[0]
+    rewrite(lambda tensors: change(tensors, path))(path)
+    return folder
+
+
+def add(**tensors):
+    """Tensors with "/" for dots in their names, put into the first file."""
+    def change(old, path):
+        old.update({name.replace("/", "."): tensor for name, tensor in tensors.items()})
+    return change
+
+
+def twice(tensors, first):
+    """A tensor of the second file in the first one too."""
+    second = sorted(first.parent.glob("*.safetensors"))[1]
+    name, tensor = next(iter(read_safetensors(second)[0].items()))
+    tensors[name] = tensor.clone()
+
+
+def also_in_shards(tensors, single):
+    """A sharded set with its index beside the single file, of other numbers."""
+    write_safetensors(single.parent / SHARD, {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    (single.parent / INDEX).write_text(json.dumps({"weight_map": {name: SHARD for name in tensors}}))
+
+
+def only_a_head(tensors, path):
+    tensors["lm_head.weight"] = tensors.pop(EMBEDDING)
+
+
+def same_head(tensors, path):
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+
+
+L3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+CONTRADICTIONS = {  # family, fields, change of the tensors, files: what is loaded, as far as it isn't the logits
+    "another head": ("llama2", NO_HEAD, add(), 1, {"tie_word_embeddings": False}),
+    "another head, shards": ("llama2", NO_HEAD, add(), 9, {"tie_word_embeddings": False}),
+    "a head added": ("smollm2", {}, add(**{"lm_head/weight": A_HEAD}), 9, {"tie_word_embeddings": False}),
+    "gpt2, a head added": ("gpt2", {}, add(**{"lm_head/weight": A_HEAD}), 1, {"tie_word_embeddings": False}),
+    "gpt2, its own head": ("gpt2", {}, same_head, 1, {"tie_word_embeddings": True}),
+    "qwen2, a head added": ("qwen2", {}, add(**{"lm_head/weight": A_HEAD}), 9, {"tie_word_embeddings": False}),
+    "only a head": ("smollm2", {}, only_a_head, 1, {"tie_word_embeddings": True}),
+    "a value head": ("llama2", {}, add(**{"v_head/weight": torch.ones(1, 48), "v_head/bias": torch.ones(1)}), 1, {}),
+    "biases without a place": ("llama2", {}, add(**{"model/layers/0/self_attn/q_proj/bias": torch.ones(48)}), 9, {}),
+    "a layer too many": ("llama2", {"num_hidden_layers": 2}, add(), 1, {"num_hidden_layers": 2}),
+    "numbers of another kind": ("gpt2", {}, add(**{"steps": torch.tensor([7])}), 1, {}),
+    "in two shards": ("llama3", {}, twice, 9, {}),
+    "in one file and in shards": ("qwen3", {}, also_in_shards, 1, {}),
+    "both RoPE fields": ("llama2", {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 2e4,
+                                    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, add(), 1, {}),
+    "llama3 without its context": ("llama2", {"rope_parameters": L3}, add(), 1, {}),
+    "llama3, older names": ("llama2", {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {
+        key: value for key, value in L3.items() if key != "rope_theta"}}, add(), 1, {}),
+    "heads left out": ("llama1", {"num_key_value_heads": None, "head_dim": None}, add(), 1, {"num_key_value_heads": 4}),
+    "qwen3's head size left out": ("qwen3-128", {"head_dim": None}, add(), 1, {"head_dim": 128}),
+    "mistral's heads left out": ("mistral-8", {"num_key_value_heads": None}, add(), 1, {"num_key_value_heads": 8}),
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_settled_as_transformers_settles_them(name, tmp_path, capsys):
+    """The logits are those of `from_pretrained` on the same folder; what belongs to no module is left out, and said."""
+    transformers = pytest.importorskip("transformers")
+    family, fields, change, shards, expected = CONTRADICTIONS[name]
+    folder = saved_by_them(tmp_path, family, fields, change, shards)
+    model = base_model.load(str(folder)).model
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert (model(tokens()) - theirs(tokens()).logits).abs().max() < 1e-4
+    assert {key: getattr(model.config, key) for key in expected} == expected
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    said = capsys.readouterr().err
+    unused = {"a value head": "'v_head.weight', 'v_head.bias'", "biases without a place": "'model.layers.0.self_attn.q_proj.bias'",
+              "a layer too many": "'model.layers.2.", "numbers of another kind": "'steps'"}.get(name)
+    assert (f"{folder}: not part of this model, left out as transformers does: {unused}" in said) if unused else "left out" not in said
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOWS = [  # family, fields: how long the texts are that are offered
+    ("llama2", {}, 128), ("llama2", {"sliding_window": None}, 128), ("llama2", {"sliding_window": 16}, 16),
+    ("llama2", {"sliding_window": 16, "use_sliding_window": False}, 16), ("llama2", {"sliding_window": 16, "layer_types": [FULL] * 3}, 128),
+    ("mistral", {"sliding_window": 16}, 16), ("mistral", {"sliding_window": 16, "use_sliding_window": False}, 16),
+    ("mistral", {"sliding_window": 16, "layer_types": [FULL] * 3}, 16), ("mistral", {"sliding_window": 16, "max_window_layers": 9}, 16),
+    ("mistral", {"sliding_window": 500}, 128),
+    *((qwen, *case) for qwen in ("qwen2", "qwen3") for case in [
+        ({"sliding_window": 16, "layer_types": None}, 128), ({"sliding_window": 16, "use_sliding_window": True, "layer_types": None}, 128),
+        ({"sliding_window": 16, "use_sliding_window": True, "layer_types": None, "max_window_layers": 3}, 128),
+        ({"sliding_window": 16, "use_sliding_window": True, "layer_types": None, "max_window_layers": 2}, 16),
+        ({"sliding_window": 16, "use_sliding_window": True, "layer_types": None, "max_window_layers": 0}, 16),
+        ({"sliding_window": 16, "use_sliding_window": True, "layer_types": [FULL] * 3, "max_window_layers": 0}, 128),
+        ({"sliding_window": 16, "use_sliding_window": True, "layer_types": [FULL, SLIDING, FULL]}, 16)])]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family, fields, context", WINDOWS)
+def test_no_text_is_longer_than_a_sliding_window(family, fields, context, tmp_path):
+    """Texts of the length that is offered have transformers' logits and its greedy continuation; where that is less than the
+    whole context, one more token would not."""
+    transformers = pytest.importorskip("transformers")
+    folder = saved_by_them(tmp_path, family, {"sliding_window": None, "use_sliding_window": None, **fields}, add(), 1)
+    if fields.get("sliding_window", 0) is None:
+        edit_null(folder / CONFIG, "sliding_window")
+    model = base_model.load(str(folder)).model
+    assert model.config.max_position_embeddings == context
+    theirs = getattr(transformers, json.loads((folder / CONFIG).read_text())["architectures"][0]).from_pretrained(folder).eval()
+    made = theirs.generate(tokens(3, context - 4), attention_mask=torch.ones(3, context - 4), max_new_tokens=4, do_sample=False,
+                           eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        assert (model(tokens(3, context)) - theirs(tokens(3, context)).logits).abs().max() < 1e-4
+        assert generate_batch(model, tokens(3, context - 4).tolist(), -1, 4) == made[:, context - 4:].tolist()
+        if context < 128:
+            text = tokens(3, 2 * context)
+            cached = theirs(text[:, -1:], past_key_values=theirs(text[:, :-1], use_cache=True).past_key_values).logits[:, -1]
+            assert max((model(text)[:, -1] - last).abs().max() for last in (cached, theirs(text).logits[:, -1])) > 1e-2
 
 
 @pytest.mark.parametrize("changes", [{"gpt2": True, "num_key_value_heads": 4}, {"attention_bias": True}, {"qk_norm": True}],
@@ -116,6 +246,11 @@ def edit_json(path, changes):
     path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
 
 
+def edit_null(path, key):
+    """A field of a JSON file that is there and null."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
+
+
 def test_a_hub_id_stays_the_models_name(folder, monkeypatch):
     """What was fetched by its id is known by it, so that a run can name its base anywhere; a folder is known by its path."""
     monkeypatch.setattr(base_model, "fetch", lambda name, target: folder)
@@ -123,16 +258,20 @@ def test_a_hub_id_stays_the_models_name(folder, monkeypatch):
     assert base_model.load(str(folder)).name == str(folder.resolve())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+HALVES = torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_files_arrive_in_the_dtype_asked_for(dtype, tmp_path):
-    """A bf16 or fp16 folder loads as fp32 with the file's numbers, or as bf16."""
+    """A bf16 or fp16 folder loads as fp32 with the file's numbers, or stays what it is where that is asked for."""
     model = toy_model(vocab_size=320)
     write_folder(tmp_path, model, dtype)
     loaded = base_model.load(str(tmp_path)).model
     for name, parameter in model.named_parameters():
         assert loaded.get_parameter(name).dtype == torch.float32
         assert torch.equal(loaded.get_parameter(name), parameter.to(dtype).float())
-    assert base_model.load(str(tmp_path), torch.bfloat16).model.lm_head.weight.dtype == torch.bfloat16
+    kept, widened = base_model.load(str(tmp_path), dtype).model, base_model.load(str(tmp_path), HALVES[dtype == HALVES[0]])
+    assert kept.lm_head.weight.dtype == dtype and widened.model.lm_head.weight.dtype == torch.float32
 
 
 MEASURE = """
@@ -148,7 +287,7 @@ print(1024 * (kilobytes("VmHWM") - before) / sum(p.numel() * p.element_size() fo
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see its own memory")
-@pytest.mark.parametrize("stored, wanted", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")])
+@pytest.mark.parametrize("stored, wanted", [("bfloat16", "float32"), ("float32", "float32"), ("float16", "float16")])
 def test_loading_holds_no_second_copy_of_the_weights(stored, wanted, tmp_path):
     """Peak memory, mapped pages included, stays below 1.2 times the loaded weights (50 million of them)."""
     config = Config(vocab_size=4000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=3, num_attention_heads=4,
@@ -176,12 +315,88 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     # within its sliding window Mistral's attention is the ordinary one: longer texts are not offered
     ({"architectures": ["MistralForCausalLM"], "sliding_window": 64}, {"max_position_embeddings": 64}),
     ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": False}, {"max_position_embeddings": 256}),
-], ids=["older RoPE names", "newer RoPE names", "no RoPE", "no heads", "window", "no window"])
+    ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 9999}, {"max_position_embeddings": 4096}),
+], ids=["older RoPE names", "newer RoPE names", "no RoPE", "no heads", "window", "no window", "Mistral's own window"])
 def test_field_names_of_all_ages_are_read(fields, expected, folder):
     """What transformers 4 and 5 call things, and what may be left out."""
     edit_json(folder / CONFIG, fields)
     config = huggingface.folder_config(folder)
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+# ---- the identity of a base -----------------------------------------------------------------------------------------
+
+def inside(*path_and_change):
+    """A function that changes a part of a JSON value, by the keys that lead there."""
+    *path, key, change = path_and_change
+
+    def changed(fields):
+        part = fields
+        for step in path:
+            part = part[step]
+        part[key] = change(part.get(key)) if callable(change) else change
+    return changed
+
+
+def swap(vocabulary):
+    """Two tokens have each other's ids."""
+    return {**vocabulary, "ai": vocabulary["bj"], "bj": vocabulary["ai"]}
+
+
+def template(*ids):
+    """A post-processor that puts these ids before a text."""
+    return {"type": "TemplateProcessing", "single": [*({"SpecialToken": {"id": str(i), "type_id": 0}} for i in ids),
+                                                     {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+            "special_tokens": {str(i): {"id": str(i), "ids": [i], "tokens": [str(i)]} for i in ids}}
+
+
+OTHER_BASES = {  # a file of the folder, a change that changes logits or ids
+    "theta": (CONFIG, inside("rope_theta", 5e5)), "scaling": (CONFIG, inside("rope_scaling", {"rope_type": "linear", "factor": 2.0})),
+    "heads": (CONFIG, lambda fields: fields.update(num_attention_heads=8, num_key_value_heads=4, head_dim=4)),
+    "eps": (CONFIG, inside("rms_norm_eps", 1e-6)), "end token": (CONFIG, inside("eos_token_id", 0)),
+    "vocabulary": (VOCABULARY, inside("model", "vocab", swap)),
+    "merges": (VOCABULARY, inside("model", "merges", lambda merges: merges[::-1])),
+    "ignore_merges": (VOCABULARY, inside("model", "ignore_merges", True)),
+    "a token recognised": (VOCABULARY, inside("added_tokens", 1, "special", False)),
+    "begin token": (VOCABULARY, inside("post_processor", template(1))),
+    "normaliser": (VOCABULARY, inside("normalizer", {"type": "NFC"})),
+    "cut": (VOCABULARY, inside("pre_tokenizer", lambda old: {
+        "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, old]}))}
+SAME_BASE = {  # changes that change neither
+    "another dtype": (CONFIG, inside("torch_dtype", "bfloat16")), "a version": (CONFIG, inside("transformers_version", "5.0")),
+    "a longer context": (CONFIG, inside("max_position_embeddings", 999)),
+    "an older name": (CONFIG, inside("rope_parameters", {"rope_type": "default"})),
+    "merges as pairs": (VOCABULARY, inside("model", "merges", lambda merges: [merge.split(" ") for merge in merges])),
+    "order": (VOCABULARY, inside("model", "vocab", lambda vocabulary: dict(reversed(vocabulary.items())))),
+    "nulls": (VOCABULARY, lambda fields: fields["model"].update(dropout=None, fuse_unk=False) or fields.update(normalizer=None)),
+    "decoder": (VOCABULARY, inside("decoder", {"type": "ByteLevel"}))}
+
+
+def edit(path, change):
+    """Apply a change to the value in a JSON file."""
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("name", [*OTHER_BASES, *SAME_BASE])
+def test_a_base_is_known_by_all_that_changes_logits_or_ids(name, folder):
+    """By the numbers of its config and the definition of its tokenizer as by its weights, and by nothing else of these files:
+    not by how they are spelled, not by the dtype it is loaded in."""
+    before = base_model.load(str(folder)).sha256
+    assert base_model.load(str(folder), torch.bfloat16).sha256 == before
+    file, change = (OTHER_BASES | SAME_BASE)[name]
+    edit(folder / file, change)
+    assert (base_model.load(str(folder)).sha256 == before) == (name in SAME_BASE)
+
+
+def test_a_head_of_its_own_makes_another_base(folder):
+    """The same embedding with a head beside it, or with other weights: the config's flag is what it was."""
+    seen = {base_model.load(str(folder)).sha256}
+    rewrite(lambda tensors: tensors.update({HEAD: torch.zeros(320, 32)}))(folder / SHARD)
+    seen.add(base_model.load(str(folder)).sha256)
+    rewrite(lambda tensors: tensors.update({HEAD: torch.ones(320, 32)}))(folder / SHARD)
+    assert len(seen | {base_model.load(str(folder)).sha256}) == 3
 
 
 # ---- damaged and unsupported folders --------------------------------------------------------------------------------
@@ -221,6 +436,16 @@ DAMAGE = [  # a file of the folder; fields to change, its text, what to do with 
     (CONFIG, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn' is not supported; supported: default, linear, llama3"),
     (CONFIG, {"rope_parameters": {"rope_type": "linear"}}, "the field factor is missing"),
     (CONFIG, {"rope_parameters": "fast"}, "the RoPE scaling 'fast' is not an object"),
+    (CONFIG, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "scaling {'full_attention': .* is not an object of numbers"),
+    (CONFIG, {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
+    (CONFIG, {"sliding_window": 0}, "sliding_window is 0, expected a int above 0"),
+    (CONFIG, {"use_sliding_window": "yes"}, "use_sliding_window = 'yes' is not supported"),
+    (CONFIG, {"layer_types": [FULL]}, "layer_types is not a list of full_attention or sliding_attention, one per layer"),
+    (CONFIG, {"layer_types": [FULL, "linear_attention"]}, "layer_types is not a list of full_attention or sliding_attention"),
+    (CONFIG, {"layer_types": [FULL, SLIDING]}, "layer_types names layers that slide, and there is no window for them"),
+    (CONFIG, {"architectures": ["Qwen2ForCausalLM"], "layer_types": [FULL, SLIDING], "sliding_window": 8}, "no window for them; set "),
+    (CONFIG, {"architectures": ["Qwen2ForCausalLM"], "max_window_layers": "2"}, "max_window_layers is '2', expected a whole number"),
+    (CONFIG, {"architectures": ["GPT2LMHeadModel"], "sliding_window": 8}, "sliding_window = 8 is not supported"),
     (CONFIG, {"eos_token_id": None}, "the field eos_token_id is None"),
     (INDEX, None, "holds no model.safetensors"),
     (INDEX, {"weight_map": None}, "has no weight_map"),
@@ -232,7 +457,7 @@ DAMAGE = [  # a file of the folder; fields to change, its text, what to do with 
     (SHARD, rewrite(lambda tensors: tensors.update({"model.x": tensors.pop(FIRST)})), f"{FIRST} is missing; model.x is unexpected"),
     (SHARD, rewrite(lambda tensors: tensors.update({FIRST: torch.zeros(3, 5)})), rf"{FIRST} is \[3, 5\], expected \["),
     (SHARD, rewrite(lambda tensors: tensors.update({FIRST: tensors[FIRST].int()})), "has dtype torch.int32"),
-    ("part-1.safetensors", rewrite(lambda tensors: tensors.update({FIRST: torch.zeros(320, 32)})), "is in another file too"),
+    ("part-1.safetensors", rewrite(lambda tensors: tensors.update({FIRST: torch.zeros(320, 32)})), "in another file too, with other"),
     (VOCABULARY, None, "tokenizer.json: no such file"),
     (VOCABULARY, json.dumps(byte_vocabulary(322)), "322 tokens for an embedding of 320 rows"),
 ]
