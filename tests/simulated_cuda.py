@@ -80,6 +80,15 @@ class Simulated(torch.Tensor):
     def __torch_dispatch__(cls, operator, types, arguments=(), options=None):
         return run(operator, arguments, options or {})
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, value):
+        torch.Tensor.data.__set__(self, value)
+        self.numbers = value.numbers
+
     def __deepcopy__(self, memo):
         return Simulated(self.numbers.clone(), self.requires_grad)
 
@@ -251,6 +260,7 @@ def simulated_cuda():
     else:
         aten.silu_backward = fused(aten.silu_backward)  # which a CPU's torch takes apart
     torch.autograd.set_multithreading_enabled(False)
+    torch.__future__.set_swap_module_params_on_conversion(True)  # module.to(device): else a parameter keeps its class
     with Mode():
         yield
 
