@@ -72,7 +72,7 @@ class CoRALinear(adapter.AdaptedLinear):
     def forward(self, x):
         A, B = self.A.to(x), self.B.to(x)
         h = self.base(x)  # (..., out)
-        h += self.scale * (x @ A.T) @ B.T
+        h.add_((x @ A.T) @ B.T, alpha=self.scale)
         return h
 
     def delta(self):

@@ -232,7 +232,8 @@ def evaluate_loss(args, base, run, described):
     encoded, source = held_out_examples(args, base, run)
     print(f"data      {one_line(source)}; {batching.answer_tokens(encoded):,} answer tokens, prompt "
           f"{args.template}{base.tokenizer.chat_text}")
-    loss = mean_loss(base.model, encoded, min(args.batch, 8), base.model.lm_head.weight.device)
+    device, context = base.model.lm_head.weight.device, base.model.config.max_position_embeddings
+    loss = mean_loss(base.model, encoded, min(args.batch, 8), device, fast.row_multiple(device, None, context))
     print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and "
           "MATH's answers are scored)")
     return {**described, "source": source, "n": len(encoded), "loss": loss, "template": args.template}
@@ -289,7 +290,7 @@ def answer_one(args, base, shown):
 def main(argv=None):
     args = parse_arguments(argv)
     if not args.plain:
-        fast.switch_on()
+        fast.switch_on(device=args.device)
     device, dtype = choose_device(args.device, args.dtype, args.plain)
     run = settle(args, device.type == "cpu")
     base, method = load_for_eval(args, device, dtype)

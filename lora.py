@@ -34,7 +34,7 @@ class LoRALinear(adapter.AdaptedLinear):
     def forward(self, x):
         A, B = self.A.to(x), self.B.to(x)
         h = self.base(x)  # (..., out)
-        h += self.scale * (x @ A.T) @ B.T  # in place: one tensor of this size less
+        h.add_((x @ A.T) @ B.T, alpha=self.scale)  # in place: one tensor of this size less
         return h
 
     def delta(self):

@@ -75,7 +75,7 @@ class LoTRLinear(adapter.AdaptedLinear):
     def forward(self, x):
         A, B, G = self.A.to(x), self.B.to(x), self.G.to(x)
         h = self.base(x)  # (..., out)
-        h += self.scale * (x @ (A @ G)) @ B.T  # A G (in, r) is the same for all tokens
+        h.add_((x @ (A @ G)) @ B.T, alpha=self.scale)  # A G (in, r) is the same for all tokens
         return h
 
     def delta(self):

@@ -90,6 +90,7 @@ class KVCache:
     """
 
     def __init__(self, config, rows, capacity, dtype, device):
+        capacity = -(-capacity // 64) * 64  # what attention looks at is a multiple of 64: shapes repeat
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)  # (layers, B, K, capacity, D)
         self.v = torch.empty(shape, dtype=dtype, device=device)
@@ -102,8 +103,8 @@ class KVCache:
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
     def slots(self, T):
-        """How many slots attention must look at once T more tokens are in: rounded up to 64, so that shapes repeat."""
-        slots = min(self.k.shape[3], -(-(self.longest + T) // 64) * 64)
+        """How many slots attention must look at once T more tokens are in, a multiple of 64."""
+        slots = -(-(self.longest + T) // 64) * 64
         if slots > self.cleared:
             for cached in (self.k, self.v):
                 cached[:, :, :, self.cleared:slots] = 0

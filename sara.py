@@ -118,7 +118,7 @@ class SARALinear(adapter.AdaptedLinear):
     def forward(self, x):
         A, lam, B = self.A.to(x), self.lam.to(x), self.B.to(x)
         y = self.base(x)  # W0 x, (..., out)
-        y += self.scale * ((x @ A.T) * lam) @ B.T  # + B diag(lam) A x
+        y.add_(((x @ A.T) * lam) @ B.T, alpha=self.scale)  # + B diag(lam) A x
         return y
 
     def delta(self):

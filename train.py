@@ -104,7 +104,7 @@ def held_out_loss(args, model, held_out, step, log):
     device, watch = model.lm_head.weight.device, METHODS[args.method].watch
     with fast.eagerly(args.compile):
         with mixed_precision(args, device):
-            loss = mean_loss(model, held_out, args.micro_batch, device)
+            loss = mean_loss(model, held_out, args.micro_batch, device, args.multiple)
         if not math.isfinite(loss):
             fix = f"lower --lr, now {args.lr:g}" if step else "the base model itself gives it: load another"
             raise FloatingPointError(f"step {step}: held-out loss {loss:g}; {fix}")
@@ -138,13 +138,12 @@ def main(argv=None):
     options, regularizer = method_options(args)
     method = METHODS[args.method]
     if not args.plain:
-        fast.switch_on(chosen=args.saved and args.saved.products)
+        fast.switch_on(chosen=args.saved and args.saved.products, device=args.device)
     device, dtype = choose_device(args.device, args.dtype, args.plain)
     # Full fine-tuning keeps fp32 weights, where small steps survive, and computes in bf16 on a GPU.
     weights = torch.float32 if args.method == "full" else dtype
     args.autocast = "bfloat16" if weights != dtype else None
     args.dtype = str(dtype).removeprefix("torch.")
-    args.multiple = fast.GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1
     run_folder.check_out(args)
 
     print(one_line(f"loading {args.model}, attaching {args.method} ..."), flush=True)
@@ -152,6 +151,7 @@ def main(argv=None):
     base = base_model.load(args.model, weights, device)
     model = base.model
     model.model.recompute = args.recompute
+    args.multiple = fast.row_multiple(device, args.compile, model.config.max_position_embeddings)
     data = encode_data(args, examples, base)
     if args.saved:
         resume.attach(args.resume, args.saved, base, data.sha256)

@@ -109,7 +109,14 @@ def collate(encoded, device, multiple=1):
     for row, (ids, prompt_length) in enumerate(encoded):
         tokens[row, :len(ids) - 1] = torch.tensor(ids[:-1])
         targets[row, prompt_length - 1:len(ids) - 1] = torch.tensor(ids[prompt_length:])
-    return tokens.to(device, non_blocking=True), targets
+    return sent(tokens, device), targets
+
+
+def sent(tensor, device):
+    """A CPU's tensor on `device`. To a GPU it goes from pinned memory, so that the host need not wait for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def padded_length(encoded, multiple=1):

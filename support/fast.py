@@ -37,21 +37,23 @@ from support import loss
 
 CACHED = 1 << 20  # numbers, 4 MB of fp32: so much stays in a processor's cache from one pass to the next
 QUERIES = 64  # about so many of a row are looked at together
-GRAPH_MULTIPLE = 64  # CUDA graphs are recorded anew for every shape: rows are padded to a multiple of so many tokens
+# Rows are padded to a multiple of so many tokens: on a GPU, where attention may set itself up anew for every shape, and
+# for CUDA graphs, which are recorded for every shape.
+CUDA_MULTIPLE, GRAPH_MULTIPLE = 16, 64
 plain_attention = decoder.attention  # kept, as switch_on puts another in its place
 CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 100 MB
 
 
-def switch_on(names=None, chosen=None):
+def switch_on(names=None, chosen=None, device="auto"):
     """From here on, in this process, what is in NAMES is used: all of it, or what is given. `chosen`: the `products` of
-    the process that this one goes on for."""
+    the process that this one goes on for. device: as --device names it; on a GPU there is nothing to choose."""
     names = NAMES if names is None else names
     for name, (owner, attribute, _, fast) in FORMS.items():
         if name in names:
             setattr(owner, attribute, fast)
     if "malloc" in names:
         keep_freed_memory()
-    if "onednn" in names:
+    if "onednn" in names and (str(device) == "cpu" or not torch.cuda.is_available()):
         fast_products(chosen)
 
 
@@ -172,6 +174,10 @@ def onednn_multiplies(x):
     return eager_on_cpu(x) and (x.dtype == torch.bfloat16 or products() == "bf16")
 
 
+# Where an autograd.Function has changed its result in place, it returns a view of it: torch.compile of torch 2.11 would
+# else lose its gradient (pytorch issue 180642), and nothing would train.
+
+
 # ---- positions ------------------------------------------------------------------------------------------------------
 
 def rotate(x, cos, sin):
@@ -189,7 +195,7 @@ class Rotation(torch.autograd.Function):
         y = torch.mul(x, torch.cat((cos, cos), dim=-1), out=x.new_empty(x.shape))  # contiguous, as x may not be
         for half, other, sign in zip(y.chunk(2, dim=-1), (second, first), (-1, 1)):
             half.addcmul_(other, sin, value=sign)
-        return y
+        return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -209,7 +215,7 @@ def attention(q, k, v, seen=None):
         return AttentionInPieces.apply(q, k, v) if onednn_multiplies(q) else plain_attention(q, k, v)
     if seen.shape[2] > 1:
         seen = seen.repeat(1, 1, q.shape[1] // k.shape[1], 1)  # (B, 1, H/K * T, S)
-    with onednn("ieee"):
+    with onednn("ieee") if onednn_multiplies(q) else contextlib.nullcontext():
         return F.scaled_dot_product_attention(folded(q, k), k, v, attn_mask=seen).view(q.shape)
 
 
@@ -297,7 +303,8 @@ class LeanRMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True)  # (..., 1)
         inverse = (length.square_() / x.shape[-1] + eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).to(x.dtype).mul_(weight)
+        y = (x * inverse).to(x.dtype).mul_(weight)
+        return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -321,7 +328,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        y = F.silu(gate).mul_(up)
+        return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -353,7 +361,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             logits = (hidden[rows] @ head.T).float()  # (chunk, V)
             log_p, target = torch.log_softmax(logits, dim=1, out=logits), targets[rows, None]  # (chunk, V), (chunk, 1)
-            loss -= log_p.gather(1, target).sum()
+            loss = loss - log_p.gather(1, target).sum()
             if ctx.needs_input_grad[0]:
                 p = log_p.exp_()
                 p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
@@ -373,6 +381,12 @@ FORMS = {name: (owner, attribute, getattr(owner, attribute), fast) for name, own
     ("norm", decoder.RMSNorm, "forward", norm_forward), ("swiglu", decoder.MLP, "forward", mlp_forward),
     ("head", loss, "head_loss", head_loss))}  # name: (where, under what name, the plain form, the fast one)
 NAMES = (*FORMS, "malloc", "onednn")
+
+
+def row_multiple(device, compiled, context):
+    """What the length of rows is padded to a multiple of; rows never get longer than the context."""
+    multiple = GRAPH_MULTIPLE if compiled == "reduce-overhead" else CUDA_MULTIPLE if device.type == "cuda" else 1
+    return math.gcd(multiple, context)
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from data.batching import IGNORE, answer_tokens, collate
+from data.batching import IGNORE, answer_tokens, collate, sent
 
 
 def answer_loss(model, tokens, targets):
@@ -11,9 +11,9 @@ def answer_loss(model, tokens, targets):
     Their number decides shapes. Counted on a GPU it would make the host wait, so targets may stay on the CPU.
     """
     answers = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,)
-    targets = targets.flatten()[answers].to(tokens.device)  # (n,)
-    hidden = model.model(tokens).flatten(0, 1).index_select(0, answers.to(tokens.device))  # (n, d)
-    return head_loss(hidden, model.lm_head, targets)
+    targets = targets.flatten()[answers]  # (n,)
+    hidden = model.model(tokens).flatten(0, 1).index_select(0, sent(answers, tokens.device))  # (n, d)
+    return head_loss(hidden, model.lm_head, sent(targets, tokens.device))
 
 
 def head_loss(hidden, head, targets):
@@ -22,9 +22,9 @@ def head_loss(hidden, head, targets):
 
 
 @torch.no_grad()
-def mean_loss(model, encoded, batch, device):
-    """Mean loss per answer token over a fixed set of examples, the longest first."""
+def mean_loss(model, encoded, batch, device, multiple=1):
+    """Mean loss per answer token over a fixed set of examples, the longest first, padded to a multiple of so many."""
     by_length, total = sorted(encoded, key=lambda example: -len(example[0])), 0.0
     for start in range(0, len(by_length), batch):
-        total += answer_loss(model, *collate(by_length[start:start + batch], device)).item()
+        total += answer_loss(model, *collate(by_length[start:start + batch], device, multiple)).item()
     return total / answer_tokens(encoded)

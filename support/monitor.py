@@ -27,24 +27,31 @@ class Monitor:
         self.waits = self.device.type != "cuda" or not optimizer.defaults.get("fused")
         self.usual = collections.deque(maxlen=20)  # the latest logged losses
         self.since = []  # (step, indices, numbers, norm of what the optimizer takes), for steps that are not logged yet
+        self.first = progress.step + 1  # step of this process
         self.started = time.perf_counter()
 
     def check(self, step, indices, numbers):
         """FloatingPointError, before the weights move, if a number of this step is not finite, or the gradient as the
-        optimizer is about to take it, whatever was added behind the one that is logged. Without waiting for a GPU: all
-        steps from here on leave the weights alone, and `after` raises when it next logs."""
+        optimizer is about to take it, whatever was added behind the one that is logged; or if the first gradient is 0.
+        Without waiting for a GPU: all steps from one that is not finite on leave the weights alone, and `after` raises
+        when it next logs."""
         taken = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.since.append((step, indices, numbers, taken))
         if self.waits:
-            self.check_finite(self.since[-1:])
+            self.check_numbers(self.since[-1:])
         else:
             values = [taken, *(value for value in numbers.values() if isinstance(value, torch.Tensor))]
             bad = (~torch.stack([torch.isfinite(value) for value in values]).all()).float()
             self.optimizer.found_inf = torch.maximum(getattr(self.optimizer, "found_inf", torch.zeros_like(bad)), bad)
 
-    def check_finite(self, steps):
-        """FloatingPointError for the first of `steps` whose numbers are not all finite, with the records it saw."""
+    def check_numbers(self, steps):
+        """FloatingPointError for the first of `steps` whose numbers are not all finite, with the records it saw; and
+        where the first gradient of a process is exactly 0: every method starts with one that is not."""
         for step, indices, numbers, taken in steps:
+            if step == self.first and numbers.get("grad_norm") == 0:
+                raise FloatingPointError(f"step {step}: the gradient of all that trains is exactly 0, so nothing would "
+                                         "be learned: leave --compile out, or look at the method's start, where a "
+                                         "product of two factors of zeros stays so for ever")
             sound = all(math.isfinite(value) for value in numbers.values())
             if not sound or not math.isfinite(taken):
                 records = [str(self.data.numbers[i]) for i in indices]
@@ -64,7 +71,7 @@ class Monitor:
         to_save = step % args.save_every == 0 or last or to_stop
         if not (step % args.log_every == 0 or to_measure or to_save):
             return
-        self.check_finite(self.since)  # waits for a GPU to finish
+        self.check_numbers(self.since)  # waits for a GPU to finish
         self.write_line(step)
         if to_measure:
             self.progress.held_out[step] = self.held_out(step)

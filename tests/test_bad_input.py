@@ -94,7 +94,7 @@ FLAGS = [
     ("export {full} {here}/to --to peft", "full fine-tuning changes whole matrices", "export it with --to hf"),
     ("compare", "--methods", "required"),
     ("compare --methods lora --lrs 1e-3 nan", "--lrs", ABOVE),
-    ("bench load --peer", "--peer", "is for train, generate, init, memory and gpu")]
+    ("bench load --peer", "--peer", "is for train, generate, init and memory")]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ FILES = [
      "{here}/run/adapter.safetensors", "write or download it again"),
     ("link out of the model", several(changed_folder("config.json", {}), write("secret", "x"), link("hf/chat_template.jinja", "secret")),
      "export {here}/to --model {here}/hf --to hf", "{here}/hf/chat_template.jinja is a link to {here}/secret", "put the file itself there"),
-    ("link out by a link", several(changed_folder("tokenizer_config.json", None), write("a/b/secret", "{{}}"), link("in", "a"),
+    ("link out by a link", several(changed_folder("tokenizer_config.json", None), write("a/b/secret", "{}"), link("in", "a"),
                                    link("hf/tokenizer_config.json", "in/b/secret")),
      "export {here}/to --model {here}/hf --to hf", "{here}/hf/tokenizer_config.json is a link to", "outside of the model's folder"),
     ("export onto files", write("to/model.safetensors"), "export {run} {here}/to --to hf", "{here}/to is not an empty folder",

@@ -100,6 +100,14 @@ def test_rows_that_stay_go_on_undisturbed(kept):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("capacity", [1, 64, 65, 150])
+def test_attention_looks_at_whole_64s(capacity):
+    """Of a cache that holds whatever was asked for: shapes repeat, and the rows of a mask are aligned."""
+    cache = KVCache(toy_model().config, 2, capacity, torch.float32, "cpu")
+    assert cache.slots(1) == 64 and cache.slots(capacity) % 64 == 0 and capacity <= cache.slots(capacity) == cache.k.shape[3]
+
+
+@torch.no_grad()
 def test_slots_without_tokens_may_hold_anything_before_they_are_cleared(monkeypatch):
     """Fresh memory may be NaN: no output sees it, also where the cache grows and where windows were written apart."""
     empty = torch.empty

@@ -8,7 +8,7 @@
     memory --methods lora full --peer    peak memory of a training step, and what it consists of
     fast                                 what each form in support/fast.py buys: all but one, none
     cost                                 how the cost grows with batch, length, rank, width, problems
-    gpu --peer                           what to measure on a large GPU: epochs, evaluations, a 7B model
+    gpu --minutes 7                      all that there is to learn on a GPU in minutes: tools/gpu.py
 
 Each is a command `python -m tools.bench WHAT [flags]`.
 With --peer (pip install transformers peft) the same weights and examples go through transformers + peft, in alternation
@@ -86,11 +86,17 @@ def random_llama(args):
                     intermediate_size=args.width * 43 // 16 if large else 4 * args.width,
                     num_hidden_layers=args.layers, num_attention_heads=heads // 2 if large else heads,
                     num_key_value_heads=heads // 2 if large else key_heads)
-    model = base_model.empty_model(config).to(frozen_dtype(args)).to_empty(device=DEVICE)
+    return random_weights(config, frozen_dtype(args), DEVICE)
+
+
+def random_weights(config, dtype, device):
+    """A model with weights of a usual size, drawn on the device; norms of 1."""
+    model = base_model.empty_model(config).to(dtype).to_empty(device=device)
+    model.tie()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=parameter.shape[1] ** -0.5)
     return model
 
 
@@ -141,7 +147,8 @@ def our_steps(args, model, encoded):
     if args.compile:
         fast.compile_blocks(model, args.compile)
     args.autocast = "bfloat16" if args.side == "full" and args.dtype == "bfloat16" else None
-    args.multiple, args.micro_batch = fast.GRAPH_MULTIPLE if args.compile == "reduce-overhead" else 1, args.batch
+    args.multiple = fast.row_multiple(DEVICE, args.compile, model.config.max_position_embeddings)
+    args.micro_batch = args.batch
     parameters = list(adapter.trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
     regularize = METHODS[args.side].regularize
@@ -171,7 +178,9 @@ def peer_steps(args, model, encoded):
         ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in chosen])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in chosen])
         labels = torch.tensor([[-100] * start + row[start:] + [-100] * (longest - len(row)) for row, start in chosen])
-        model(input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), labels=labels.to(DEVICE)).loss.backward()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):  # as their Trainer does
+            loss = model(input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), labels=labels.to(DEVICE)).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -335,39 +344,6 @@ def without_each(args):
         yield "generate", "ours", {"leave_out": name, "batch": 64, "problems": args.problems, "max_new": 96}
 
 
-# ---- what to measure on a large GPU ---------------------------------------------------------------------------------
-
-def epochs(args):
-    """One epoch of every method and of the peers, about 16k tokens per step as written, compiled and as CUDA graphs,
-    and 64k as written."""
-    for batch, modes in ((args.batch, (None, "default", "reduce-overhead")), (4 * args.batch, (None,))):
-        size = {"batch": batch, "steps": args.steps or 7400 // batch, "params": args.params or 4_884_480}
-        for method, mode in itertools.product(args.methods, modes):
-            yield "train", method, {**size, "compile": mode}
-        for peer in PEERS[:2] if args.peer else ():
-            yield "train", peer, size
-
-
-def evaluations(args):
-    """All test problems in one batch, and in batches of 512 beside the peer's."""
-    yield "generate", "ours", {"batch": args.problems, "problems": args.problems}
-    for side in ("ours", "peer") if args.peer else ("ours",):
-        yield "generate", side, {"batch": 512, "problems": args.problems}
-
-
-def seven_billion(args):
-    """A random model of Llama 2 7B's shape: the starts, then steps of 8k tokens, with and without recomputing."""
-    size = {"width": args.width or 4096, "layers": args.layers, "rank": args.rank, "batch": min(args.batch, 16),
-            "length": args.length, "steps": args.steps or 8}
-    for method in ("sorsa", "pissa"):
-        yield "init", method, size
-    for recompute, side in itertools.product((False, True), ("sorsa", "lora", *(PEERS[:1] if args.peer else ()))):
-        yield "train", side, {**size, "recompute": recompute}
-
-
-PARTS = {"epochs": epochs, "evaluations": evaluations, "7b": seven_billion}
-
-
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 SIDES = {"train": train_side, "generate": generate_side, "init": init_side, "load": load_side, "merged": merged_side,
@@ -379,8 +355,7 @@ DEFAULTS = {  # of the flags that mean something else in some commands
     "memory": {"batch": 16, "methods": ["lora"]},
     "merged": {"batch": 16},
     "fast": {"batch": 16, "steps": 3, "problems": 64},
-    "cost": {"batch": 8, "width": 576, "layers": 4},
-    "gpu": {"batch": 86, "problems": 1319, "methods": list(METHODS), "layers": 32, "rank": 128, "length": 512}}
+    "cost": {"batch": 8, "width": 576, "layers": 4}}
 COMMON = ("model", "data", "max_new")
 OPTIONS = (*COMMON, "dtype", "rank", "params", "batch", "steps", "problems", "width", "layers", "length", "compile",
            "recompute", "leave_out")
@@ -407,7 +382,7 @@ def row(record):
         ("seconds", "6.1f", "s"), ("us_per_token", "8.0f", "us/token"), ("ratio", ".3f", "of the base's time"),
         ("new_tokens", ",", "new tokens"), ("memory_gb", "5.2f", "GB peak"), ("parameters", ",", "parameters"),
         ("weights_gb", ".2f", "GB weights"), ("trained_gb", ".2f", "GB of and for what trains"),
-        ("peak_in_sizes", ".2f", "times the weights at the peak"), ("failed", "", "")) if record.get(key) is not None]
+        ("peak_in_sizes", ".2f", "times the weights at the peak")) if record.get(key) is not None]
     if "gflops" in record:
         share = f" of {record['matmul_gflops']:.0f} ({100 * record['share']:.0f} %)" if "share" in record else ""
         parts.append(f"{record['gflops']:.0f}{share} GFLOP/s")
@@ -427,8 +402,6 @@ def plan(args):
 
 def cases(args):
     """[(command, side, options that differ from those given)] of one round, less the dtype."""
-    if args.what == "gpu":
-        return [case for part in args.parts for case in PARTS[part](args)]
     if args.what == "fast":
         return list(without_each(args))
     if args.what == "cost":
@@ -439,17 +412,11 @@ def cases(args):
 
 def bench(args):
     """Measure all sides in alternation, print the table and the ratios, append the records to the results file."""
-    options = {name: getattr(args, name) for name in (COMMON if args.what in ("gpu", "fast") else OPTIONS)}
+    options = {name: getattr(args, name) for name in (COMMON if args.what == "fast" else OPTIONS)}
     rounds = {}
     for number, (what, side, case) in itertools.product(range(args.rounds), plan(args)):
         chosen = {**options, **case}
-        record = {"what": what, "side": side, "round": number, **case}
-        try:
-            record.update(run_side(side_arguments(what, side, chosen)))
-        except ValueError as error:
-            if args.what != "gpu":  # there, one that runs out of memory is a result too
-                raise
-            record["failed"] = str(error)
+        record = {"what": what, "side": side, "round": number, **case, **run_side(side_arguments(what, side, chosen))}
         rounds.setdefault(side if len(args.dtype) == 1 else f"{side} {case['dtype']}", []).append(record)
         named = ", ".join(f"{key} {value}" for key, value in case.items() if value not in (None, False))
         print(f"round {number + 1}  {side:<9}  {named}{'  ' * bool(named)}{row(record)}", flush=True)
@@ -484,26 +451,24 @@ def device_name():
 def parse_arguments(argv=None):
     parser = Parser(prog="python -m tools.bench", usage="python -m tools.bench WHAT [flags]",
                     description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=[*SIDES, "fast", "gpu"])
+    parser.add_argument("what", choices=[*SIDES, "fast", "gpu"], help="of gpu see: python -m tools.bench gpu --help")
     parser.add_argument("--peer", action="store_true", help="also transformers + peft (pip install transformers peft)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS),
-                        help="ours, for train, memory, init (lora), gpu (all); the peer is LoRA (init: PiSSA)")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="of gpu")
+                        help="ours, for train, memory, init (default: lora); the peer is LoRA (init: PiSSA)")
     parser.add_argument("--model", default=base_model.DEFAULT_MODEL)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), help="of the frozen weights, one after "
                         "the other where there are two (default: bfloat16 on a GPU, else float32)")
     parser.add_argument("--data", default="auto")
-    parser.add_argument("--rank", type=positive, help="(default: 16; gpu: 128 for the 7B model)")
+    parser.add_argument("--rank", type=positive, help="(default: 16)")
     parser.add_argument("--params", type=amount, help="a budget instead, as in train.py")
-    parser.add_argument("--batch", type=positive, help="examples per step (default: 16; generate: 128 problems; gpu: "
-                                                       "86, and four times as many)")
-    parser.add_argument("--steps", type=positive, help="timed steps per round (default: 4; gpu: an epoch)")
-    parser.add_argument("--problems", type=positive, help="how many are answered (default: 128; gpu: 1319)")
+    parser.add_argument("--batch", type=positive, help="examples per step (default: 16; generate: 128 problems)")
+    parser.add_argument("--steps", type=positive, help="timed steps per round (default: 4)")
+    parser.add_argument("--problems", type=positive, help="how many are answered (default: 128)")
     parser.add_argument("--max-new", type=positive, default=256, help="most new tokens per answer")
     parser.add_argument("--width", type=positive, help="init, train, memory: a random Llama of this width instead")
-    parser.add_argument("--layers", type=positive, help="of that Llama (default: 16; gpu: 32)")
+    parser.add_argument("--layers", type=positive, help="of that Llama (default: 16)")
     parser.add_argument("--length", type=positive, help="tokens of a row of memory, and of a random Llama "
-                                                        "(default: 256; gpu: 512)")
+                                                        "(default: 256)")
     parser.add_argument("--compile", choices=("default", "reduce-overhead"), help="train, memory: as in train.py")
     parser.add_argument("--recompute", action="store_true", help="train, memory: as in train.py, the peers too")
     parser.add_argument("--leave-out", choices=[*fast.NAMES, "all"], help="one of support/fast.py's forms, or all")
@@ -516,14 +481,17 @@ def parse_arguments(argv=None):
         for name, value in {"rounds": 1, "rank": 16, "length": 256, "dtype": dtype, **DEFAULTS.get(args.what, {})}.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        if args.peer and args.what not in ("train", "generate", "init", "memory", "gpu"):
-            parser.error("--peer is for train, generate, init, memory and gpu")
+        if args.peer and args.what not in ("train", "generate", "init", "memory"):
+            parser.error("--peer is for train, generate, init and memory")
     else:
         args.dtype, = args.dtype or ["float32"]
     return args
 
 
 def main():
+    if sys.argv[1:2] == ["gpu"]:
+        from tools import gpu  # which uses this file
+        return gpu.main(sys.argv[2:])
     args = parse_arguments()
     if args.side is None:
         return bench(args)

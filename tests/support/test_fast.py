@@ -3,6 +3,7 @@ import copy
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import adapter
 import model as decoder
 from data import batching
+from methods import METHODS
 from model import KVCache
 from support import fast, generate, loss, report
 from tests.toy import attach, perturb, tokens, toy_examples, toy_model
@@ -153,6 +155,15 @@ def test_gradients_are_finite_differences(name):
     assert torch.autograd.gradcheck(FUNCTIONS[name][0], inputs_of(name))
 
 
+@pytest.mark.parametrize("function, inputs", [  # those that compiled blocks have
+    (fast.Rotation, [torch.ones(1, 2, 3, 4), torch.ones(3, 2), torch.ones(3, 2)]), (fast.LeanRMSNorm, [torch.ones(3), torch.ones(3), 1e-5]),
+    (fast.SwiGLU, [torch.ones(3), torch.ones(3)])])
+def test_what_was_changed_in_place_is_returned_as_a_view(function, inputs):
+    """Else torch.compile of torch 2.11 would lose its gradient."""
+    y = function.forward(types.SimpleNamespace(save_for_backward=lambda *_: None), *inputs)
+    assert y._version == 0 or y._is_view()
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_second_derivatives_are_refused_not_wrong(name):
     """The gradients by hand are not differentiable again, and say so."""
@@ -232,6 +243,28 @@ def test_switching_on_and_off():
     assert in_use() == set(fast.FORMS)
     fast.switch_off()
     assert new == f"{in_use()} {precision()}\n"
+
+
+def test_on_a_gpu_nothing_is_chosen_for_a_cpus_products(monkeypatch):
+    """Its switch makes torch.get_float32_matmul_precision fail, which compiling for a GPU calls."""
+    asked = []
+    monkeypatch.setattr(fast, "fast_products", lambda chosen: asked.append(1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fast.switch_on(device="cuda:0")
+    fast.switch_on()
+    assert not asked and in_use() == set(fast.FORMS)
+    fast.switch_on(device="cpu")
+    assert asked
+
+
+@pytest.mark.parametrize("device, compiled, context, multiple", [
+    ("cpu", None, 1024, 1), ("cuda", None, 1024, 16), ("cuda", "default", 1024, 16), ("cuda", "reduce-overhead", 2048, 64),
+    ("cpu", "reduce-overhead", 2048, 64), ("cuda", None, 1000, 8), ("cuda", "reduce-overhead", 1023, 1)])
+def test_what_rows_are_padded_to(device, compiled, context, multiple):
+    """Few shapes on a GPU, fewer for CUDA graphs; and the longest row still fits the context, for learned positions."""
+    assert fast.row_multiple(torch.device(device), compiled, context) == multiple
+    longest = [([1] * context, 3)]
+    assert batching.padded_length(longest, multiple) <= context
 
 
 def test_an_older_torch_has_no_choice(monkeypatch):
@@ -323,15 +356,20 @@ def test_freed_memory_is_kept():
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[
-    pytest.mark.long, pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")])])
-def test_compiled_blocks_give_the_same_gradients(backend, monkeypatch):
-    """SARA, whose ranks differ by layer, at several batch shapes: compiled, with the fast forms inside, the loss and every
-    gradient are the same, and there is no compilation per layer. What is counted or runs eagerly before and after does not
+INDUCTOR = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("backend, method", [("eager", "sara"), pytest.param("inductor", "sara", marks=[pytest.mark.long, INDUCTOR]),
+                                             *(pytest.param("eager", method, marks=pytest.mark.long) for method in METHODS)])
+def test_compiled_blocks_give_the_same_gradients(backend, method, monkeypatch):
+    """SARA, whose ranks differ by layer, or another, at several batch shapes: compiled, with the fast forms inside, the loss and
+    every gradient are the same, and there is no compilation per layer. What is counted or runs eagerly before and after does not
     compile, nor keep the steps from it. (Backend eager traces and makes no machine code.)"""
     graphs, compile_block = torch._dynamo.utils.counters["stats"], nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda block, mode: compile_block(block, backend=backend))
-    plain = perturb(attach(toy_model(num_hidden_layers=8), "sara", threshold=0.5, targets=["q_proj", "v_proj"]))
+    torch._dynamo.reset()  # what other tests have compiled counts against a limit
+    options = {"threshold": 0.5, "targets": ["q_proj", "v_proj"]} if method == "sara" else {}
+    plain = perturb(attach(toy_model(num_hidden_layers=8), method, **options))
     compiled = copy.deepcopy(plain)
     fast.switch_on()
     fast.compile_blocks(compiled, "default")
@@ -346,7 +384,7 @@ def test_compiled_blocks_give_the_same_gradients(backend, monkeypatch):
             losses[-1].backward()
         assert torch.allclose(*losses, rtol=1e-5)
         for one, other in zip(adapter.trainable(plain).values(), adapter.trainable(compiled).values()):
-            assert torch.allclose(one.grad, other.grad, rtol=1e-3, atol=1e-5)
+            assert (one.grad - other.grad).norm() <= 1e-3 * one.grad.norm()
     after = graphs["unique_graphs"]
     assert 1 <= after - before < 8
     with fast.eagerly(True):

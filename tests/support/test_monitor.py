@@ -15,6 +15,7 @@ import adapter
 import eval as evaluation
 import sorsa
 import train
+from methods import METHODS
 from support import report, resume
 from support.monitor import Monitor
 from support.script import run_script
@@ -89,9 +90,12 @@ def poisoned(value, at, where="loss"):
         loss = function(args, model, encoded)
         if next(calls) != at:
             return loss
+        if where == "all gradients":
+            for p in adapter.trainable(model).values():
+                p.grad *= value
         if where == "gradient":
             next(p for p in adapter.trainable(model).values() if p.grad is not None).grad[0, 0] = value
-        return loss if where == "gradient" else loss * value
+        return loss * value if where == "loss" else loss
     return watched
 
 
@@ -195,7 +199,7 @@ def test_the_way_of_a_gpu():
     data = types.SimpleNamespace(train=toy_examples(16), numbers=range(10, 26))
     model, plain = (attach(toy_model(), "lora") for _ in range(2))
     optimizer, other = (torch.optim.AdamW(train.decay_groups(some, 0.1), lr=1e-2, fused=True) for some in (model, plain))
-    monitor = Monitor(args, model, optimizer, data, 1.0, None, None, None, None, [])
+    monitor = Monitor(args, model, optimizer, data, 1.0, resume.Progress(), None, None, None, [])
     monitor.waits = False
 
     def take_step(model, optimizer, look=lambda loss: None):
@@ -211,9 +215,32 @@ def test_the_way_of_a_gpu():
     assert same(snapshot(model), snapshot(plain))
     for kept, expected in zip(optimizer.state.values(), other.state.values(), strict=True):
         assert same(kept, expected) and kept["step"] == 2
-    monitor.check_finite(monitor.since[:2])
+    monitor.check_numbers(monitor.since[:2])
     with pytest.raises(FloatingPointError, match=r"step 3: loss [\d.]+, R inf, on records 13, 10 of the data"):
-        monitor.check_finite(monitor.since)
+        monitor.check_numbers(monitor.since)
+
+
+def test_a_run_whose_first_gradient_is_nothing_is_an_error(place, tmp_path, monkeypatch, capsys):
+    """As where torch.compile loses it: nothing would be learned, so nothing is left that looks as if something had been."""
+    monkeypatch.setattr(adapter, "uniform_factor", lambda rank, inner, generator: torch.zeros(rank, inner))  # B is 0 too
+    status, said = ends(capsys, begin, place.lora, tmp_path / "run")
+    assert status == 2 and "step 1: the gradient of all that trains is exactly 0" in said and "leave --compile out" in said
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_later_a_gradient_may_be_nothing(place, whole, tmp_path, monkeypatch):
+    """As of texts that are known by heart: the run goes on."""
+    monkeypatch.setattr(train, "accumulate_gradients", poisoned(0.0, 3, "all gradients"))
+    begin(place.lora, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[3])["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_with_a_gradient(method):
+    """Of the first step, where LoRA's B, SARA's lam, Mo-SARA's v, CoRA's A and LoTR's cores are 0."""
+    model = attach(toy_model(), method)
+    train.accumulate_gradients(types.SimpleNamespace(micro_batch=4, multiple=1, autocast=None), model, toy_examples(4))
+    assert sum(p.grad.square().sum() for p in adapter.trainable(model).values() if p.grad is not None) > 0
 
 
 def test_a_gpu_is_not_given_what_was_added_behind_the_numbers():
@@ -222,7 +249,7 @@ def test_a_gpu_is_not_given_what_was_added_behind_the_numbers():
     data = types.SimpleNamespace(train=toy_examples(4), numbers=range(1, 5))
     model = attach(toy_model(), "lora")
     before, optimizer = snapshot(model), torch.optim.AdamW(train.decay_groups(model, 0.0), lr=1e-2, fused=True)
-    monitor = Monitor(args, model, optimizer, data, 1.0, None, None, None, None, [])
+    monitor = Monitor(args, model, optimizer, data, 1.0, resume.Progress(), None, None, None, [])
     monitor.waits = False
     loss = train.accumulate_gradients(args, model, data.train)
     next(p for p in adapter.trainable(model).values() if p.grad is not None).grad[0, 0] = math.nan
@@ -230,7 +257,7 @@ def test_a_gpu_is_not_given_what_was_added_behind_the_numbers():
     optimizer.step()
     assert same(snapshot(model), before)
     with pytest.raises(FloatingPointError, match="step 1: .*, gradient norm with R's part nan, on records 3 of the data"):
-        monitor.check_finite(monitor.since)
+        monitor.check_numbers(monitor.since)
 
 
 # ---- the log --------------------------------------------------------------------------------------------------------

@@ -77,21 +77,21 @@ def test_beside_the_peer(what, sides, words, measure):
         assert records[0]["new_tokens"] == records[1]["new_tokens"] > 0
 
 
-def test_what_is_measured_on_a_gpu(measure, monkeypatch):
-    """Every method as written, compiled and with graphs, evaluations, the large model with and without recomputing; what
-    fails is a line of its own and stops nothing."""
-    modes = []
-    monkeypatch.setattr(fast, "compile_blocks", lambda model, mode: modes.append(mode))
-    monkeypatch.setattr(bench, "matmul_rate", lambda *_: 100.0)
-    out, records = measure("gpu", "--methods", "lora", "full", "--steps", "1", "--batch", "2", "--params", "4000", "--problems", "3",
-                           "--max-new", "3", "--width", "64", "--layers", "1", "--length", "9", "--rank", "128")
-    assert modes == ["default", "reduce-overhead"] * 2
-    assert [r["what"] for r in records] == ["train"] * 8 + ["generate"] * 2 + ["init"] * 2 + ["train"] * 4
-    assert [r["side"] for r in records[:8]] == ["lora"] * 3 + ["full"] * 3 + ["lora", "full"]
-    failed = [r for r in records if "failed" in r]  # rank 128 in a width of 64
-    assert [r["side"] for r in failed] == ["sorsa", "pissa", "sorsa", "lora", "sorsa", "lora"] and "rank 128 is out of range" in out
-    assert all("failed" in r or r.get("tokens_per_second") or r["problems_per_second"] for r in records)
-    assert [r.get("recompute") for r in records[-4:]] == [False, False, True, True]
+@pytest.mark.peers
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_peer_computes_as_its_trainer_does(dtype, tiny_gguf, monkeypatch):
+    """Under autocast where its weights are bf16: its factors are fp32, and would else be multiplied as such."""
+    pytest.importorskip("peft")
+    seen, build = [], bench.peer_model
+
+    def watched(ours, dtype):
+        model = build(ours, dtype)
+        model.model.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        return model
+    monkeypatch.setattr(bench, "peer_model", watched)
+    bench.memory_side(bench.parse_arguments(["memory", "--side", "peer", "--model", str(tiny_gguf), "--batch", "2", "--length", "9",
+                                             "--rank", "4", "--dtype", dtype]))
+    assert seen == [dtype == "bfloat16"]
 
 
 def test_what_each_fast_form_buys(monkeypatch, capsys):
