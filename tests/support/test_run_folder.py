@@ -138,14 +138,15 @@ def dying(event):
         yield
 
 
-def test_an_old_result_is_never_seen_beside_a_new_run(place, whole, tmp_path):
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_an_old_result_is_never_seen_beside_a_new_run(stride, place, whole, tmp_path):
     """Whenever a run that replaces another one ends, the folder holds files of one of them, and the run can be made."""
     names = (run_folder.LOG, run_folder.RESULT, run_folder.ADAPTER, *run_folder.ALL_EVAL_FILES)
     begin([*place.lora, "--seed", "5"], tmp_path / "old")
     for name in run_folder.ALL_EVAL_FILES:
         (tmp_path / "old" / name).write_text("{}")
     old, new = contents(tmp_path / "old"), contents(whole)
-    for event in itertools.count(1):
+    for event in itertools.count(1, stride):
         run = copied(tmp_path / "old", tmp_path / str(event))
         try:
             with dying(event):
