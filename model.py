@@ -111,11 +111,14 @@ class KVCache:
             self.cleared = slots
         return slots
 
-    def update(self, layer, positions, k, v, slots):
-        """Write k, v (B, K, T, D) at `positions` (B, T); return all keys and values so far, each (B, K, slots, D)."""
+    def write(self, layer, positions, k, v):
+        """Put k, v (B, K, T, D) at `positions` (B, T)."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
+
+    def read(self, layer, slots):
+        """All keys and values so far, each (B, K, slots, D)."""
         return self.k[layer, :, :, :slots], self.v[layer, :, :, :slots]
 
     def advance(self, tokens, longest):
@@ -190,7 +193,9 @@ class Attention(nn.Module):
         if cos is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v, seen.shape[-1])  # (B, K, S, D)
+            cache.write(self.layer, positions, k, v)
+        if seen is not None:
+            k, v = cache.read(self.layer, seen.shape[-1])  # (B, K, S, D)
         y = attention(q, k, v, seen)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -265,7 +270,8 @@ class Decoder(nn.Module):
         else:
             positions = cache.positions(T)  # (B, T)
             slots = torch.arange(cache.slots(T), device=tokens.device)  # (S,)
-            seen = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+            if cache.longest:  # else nothing is there to be seen but the T tokens themselves
+                seen = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
         x = self.embed_tokens(tokens)  # (B, T, d)
         if self.config.gpt2:
             x, cos, sin = x + self.embed_positions(positions), None, None

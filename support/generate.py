@@ -4,6 +4,7 @@ import torch
 from data import prompting
 from data.calculator import insertion
 from model import KVCache
+from support.fast import row_multiple
 
 CHECK_EVERY = 8  # decode steps between two looks, on a GPU, at which rows have finished: each look waits for it
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 65536}  # of prompts read at once: few, of similar length, need little padding
@@ -49,7 +50,7 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
                 alive, chosen = alive[order], chosen[order]
         hidden = model.model(chosen[:, None], cache)  # (rows alive, 1, d)
         cache.advance(1, 1)
-        chosen = model.lm_head(hidden[:, 0]).argmax(-1)  # (rows alive,)
+        chosen = model.lm_head(hidden[:, 0]).max(-1).indices  # (rows alive,)
     return [_through_first(ids, ends.tolist()) for ids in new[:, :step + 1].tolist()]
 
 
@@ -57,6 +58,7 @@ def _prefill(model, prompts, cache):
     """Read the prompts into the cache, as many rows at a time as PREFILL_TOKENS allow; returns every row's choice for
     its first token, (B,)."""
     device, first, chosen = model.lm_head.weight.device, 0, []
+    multiple = row_multiple(device, None, model.config.max_position_embeddings)
     cache.slots(max(map(len, prompts)))  # clears them, before the windows write
     while first < len(prompts):
         last, longest = first + 1, len(prompts[first])
@@ -66,13 +68,13 @@ def _prefill(model, prompts, cache):
                 break
             last, longest = last + 1, longer
         lengths = torch.tensor([len(prompt) for prompt in prompts[first:last]])  # (rows,)
-        tokens = torch.zeros(last - first, longest, dtype=torch.long)  # (rows, T)
+        tokens = torch.zeros(last - first, -(-longest // multiple) * multiple, dtype=torch.long)  # (rows, T)
         for row, prompt in enumerate(prompts[first:last]):
             tokens[row, :len(prompt)] = torch.tensor(prompt)
         rows = cache.window(first, last)
         hidden = model.model(tokens.to(device), rows)[range(last - first), lengths - 1]  # (rows, d)
         rows.advance(lengths.to(device), longest)
-        chosen.append(model.lm_head(hidden).argmax(-1))
+        chosen.append(model.lm_head(hidden).max(-1).indices)
         first = last
     cache.longest = max(map(len, prompts))
     return torch.cat(chosen)
