@@ -93,7 +93,7 @@ def decay_groups(model, weight_decay):
 
 
 def mixed_precision(args, device):
-    """A context in which products are taken in bf16 where args.autocast says so: full fine-tuning on a GPU."""
+    """A context in which products are taken in bf16 where args.autocast says so: full fine-tuning in bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=args.autocast is not None)
 
 
@@ -140,7 +140,7 @@ def main(argv=None):
     if not args.plain:
         fast.switch_on(chosen=args.saved and args.saved.products, device=args.device)
     device, dtype = choose_device(args.device, args.dtype, args.plain)
-    # Full fine-tuning keeps fp32 weights, where small steps survive, and computes in bf16 on a GPU.
+    # Full fine-tuning keeps fp32 weights, where small steps survive, and multiplies in --dtype.
     weights = torch.float32 if args.method == "full" else dtype
     args.autocast = "bfloat16" if weights != dtype else None
     args.dtype = str(dtype).removeprefix("torch.")

@@ -124,7 +124,7 @@ def fast_products(chosen=None):
     is_exact = (product("bf16") - exact).norm() < 1e-6 * exact.norm()
     if chosen not in ("ieee", "bf16"):
         times = trial({precision: functools.partial(product, precision) for precision in ("ieee", "bf16")})
-        chosen = "bf16" if times["bf16"] <= 0.75 * times["ieee"] else "ieee"
+        chosen = "bf16" if times["bf16"] < 0.75 * times["ieee"] else "ieee"
     torch.backends.mkldnn.matmul.fp32_precision = chosen if is_exact else "ieee"
 
 
@@ -134,7 +134,7 @@ def bf16_pays():
     a = trial_matrix()
     b = a.bfloat16()
     times = trial({"fp32": lambda: a @ a, "bf16": lambda: b @ b})
-    return 1.5 * times["bf16"] <= times["fp32"]
+    return 1.5 * times["bf16"] < times["fp32"]
 
 
 def trial_matrix():

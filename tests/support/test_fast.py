@@ -17,6 +17,8 @@ from data import batching
 from methods import METHODS
 from model import KVCache
 from support import fast, generate, loss, report
+from support.fast import bf16_pays  # before conftest puts another in its place
+from support.script import choose_device
 from tests.toy import attach, perturb, tokens, toy_examples, toy_model
 
 ROOT = Path(fast.__file__).parent.parent
@@ -324,6 +326,17 @@ def test_products_are_given_to_onednn_only_where_faster_and_exact(slow, rounds, 
     monkeypatch.setattr(fast.time, "thread_time", lambda: clock[0])
     fast.fast_products(before)
     assert precision() == chosen
+
+
+@pytest.mark.parametrize("fp32, bf16, pays", [(3.0, 1.9, True), (3.0, 2.0, False), (1.0, 5.0, False), (0.0, 0.0, False)])
+def test_bf16_is_chosen_where_it_pays(fp32, bf16, pays, monkeypatch):
+    """On a CPU that multiplies it 1.5 times as fast; not for a plain run, nor where another is asked for. (The last clock stands still.)"""
+    monkeypatch.setattr(fast, "trial", lambda products: {"fp32": fp32, "bf16": bf16})
+    monkeypatch.setattr(fast, "bf16_pays", bf16_pays)
+    chosen = torch.bfloat16 if pays else torch.float32
+    assert choose_device("cpu")[1] == choose_device("cpu", "auto")[1] == chosen
+    assert choose_device("cpu", plain=True)[1] == choose_device("cpu", "float32")[1] == torch.float32
+    assert choose_device("cpu", "bfloat16")[1] == torch.bfloat16
 
 
 FAULTS = """
