@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import model as decoder
 from support import loss
 
-CACHED = 1 << 20  # numbers, 4 MB of fp32: so much stays in a processor's cache from one pass to the next
+CACHED = 1 << 21  # numbers, 8 MB of fp32: so much stays in a processor's cache from one pass to the next
 QUERIES = 64  # about so many of a row are looked at together
 # Rows are padded to a multiple of so many tokens: on a GPU, where attention may set itself up anew for every shape, and
 # for CUDA graphs, which are recorded for every shape.
