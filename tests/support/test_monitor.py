@@ -160,7 +160,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(place, tmp_path, caps
 
 def test_a_clock_that_stands_still(place, whole, tmp_path, monkeypatch):
     """Rates are 0; the run, the stop in it and the evaluation are as ever."""
-    for clock in ("time", "perf_counter", "monotonic", "thread_time"):
+    for clock in ("time", "perf_counter", "monotonic"):
         monkeypatch.setattr(time, clock, lambda: 1e6)
     with stopping(2), pytest.raises(Stopped):
         begin(place.lora, tmp_path / "run")
