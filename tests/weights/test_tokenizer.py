@@ -402,7 +402,7 @@ def check_added_tokens(vocabulary, seeds, texts=25):
             if content in ("\u2581\u2581", "  ", "e\u0301", "\u2581", " "):  # where two are one, normalised, tokenizers takes either
                 flags["normalized"] = False
             fields["added_tokens"].append(added(content, choose.choice((3, 700, 5000)), **flags))
-        theirs, ours = tokenizers.Tokenizer.from_str(json.dumps(fields)), tokenizer.from_tokenizer_json(fields, 2)
+        theirs, ours = Tokenizer.from_str(json.dumps(fields)), tokenizer.from_tokenizer_json(fields, 2)
         theirs.encode_special_tokens = True
         words = BITS + 3 * [token["content"] for token in fields["added_tokens"]]
         for _ in range(texts):
