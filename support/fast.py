@@ -87,7 +87,7 @@ def has_onednn_switch():
 
 
 def products():
-    """Who multiplies fp32 matrices on a CPU: "bf16" is oneDNN, "ieee" or "none" MKL, None a torch without the switch."""
+    """Who multiplies fp32 matrices on a CPU: "bf16" oneDNN, "ieee" and "none" MKL; None: a torch without the switch."""
     return torch.backends.mkldnn.matmul.fp32_precision if has_onednn_switch() else None
 
 

@@ -22,9 +22,10 @@ from weights import base_model
 
 ROOT = str(Path(__file__).parent.parent)
 PRODUCTS = torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm
-PLACES = {"AttentionInPieces": "attention: softmax and sums", "attention_weights": "attention: softmax and sums",
-          "folded": "attention: softmax and sums", "wide": "attention: softmax and sums", "LeanRMSNorm": "norms",
-          "Rotation": "rotation", "SwiGLU": "activation", "FrozenHeadLoss": "loss on the logits"}
+PLACES = {"LeanRMSNorm": "norms", "Rotation": "rotation", "SwiGLU": "activation",
+          "FrozenHeadLoss": "loss on the logits",
+          **dict.fromkeys(("attention", "AttentionInPieces", "attention_weights", "folded", "wide"),
+                          "attention: softmax and sums")}
 
 
 class Timed(TorchDispatchMode):
@@ -41,7 +42,7 @@ class Timed(TorchDispatchMode):
         is_product = function.overloadpacket in PRODUCTS
         place = caller()
         if is_product:
-            names = [self.frozen[a.data_ptr()] for a in args if isinstance(a, torch.Tensor) and a.data_ptr() in self.frozen]
+            names = [self.frozen[a.data_ptr()] for a in args[-2:] if a.data_ptr() in self.frozen]
             what = f"products: {names[0] if names else 'attention' if place.startswith('attention') else 'what trains'}"
         else:
             what = "optimizer" if "_fused_" in str(function) else place
@@ -70,7 +71,8 @@ def caller():
 def measure(args):
     """Print the table of one step of --method."""
     fast.switch_on()
-    args.side, args.rank, args.params, args.compile, args.width, args.recompute = args.method, 16, None, None, None, False
+    args.side, args.rank, args.steps = args.method, 16, 3  # and one step before these
+    args.params = args.compile = args.width = args.recompute = None
     model, tokenizer = bench.loaded_model(args)
     encoded = bench.batches(args, bench.training_examples(args, model, tokenizer))[-1]  # every step: the same batch
     limit = bench.matmul_rate(bench.DEVICE, getattr(torch, args.dtype))
@@ -86,12 +88,12 @@ def measure(args):
     plain = bench.seconds(lambda: next(steps))
     rows = sorted(timed.spent.items(), key=lambda pair: -pair[1][1])
     counted = sum(seconds for _, (_, seconds, _) in rows)
-    overhead = max(0.0, wall - plain)
+    whole = min(wall, plain)  # without what the timing itself takes
     print(f"{args.method}, {args.dtype}, {tokens} tokens: {wall:.2f} s timed, {plain:.2f} s untimed; "
           f"square products {limit:.0f} GFLOP/s")
-    for what, (calls, seconds, gflop) in [*rows, ("Python and autograd between them", (0, wall - overhead - counted, 0.0))]:
+    for what, (calls, seconds, gflop) in [*rows, ("Python and autograd between them", (0, whole - counted, 0.0))]:
         speed = f"{gflop / seconds:7.0f} GFLOP/s, {100 * gflop / seconds / limit:.0f} %" if gflop else ""
-        print(f"{what:<34}{calls or '':>7}{1e3 * seconds:9.0f} ms{100 * seconds / (wall - overhead):7.1f} %{speed}")
+        print(f"{what:<34}{calls or '':>7}{1e3 * seconds:9.0f} ms{100 * seconds / whole:7.1f} %{speed}")
 
 
 def main():
@@ -101,9 +103,7 @@ def main():
     parser.add_argument("--model", default=base_model.DEFAULT_MODEL)
     parser.add_argument("--data", default="auto")
     parser.add_argument("--batch", type=positive, default=16)
-    args = parser.parse_args()
-    args.steps = 3  # and one before them
-    measure(args)
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def load(name, dtype=torch.float32, device="cpu"):
         raise type(error)(f"{error}; if {name} came damaged, delete {path}: it is fetched again") from None
     digest = digest or sha256(*weight_paths)
     # The model's own memory: a tensor that is as in the file would still lie there, and change with it.
-    weights = {key: tensor.to(device, dtype if tensor.dtype == dtype else torch.float32, copy=path.is_dir()).contiguous()
-               for key, tensor in tensors}
+    weights = {key: tensor.to(device, dtype if tensor.dtype == dtype else torch.float32, copy=path.is_dir())
+               .contiguous() for key, tensor in tensors}
     known = identity(path, digest, config, tokenizer)
     if states(files) != files:
         raise fault(path, "was written to while it was read", "run again")
@@ -156,15 +156,18 @@ def read_folder(folder):
     faults += [f"{name} has dtype {tensor.dtype}" for name, tensor in tensors.items()
                if name in expected and not tensor.is_floating_point()]
     if faults:
-        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise fault(folder, f"not the tensors of this model: {'; '.join(faults[:4])}{more}", "use another folder")
+        raise fault(folder, f"not the tensors of this model: {first_four(faults, '; ')}", "use another folder")
     if left_out:
-        more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
         print(f"{folder}: not part of this model, left out as transformers does: "
-              f"{', '.join(map(ascii, left_out[:4]))}{more}", file=sys.stderr)
+              f"{first_four([*map(ascii, left_out)], ', ')}", file=sys.stderr)
         tensors = {name: tensors[name] for name in expected}
     largest_first = sorted(tensors, key=lambda name: -tensors[name].numel())  # while there is room for two of them
     return config, folder_tokenizer(folder, config.vocab_size), ((name, tensors.pop(name)) for name in largest_first)
+
+
+def first_four(words, between):
+    """The first of some words, and how many more there are."""
+    return between.join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
 
 
 def folder_tokenizer(folder, rows):
@@ -397,8 +400,7 @@ def check_tensors(path, tensors, layout):
         if name in tensors and tensors[name].type not in DECODERS:
             faults.append(f"{name} has type {tensors[name].type}, supported: {', '.join(DECODERS)}")
     if faults:
-        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise fault(path, f"not the tensors of this model: {'; '.join(faults[:4])}{more}", "use another file")
+        raise fault(path, f"not the tensors of this model: {first_four(faults, '; ')}", "use another file")
 
 
 def half_split(weight, head_dim):
