@@ -136,7 +136,12 @@ def holder(path):
         unlock(file)
         return None
     with contextlib.suppress(OSError):  # gone since
-        return f"process {Path(path).read_text() or '(which has just begun)'}"
+        for _ in range(100):  # it writes its number at once, but after it has the lock
+            number = Path(path).read_text()
+            if number:
+                return f"process {number}"
+            time.sleep(0.01)
+        return "process (which has just begun)"
 
 
 @contextlib.contextmanager
