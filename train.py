@@ -23,7 +23,7 @@ from methods import METHODS
 from support import fast, report, resume, run_folder
 from support.flags import choose_budget, complete_options, flags_of, method_options, parse_arguments
 from support.generate import complete
-from support.loss import answer_loss, mean_loss
+from support.loss import answer_loss, example_losses, mean_loss
 from support.monitor import Monitor
 from support.script import choose_device, one_line, run_script, write_json
 from weights import adapter_file, base_model
@@ -99,23 +99,41 @@ def mixed_precision(args, device):
 
 # ---- what is shown of a run -----------------------------------------------------------------------------------------
 
-def held_out_loss(args, model, held_out, step, log):
-    """The held-out loss, printed and logged with what the method's weights or routers look like."""
+def measure(args, model, data, progress, step, log):
+    """The held-out loss after `step` steps, and what --forgetting asks for, into `progress`: printed and logged with
+    what the method's weights or routers look like."""
     device, watch = model.lm_head.weight.device, METHODS[args.method].watch
     with fast.eagerly(args.compile):
-        with mixed_precision(args, device):
-            loss = mean_loss(model, held_out, args.micro_batch, device, args.multiple)
-        if not math.isfinite(loss):
-            fix = f"lower --lr, now {args.lr:g}" if step else "the base model itself gives it: load another"
-            raise FloatingPointError(f"step {step}: held-out loss {loss:g}; {fix}")
-        line = {"step": step, "held_out_loss": loss}
+        line = {"step": step, "held_out_loss": loss_of(args, model, data.held_out, step)}
+        if data.prose:
+            progress.prose[step] = loss_of(args, model, data.prose, step)
+            line.update(prose_loss=progress.prose[step], forgot=progress.prose[step] - progress.prose[0])
         if watch:
-            line.update(watch(model.model, collate(held_out[:1], device)[0]))  # one row (1, T): no padding to look at
+            tokens = collate(data.held_out[:1], device)[0]  # one row (1, T): no padding to look at
+            line.update(watch(model.model, tokens))
         elif adapter.adapted_layers(model):
             line["change"] = adapter.relative_change(model)
+    progress.held_out[step] = line["held_out_loss"]
     log.write(json.dumps(line) + "\n")
-    print(f"held-out loss after {step} steps: {loss:.4f}{report.change_text(line)}", flush=True)
+    print(f"held-out loss after {step} steps: {line['held_out_loss']:.4f}{report.change_text(line)}", flush=True)
+
+
+def loss_of(args, model, encoded, step):
+    """The loss per answer token of examples that are not trained on. FloatingPointError if it is not finite."""
+    device = model.lm_head.weight.device
+    with mixed_precision(args, device):
+        loss = mean_loss(model, encoded, args.micro_batch, device, args.multiple)
+    if not math.isfinite(loss):
+        fix = f"lower --lr, now {args.lr:g}" if step else "the base model itself gives it: load another"
+        raise FloatingPointError(f"step {step}: held-out loss {loss:g}; {fix}")
     return loss
+
+
+def report_losses(args, model, data):
+    """The summed losses of the report's examples, one by one; None without --report."""
+    device = model.lm_head.weight.device
+    with fast.eagerly(args.compile), mixed_precision(args, device):
+        return example_losses(model, data.report, device, args.multiple) if data.report else None
 
 
 def print_sample(args, base, example, when):
@@ -187,7 +205,7 @@ def carry_out(args, base, data, source, regularizer, device, began, command):
     earlier = progress.seconds
 
     def held_out(step):
-        return held_out_loss(args, model, data.held_out, step, log)
+        measure(args, model, data, progress, step, log)
 
     def save():
         progress.seconds = earlier + time.perf_counter() - began
@@ -202,7 +220,7 @@ def carry_out(args, base, data, source, regularizer, device, began, command):
         else:
             print_sample(args, base, data.example, "before")
             started = time.perf_counter()
-            progress.held_out[0] = held_out(0)
+            held_out(0)
             expected = report.expected_seconds(args, data, gflop, time.perf_counter() - started)
             print(f"expecting about {report.duration(expected)} of training", flush=True)
         with resume.noted_signals() as signals:
@@ -212,8 +230,9 @@ def carry_out(args, base, data, source, regularizer, device, began, command):
 
     path = args.out / run_folder.ADAPTER
     adapter_file.save(model, path, base.name, base.sha256)
+    losses = report_losses(args, model, data)
     progress.seconds = earlier + time.perf_counter() - began
-    result = report.result_of(args, regularizer, base, data, source, progress, path, command)
+    result = report.result_of(args, regularizer, base, data, source, progress, losses, path, command)
     write_json(args.out / run_folder.RESULT, result)
     (args.out / resume.FILE).unlink()  # the run is finished: the adapter is all that is needed
     print_sample(args, base, data.example, "after")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from data import gsm8k, instructions, prompting
+from data import gsm8k, instructions, prompting, prose
 
 IGNORE = -100  # the target of a position without loss: the question, and padding
 SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
@@ -44,7 +44,8 @@ def split(examples, held_out, limit=None):
     With a limit, the ones to train on are the first of the data that are not held out.
     """
     if held_out >= len(examples):
-        raise ValueError(f"--held-out {held_out} leaves nothing to train on: the data has {len(examples)} examples")
+        raise ValueError(f"the {held_out} of --held-out and --report leave nothing to train on: the data has "
+                         f"{len(examples)} examples")
     order = random.Random(SPLIT_SEED).sample(range(len(examples)), len(examples))
     last = sorted(order[held_out:])[:limit][-1]
     return ([examples[i] for i in order[held_out:] if i <= last], [examples[i] for i in order[:held_out]])
@@ -55,9 +56,11 @@ class Data(NamedTuple):
     train: list
     numbers: list  # which records of the data these are, from 1
     held_out: list
+    report: list  # held out too, and measured at the end alone
+    prose: list  # general text, to see what is forgotten; empty unless that is asked for
     example: dict  # a held-out one, as text
     left_out: int  # how many were too long
-    sha256: str  # of train and held_out
+    sha256: str  # of all these
 
 
 def encode_data(args, examples, base):
@@ -65,12 +68,14 @@ def encode_data(args, examples, base):
     if args.strip_annotations:
         examples = without_annotations(examples)
     args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), base.model.config.max_position_embeddings)
-    places, apart = split(range(len(examples)), args.held_out, args.limit)
-    encoded, held_out = (encode_examples(base.tokenizer, [examples[i] for i in part], args.max_tokens, args.template,
-                                         args.cut or (None, None)) for part in (places, apart))
-    kept, held_out = list(encoded.values()), list(held_out.values())
-    return Data(kept, [1 + places[i] for i in encoded], held_out, examples[apart[0]],
-                len(places) + len(apart) - len(kept) - len(held_out), examples_sha256(kept, held_out))
+    places, apart = split(range(len(examples)), args.held_out + args.report, args.limit)
+    parts = places, apart[:args.held_out], *([apart[args.held_out:]] if args.report else [])
+    encoded = [encode_examples(base.tokenizer, [examples[i] for i in part], args.max_tokens, args.template,
+                               args.cut or (None, None)) for part in parts]
+    kept, held_out, *report = [list(part.values()) for part in encoded]
+    report, prose_pieces = report[0] if report else [], prose.pieces(base.tokenizer) if args.forgetting else []
+    return Data(kept, [1 + places[i] for i in encoded[0]], held_out, report, prose_pieces, examples[apart[0]],
+                sum(map(len, parts)) - sum(map(len, encoded)), examples_sha256(kept, held_out, report, prose_pieces))
 
 
 def data_name(given, source):

@@ -78,6 +78,10 @@ def make_parser():
 
     add = parser.add_argument_group("reporting").add_argument
     add("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
+    add("--report", type=whole, default=0, help="further training examples kept apart, to choose nothing by: their losses, "
+                                                "one by one, are measured at the end and go to result.json")
+    add("--forgetting", action="store_true", help="measure the loss on general English text beside every held-out loss: "
+                                                  "by how much it rises is what training has made the model forget")
     add("--eval-every", type=positive, help="steps between held-out losses (default: a quarter of the run)")
     add("--save-every", type=positive, help="steps between checkpoints for --resume (default: as --eval-every)")
     add("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")

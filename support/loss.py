@@ -21,6 +21,11 @@ def head_loss(hidden, head, targets):
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
+def example_losses(model, encoded, device, multiple=1):
+    """The summed loss of each example, in their order: what two models may be compared by, example by example."""
+    return [mean_loss(model, [example], 1, device, multiple) * answer_tokens([example]) for example in encoded]
+
+
 @torch.no_grad()
 def mean_loss(model, encoded, batch, device, multiple=1):
     """Mean loss per answer token over a fixed set of examples, the longest first, padded to a multiple of so many."""

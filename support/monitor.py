@@ -15,8 +15,8 @@ class Monitor:
     """Watches over a run: `check` before the optimizer moves anything, `after` when it has.
 
     data is a batching.Data, gflop what training takes per token, progress a resume.Progress, which is kept up to date,
-    log a text file, signals the list of resume.noted_signals. held_out(step) measures and returns the held-out loss,
-    save() writes a checkpoint. `numbers` of a step are {name: float or tensor ()}, with "loss" among them.
+    log a text file, signals the list of resume.noted_signals. held_out(step) measures the held-out loss, save() writes
+    a checkpoint. `numbers` of a step are {name: float or tensor ()}, with "loss" among them.
     """
 
     def __init__(self, args, model, optimizer, data, gflop, progress, held_out, save, log, signals):
@@ -74,7 +74,7 @@ class Monitor:
         self.check_numbers(self.since)  # waits for a GPU to finish
         self.write_line(step)
         if to_measure:
-            self.progress.held_out[step] = self.held_out(step)
+            self.held_out(step)
         if to_save:
             if not torch.nn.utils.get_total_norm(self.parameters).isfinite():  # before a checkpoint is lost for it
                 raise FloatingPointError(f"step {step}: the weights after it are not finite: lower --lr, now "

@@ -1,6 +1,7 @@
 """What train.py tells: the plan before anything is spent, a line per logged step, what a step costs."""
 import itertools
 import math
+import platform
 import statistics
 import sys
 
@@ -8,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import adapter
-from data.batching import answer_tokens, endless_batches, token_count
+from data.batching import answer_tokens, endless_batches, examples_sha256, token_count
 from methods import METHODS
 from support.fast import CHUNK, eagerly, onednn_multiplies
 from support.script import has_bf16_units, one_line
@@ -210,26 +211,36 @@ def change_text(line):
     text = "" if line.get("change") is None else f"  |dW|/|W| {line['change']:.1e}"
     if "gates" in line:
         text += f"  top gate {line['top_gate']:.2f}, sets used {' '.join(f'{gate:.2f}' for gate in line['gates'])}"
-    known = ("step", "held_out_loss", "change", "top_gate", "gates")
+    if "forgot" in line:
+        text += f"  forgot {line['forgot']:+.4f}"
+    known = ("step", "held_out_loss", "change", "top_gate", "gates", "prose_loss", "forgot")
     return text + "".join(f"  {name} {value:.4g}" for name, value in line.items() if name not in known)
 
 
-def result_of(args, regularizer, base, data, source, progress, adapter_path, command):
-    """The record of a finished run, as result.json keeps it."""
+def result_of(args, regularizer, base, data, source, progress, losses, adapter_path, command):
+    """The record of a finished run, as result.json keeps it. losses: the summed loss of each example of the report."""
     model, seconds = base.model, progress.seconds_in_steps
     device = model.lm_head.weight.device
     hidden = ("saved", "resume", "dry_run", "multiple")
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
+    more = {}
+    if losses:
+        tokens = answer_tokens(data.report)
+        more = {"report_loss": sum(losses) / tokens, "report_losses": [round(loss, 4) for loss in losses],
+                "report_tokens": tokens}
+    if progress.prose:
+        more |= {"prose_loss": progress.prose, "forgot": progress.prose[args.steps] - progress.prose[0],
+                 "prose_sha256": examples_sha256(data.prose), "python": platform.python_version()}
     return {**settings, **regularizer, "out": str(args.out), "adapter": model.adapter_config, "source": source,
             "base_sha256": base.sha256,
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(model).values()),
             "adapter_bytes": adapter_path.stat().st_size, "held_out_examples": len(data.held_out),
             "held_out_loss": progress.held_out, "held_out_before": progress.held_out[0],
             "held_out_after": progress.held_out[args.steps], "held_out_best": min(progress.held_out.values()),
-            "resumed_at": progress.resumed_at, "tokens": progress.tokens,
+            **more, "resumed_at": progress.resumed_at, "tokens": progress.tokens,
             "tokens_per_second": per_second(progress.tokens, seconds), "seconds_in_steps": seconds,
             "seconds": progress.seconds,
-            "memory_gb": peak_memory(device), "device": str(device),
+            "memory_gb": peak_memory(device), "device": str(device), "threads": torch.get_num_threads(),
             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
             "command": command}
 
@@ -240,6 +251,11 @@ def print_result(args, result, adapter_path):
     print(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %) after {args.steps} steps, "
           f"{result['tokens']:,} tokens at {result['tokens_per_second']:,.0f} per second; "
           f"{duration(result['seconds'])} in all")
+    if "report_loss" in result:
+        print(f"report {result['report_loss']:.4f}, the loss on the {len(result['report_losses'])} examples of --report")
+    if "forgot" in result:
+        first, *_, last = result["prose_loss"].values()
+        print(f"forgot {result['forgot']:+.4f}: the loss on general text, {first:.4f} -> {last:.4f}")
     print(f"adapter: {adapter_path}, {result['adapter_bytes'] / 1e6:.1f} MB; "
           f"its accuracy: python eval.py {args.out}")
 

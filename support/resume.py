@@ -37,6 +37,7 @@ class Progress:
     seconds_in_steps: float = 0.0
     seconds: float = 0.0  # in all
     resumed_at: list = field(default_factory=list)
+    prose: dict = field(default_factory=dict)  # {step: loss on general text}, with --forgetting
 
 
 @dataclass
@@ -115,15 +116,18 @@ def read_progress(record):
     def seconds(value):
         return type(value) in (int, float) and 0 <= value < 1e15
 
+    def losses(value):
+        return isinstance(value, dict) and all(step.isdecimal() and len(step) < 15 and type(loss) is float
+                                               and math.isfinite(loss) for step, loss in value.items())
+
     kinds = {"step": count, "tokens": count, "seconds_in_steps": seconds, "seconds": seconds,
-             "held_out": lambda value: isinstance(value, dict) and all(
-                 step.isdecimal() and len(step) < 15 and type(loss) is float and math.isfinite(loss)
-                 for step, loss in value.items()),
+             "held_out": losses, "prose": losses,
              "resumed_at": lambda value: isinstance(value, list) and all(map(count, value))}
     if not isinstance(record, dict) or record.keys() != kinds.keys() \
             or not all(is_kind(record[key]) for key, is_kind in kinds.items()):
         return None
-    return Progress(**{**record, "held_out": {int(step): loss for step, loss in record["held_out"].items()}})
+    by_step = {key: {int(step): loss for step, loss in record[key].items()} for key in ("held_out", "prose")}
+    return Progress(**{**record, **by_step})
 
 
 def attach(folder, saved, base, data_sha256):
@@ -141,7 +145,8 @@ def restore(folder, saved, model, optimizer, steps):
     after as many steps as were made of the run's `steps`."""
     path, progress, parameters = folder / FILE, saved.progress, adapter.trainable(model)
     measured = {0, steps} if progress.step == steps else {0}
-    if not 1 <= progress.step <= steps or not measured <= progress.held_out.keys():
+    losses = [progress.held_out] + [progress.prose] * ("--forgetting" in saved.flags)
+    if not 1 <= progress.step <= steps or not all(measured <= loss.keys() for loss in losses):
         raise fault(path, f"its progress is not that of a run of {steps} steps", AGAIN)
     if saved.optimizer != kind_of(optimizer):
         raise fault(path, f"the run began with {saved.optimizer}, train.py now has {kind_of(optimizer)}", AGAIN)

@@ -324,7 +324,7 @@ def read_result(folder, name):
     path = folder / name
     path.write_bytes(path.read_bytes().replace(b"/FOLDER", str(folder).encode()))
     record = compare.kept(path)
-    compare.table_row(record)
+    compare.table_row({"name": "run", **record})
     json.dumps(record)
     args = evaluation.parse_arguments([str(folder)])
     run = evaluation.settle(args, True)

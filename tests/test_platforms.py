@@ -51,7 +51,7 @@ def everything():
             pass
         result = train.main(["--resume", out])
         assert result["memory_gb"] is None and result["resumed_at"] == [1]
-    compare.table_row(compare.kept("run full/result.json"))
+    compare.table_row({"name": "full", **compare.kept("run full/result.json")})
     train.main([*common, "--method", "lora", "--out", "run full", "--overwrite"])
     evaluation.main(["run mosara", "--limit", "2", "--max-new", "4", "--device", "cpu"])
     export.main(["run pissa", "peft", "--to", "peft"])
@@ -145,7 +145,7 @@ def test_memory_that_is_not_known_is_left_out(monkeypatch, tmp_path):
     line = {"step": 1, "loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "padding": 0.0, "gflops": 1.0}
     assert " GB " not in report.log_line({**line, "memory_gb": None}, 2, 1) and "1.50 GB  1s left" in report.log_line(
         {**line, "memory_gb": 1.5}, 2, 1)
-    record = {"method": "lora", "lr": 1.0, "trainable_parameters": 1, "held_out_before": 1.0, "held_out_after": 1.0,
+    record = {"name": "lora", "method": "lora", "adapter": {}, "lr": 1.0, "trainable_parameters": 1, "held_out_before": 1.0, "held_out_after": 1.0,
               "seconds_in_steps": 1.0, "steps": 1, "memory_gb": None}
     assert compare.table_row(record).endswith("| - |")
     path = tmp_path / "result.json"

@@ -98,7 +98,7 @@ def test_the_loop_is_the_written_out_loop(tmp_path):
     optimizer = torch.optim.AdamW(train.decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
     with open(tmp_path / "log", "w") as log:
         records = types.SimpleNamespace(train=data, numbers=range(16))
-        monitor = Monitor(args, model, optimizer, records, 1.0, progress, held_out=float, save=lambda: None, log=log, signals=[])
+        monitor = Monitor(args, model, optimizer, records, 1.0, progress, held_out=lambda step: progress.held_out.update({step: float(step)}), save=lambda: None, log=log, signals=[])
         train.train(args, model, optimizer, data, monitor, lambda: regularize(model, args.lr))
 
     twin, expected, tokens = perturb(attach(toy_model(), "sorsa"), 0.02), [], 0

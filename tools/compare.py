@@ -1,8 +1,10 @@
-"""Methods and learning rates side by side: `python -m tools.compare --data DIR --methods lora sorsa --lrs 3e-4 1e-3`.
+"""Runs side by side: `python -m tools.compare --data DIR --methods lora sorsa --lrs 3e-4 1e-3 --seeds 0 1`.
 
-Runs train.py once per method and rate (without --lrs once per method, at its default rate), all with the same data
-order and held-out slice, each in a process of its own, so that its peak memory is its own. Prints a table and appends a
-JSON line per run to the results file. What follows a lone -- goes to train.py as it is: `... -- --steps 100`.
+Runs train.py once per method, learning rate (its default, without --lrs) and seed, each in a process of its own, so
+that its peak memory is its own; the data, its order for a seed, and the held-out slice are the same for all. Prints a
+table and appends a JSON line per run to the results file. A run whose line is there is not made again, so that a
+comparison that was stopped goes on; a second one on the same file takes the runs that the first has not begun. What
+follows a lone -- goes to train.py as it is: `... -- --steps 100`.
 """
 import support
 
@@ -11,37 +13,57 @@ support.interruptible(__name__)  # before torch, which takes seconds to import
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 from methods import METHODS
-from support.script import Parser, above_zero, amount, check_folder, one_line, run_script
+from support import run_folder
+from support.script import Parser, above_zero, amount, check_folder, one_line, run_script, whole
 from weights import child
-from weights.files import fault, read_json
+from weights.files import fault, json_object, read_json, try_lock, unlock
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("method", "lr", "held_out_before", "held_out_after", "held_out_examples", "trainable_parameters", "steps",
-        "batch", "seed", "schedule", "warmup", "weight_decay", "gamma", "model", "tokens", "seconds_in_steps",
-        "seconds", "memory_gb", "device", "torch", "command")
+KEPT = ("method", "lr", "seed", "held_out_loss", "held_out_examples", "report_loss", "report_losses", "report_tokens",
+        "prose_loss", "forgot", "prose_sha256", "trainable_parameters", "steps", "batch", "gamma", "tokens",
+        "seconds_in_steps", "seconds", "memory_gb", "threads", "dtype", "model", "device", "torch", "python")
 # Neither has a size that a budget could choose sensibly: full trains all there is, and Mo-SARA reaches LoRA's budgets
 # only with nearly all singular vectors, whose frozen copies then cost as much as the model.
 OWN_SIZE = ("full", "mosara")
+WAIT = 10  # seconds between two looks at what another process runs
 
 
-def run(method, lr, out, extra):
-    """The kept fields of one run's result; held_out_after is None for a run that diverged. ValueError if train.py
-    refuses its flags."""
-    arguments = ["--method", method, "--out", str(out), "--overwrite", "--no-sample", *extra]
-    arguments += [] if lr is None else ["--lr", f"{lr:g}"]
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "output.txt", "w") as file:
+class Job(NamedTuple):
+    """A run to make: what it is called in tables, and train.py's flags, of which --data and --out are no part."""
+    name: str
+    flags: tuple
+
+    @property
+    def key(self):
+        return f"{self.name}: {' '.join(self.flags)}"
+
+    @property
+    def folder(self):
+        words = [word for word in ("lr", "seed") if f"--{word}" in self.flags]
+        values = [self.flags[self.flags.index(f"--{word}") + 1] for word in words]
+        return "-".join([self.name.replace(" ", "_"), *(word[0] + value for word, value in zip(words, values))])
+
+
+def run(job, data, folder):
+    """The record of a run: what is kept of its result, and the loss of every step. ValueError if train.py refuses its
+    flags. A run that diverged is a result too, with its error and no loss."""
+    arguments = [*job.flags, "--data", data, "--out", str(folder), "--overwrite", "--no-sample"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "w") as file:
         done = child.run("train", arguments, ROOT, stdout=file, stderr=subprocess.PIPE, text=True, errors="replace")
         file.write(done.stderr)
+    record = {"name": job.name, "flags": " ".join(job.flags)}
     if "lower --lr" in done.stderr:
-        return {"method": method, "lr": lr, "held_out_after": None, "error": done.stderr.strip()}
+        return {**record, "error": one_line(done.stderr.strip()).replace(str(folder), folder.name)}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"train.py ended with status {done.returncode}"])[-1]
-        raise ValueError(f"{method}: {last.removeprefix('error: ')}")
-    return kept(out / "result.json")
+        raise ValueError(f"{job.name}: {last.removeprefix('error: ')}")
+    return {**record, **kept(folder / run_folder.RESULT), "losses": step_losses(folder / run_folder.LOG)}
 
 
 def kept(path):
@@ -53,20 +75,60 @@ def kept(path):
     if not isinstance(result.get("adapter"), dict) or not isinstance(result.get("method"), str) \
             or not all(type(value) in (int, float) and abs(value) < 1e30 for value in numbers) or not result["steps"]:
         raise fault(path, "not the result of a run", "run train.py again")
-    config = {key: value for key, value in result["adapter"].items() if key not in ("ks", "norms")}
-    return {**{key: result[key] for key in KEPT if key in result}, "adapter": config}
+    record = {key: result[key] for key in KEPT if result.get(key) is not None}
+    return {**record, "held_out_before": result["held_out_before"], "held_out_after": result["held_out_after"],
+            "adapter": {key: value for key, value in result["adapter"].items() if key not in ("ks", "norms")}}
+
+
+def step_losses(path):
+    """The loss of every logged step of a run's log."""
+    lines = [json_object(line, path) for line in path.read_text().splitlines()]
+    return [round(line["loss"], 5) for line in lines if "loss" in line]
 
 
 def table_row(record):
     """One line of a Markdown table."""
-    config = record.get("adapter", {})
+    if "error" in record:
+        return f"| `{record['name']}` | - | `{record['flags']}` | - | - | diverged | - | - |"
+    config = record["adapter"]
     size = f"r {config['rank']}" if "rank" in config else f"m {config['threshold']}" if "threshold" in config else "-"
-    if record["held_out_after"] is None:
-        return f"| `{record['method']}` | {size} | {record['lr'] or 'default'} | - | - | diverged | - | - |"
     memory = "-" if record.get("memory_gb") is None else f"{record['memory_gb']:.2f}"
-    return (f"| `{record['method']}` | {size} | {record['lr']:g} | {record['trainable_parameters']:,} "
+    return (f"| `{record['name']}` | {size} | {record['lr']:g} | {record['trainable_parameters']:,} "
             f"| {record['held_out_before']:.4f} | {record['held_out_after']:.4f} "
             f"| {record['seconds_in_steps'] / record['steps']:.2f} | {memory} |")
+
+
+def read_records(path):
+    """The records of a results file, in its order; none where there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def run_all(jobs, data, results, folder):
+    """Make every run of jobs(records), a list of Jobs that may grow as records come, and yield each new record.
+
+    A job that another process has in hand is left to it; where only such are left, this one waits for them.
+    """
+    while True:
+        done = {f"{record['name']}: {record['flags']}" for record in read_records(results)}
+        left = [job for job in jobs(read_records(results)) if job.key not in done]
+        if not left:
+            return
+        for job in left:
+            (folder / job.folder).mkdir(parents=True, exist_ok=True)
+            if lock := try_lock(folder / job.folder / "compare.lock"):
+                break
+        else:
+            time.sleep(WAIT)
+            continue
+        try:
+            if job.key not in {f"{record['name']}: {record['flags']}" for record in read_records(results)}:
+                record = run(job, data, folder / job.folder)
+                with open(results, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+                yield record
+        finally:
+            unlock(lock)
 
 
 def main(argv):
@@ -75,25 +137,27 @@ def main(argv):
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), required=True)
     parser.add_argument("--lrs", nargs="+", type=above_zero, default=[None],
                         help="peak rates (default: the method's own)")
+    parser.add_argument("--seeds", nargs="+", type=whole, default=[0])
     parser.add_argument("--params", type=amount, help="a budget for all methods but " + " and ".join(OWN_SIZE))
     parser.add_argument("--targets", help="train.py's, for all methods but full, which trains every parameter")
     parser.add_argument("--data", default="gsm8k")
-    parser.add_argument("--results", type=Path, default=Path("results/compare.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("runs/compare.jsonl"))
     args = parser.parse_args(own)
     check_folder(args.results.parent, "--results in")
     if args.results.is_dir():
-        parser.error(f"--results {args.results} is a folder: name a file, as in results/compare.jsonl")
+        parser.error(f"--results {args.results} is a folder: name a file, as in runs/compare.jsonl")
     args.results.parent.mkdir(parents=True, exist_ok=True)
     print("| method | size | peak lr | parameters | held-out before | after | s/step | peak GB |\n" + "|---" * 8 + "|")
+    jobs = []
     for method in args.methods:
         size = ["--params", str(args.params)] if args.params and method not in OWN_SIZE else []
         size += ["--targets", args.targets] if args.targets and method != "full" else []
         for lr in args.lrs:
-            folder = Path("runs/compare") / (method if lr is None else f"{method}-{lr:g}")
-            record = run(method, lr, folder, ["--data", args.data, *size, *extra])
-            print(one_line(table_row(record)), flush=True)
-            with open(args.results, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            rate = [] if lr is None else ["--lr", f"{lr:g}"]
+            jobs += [Job(method, ("--method", method, *size, *rate, "--seed", str(seed), *extra))
+                     for seed in args.seeds]
+    for record in run_all(lambda records: jobs, args.data, args.results, Path("runs/compare")):
+        print(one_line(table_row(record)), flush=True)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_the_held_out_examples_are_always_the_same():
     assert same == held_out and sorted(numbers(some)) == sorted(numbers(rest))[:30]
     assert some == [example for example in rest if example in some]
     assert batching.split(EXAMPLES, 10, 5000) == (rest, held_out)
-    with pytest.raises(ValueError, match="--held-out 100 leaves nothing to train on"):
+    with pytest.raises(ValueError, match="the 100 of --held-out and --report leave nothing to train on"):
         batching.split(EXAMPLES, 100)
 
 
@@ -73,7 +73,8 @@ def test_what_flags_make_of_the_data(tiny_gguf):
     seen = set()
 
     def encode(**changes):
-        flags = {"strip_annotations": False, "max_tokens": None, "held_out": 4, "limit": None, "template": "plain", "cut": None}
+        flags = {"strip_annotations": False, "max_tokens": None, "held_out": 4, "report": 0, "forgetting": False, "limit": None,
+                 "template": "plain", "cut": None}
         data = batching.encode_data(types.SimpleNamespace(**{**flags, **changes}), examples, base)
         assert data.sha256 not in seen
         seen.add(data.sha256)
@@ -81,6 +82,9 @@ def test_what_flags_make_of_the_data(tiny_gguf):
 
     whole, short, cut, bare, few = encode(), encode(max_tokens=40), encode(cut=(25, 5)), encode(strip_annotations=True), encode(limit=5)
     assert (len(whole.train), len(whole.held_out), whole.left_out) == (16, 4, 0)
+    reported = encode(report=3)
+    assert reported.held_out == whole.held_out and (len(reported.train), len(reported.report)) == (13, 3)
+    assert sorted(reported.train + reported.report) == sorted(whole.train) and whole.report == []
     assert short.left_out > 0 and len(short.train) + len(short.held_out) + short.left_out == 20
     assert max(len(ids) for ids, _ in short.train) <= 40
     assert {(start, len(ids) - start) for ids, start in cut.train} >= {(25, 5)} and cut.left_out == 0

@@ -57,12 +57,12 @@ def held():
 
 def test_a_run_holds_no_more_at_its_end(place, tmp_path, monkeypatch):
     """Sixty steps with a checkpoint after each second one: files, threads and memory (but 4 MB) are as after twenty."""
-    seen, function = [], train.held_out_loss
+    seen, function = [], train.measure
 
     def watched(*arguments):
         seen.append(held())
         return function(*arguments)
-    monkeypatch.setattr(train, "held_out_loss", watched)
+    monkeypatch.setattr(train, "measure", watched)
     begin(place.flags("sorsa", "--steps", "60", "--eval-every", "20"), tmp_path / "run")
     _, early, _, late = seen
     assert late[:2] == early[:2] and late[2] < early[2] + (4 << 20)

@@ -34,7 +34,7 @@ heard = pytest.mark.skipif(IGNORED, reason="SIGINT is ignored here")
     (signal.SIGTERM, train, "accumulate_gradients", 1, 1), (signal.SIGTERM, torch.optim.AdamW, "zero_grad", 2, 2),
     (signal.SIGTERM, report, "log_line", 4, 5), (signal.SIGTERM, resume, "save", 1, 3), (signal.SIGTERM, os, "fsync", 2, 3),
     pytest.param(signal.SIGINT, train, "accumulate_gradients", 3, 3, marks=heard),
-    pytest.param(signal.SIGINT, train, "held_out_loss", 2, 4, marks=heard)])
+    pytest.param(signal.SIGINT, train, "measure", 2, 4, marks=heard)])
 def test_a_signal_ends_the_run_after_a_checkpoint(kind, owner, name, call, step, place, whole, tmp_path, monkeypatch, capsys):
     """Wherever it comes, the step is finished, or the next one is; what was saved and said leads to the same end."""
     handlers, run = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)], tmp_path / "run"

@@ -230,7 +230,7 @@ OTHERS = {
     "v_mode": "output", "basis": "random", "extra": "a.gguf", "a_init": "random", "group_by": "name", "core_only": None,
     "steps": "7", "epochs": "2", "batch": "5", "lr": "0.02", "schedule": "linear", "warmup": "0.5", "weight_decay": "0.1",
     "clip": "2", "max_tokens": "99", "cut": "50+50", "strip_annotations": None, "limit": "20", "seed": "1", "held_out": "9",
-    "dtype": "bfloat16"}
+    "report": "3", "forgetting": None, "dtype": "bfloat16"}
 
 
 def test_what_changes_the_run_is_refused(half, capsys):
@@ -353,10 +353,11 @@ def test_a_damaged_checkpoint_is_named(label, half, tmp_path, capsys):
 
 @pytest.mark.parametrize("field, values", [
     ("step", (-1, 1.5, True)), ("seconds", (-1.0, None)), ("resumed_at", (3, [0.5])), ("x", (0,)),
-    ("held_out", ([], {"0": "x"}, {"a": 0.5}, {"0": 1}, {"0": float("nan")}))])
+    *[(field, ([], {"0": "x"}, {"a": 0.5}, {"0": 1}, {"0": float("nan")})) for field in ("held_out", "prose")]])
 def test_what_is_no_progress(field, values):
     """Its JSON form has exactly the fields, each of its kind."""
-    record = {"step": 1, "tokens": 9, "seconds_in_steps": 0.5, "seconds": 1.0, "held_out": {"0": 1.5}, "resumed_at": [1]}
+    record = {"step": 1, "tokens": 9, "seconds_in_steps": 0.5, "seconds": 1.0, "held_out": {"0": 1.5}, "resumed_at": [1],
+              "prose": {"0": 2.5}}
     assert resume.read_progress(record) and not any(resume.read_progress({**record, field: value}) for value in values)
 
 
