@@ -16,6 +16,7 @@ A method whose change has no low rank leaves lora_factors out. To use a method e
 import contextlib
 import copy
 from collections import Counter
+from fnmatch import fnmatchcase
 from typing import Callable, NamedTuple
 
 import torch
@@ -95,7 +96,8 @@ class Method(NamedTuple):
 # ---- attaching ------------------------------------------------------------------------------------------------------
 
 def find_linears(model, targets, rank=None):
-    """[(name, nn.Linear)] in module order: those whose last name component is one of `targets`, exactly.
+    """[(name, nn.Linear)] in module order: those whose name, or what comes behind one of its dots, is one of `targets`,
+    where * and [0-9] stand for what they do in file names: q_proj, layers.2[0-9].mlp.*
 
     The default TARGETS stand for those of the seven that the model has (GPT-2 has no gate_proj).
 
@@ -111,11 +113,14 @@ def find_linears(model, targets, rank=None):
     names = [name.rpartition(".")[2] for name, _ in linears]
     if tuple(targets) == TARGETS and set(TARGETS) & set(names):
         targets = [target for target in TARGETS if target in names]
+    def matches(name, target):
+        return fnmatchcase(f".{name}", f"*.{target}")
+
     for target in targets:
-        if target not in names:
+        if not any(matches(name, target) for name, _ in linears):
             raise ValueError(f"target {target!r} matches no linear layer: this model has "
                              f"{', '.join(dict.fromkeys(names))}")
-    found = [(name, linear) for (name, linear), last in zip(linears, names) if last in targets]
+    found = [(name, linear) for name, linear in linears if any(matches(name, target) for target in targets)]
     users = Counter(id(getattr(module, "weight", None)) for module in model.modules())
     for name, linear in found:
         if users[id(linear.weight)] > 1:

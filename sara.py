@@ -30,12 +30,13 @@ used), it trains n vectors, its `sets`, which a router mixes for each token (* i
     V^T      Vt          (k, in)    right singular vectors of W0   no
     Lam      Lam         (n, k)     N(0, 1)                        yes
     v        v           (out,)     zeros                          yes
-    W_g1     W_g1        (k, q)     N(0, 1/k) (variance)           yes, absent for n = 1, where g = 1
-    W_g2     W_g2        (q, n)     N(0, 1/q) (variance)           yes, absent for n = 1
+    W_g1     W_g1        (k, q)     N(0, 1/k) (variance)           yes
+    W_g2     W_g2        (q, n)     N(0, 1/q) (variance)           yes
 
-Trainable parameters: n k + out + q (k + n), where q is `router_rank`; with n = 1 there is no router, and they are
-k + out. U and V^T add k (in + out) frozen numbers. The update diag(v) U diag(Lam^T g) V^T differs from token to token:
-for n > 1 there is no merge. At step 0 only v has a gradient, then all have. Equal rows of Lam would give the router
+With n = 1, or `equal_gates`, there is no router, and every gate is 1/n.
+Trainable parameters: n k + out + q (k + n), where q is `router_rank`; with n = 1 they are k + out. U and V^T add
+k (in + out) frozen numbers. The update diag(v) U diag(Lam^T g) V^T differs from token to token: with a router there is
+no merge. At step 0 only v has a gradient, then all have. Equal rows of Lam would give the router
 none until they drifted apart: so they start random. With q = 1 the logits are one number times the row W_g2^T, so that
 at any time only the sets of its largest and its smallest entry can have the top gate; q >= 2 lifts most of this.
 
@@ -46,6 +47,8 @@ implementation random A and B, n = 5, the router's shape, the vector v, the targ
 - the whole spectrum in fp64 and one k per weight matrix: the first j that reaches m (1 - 1e-9) of the sum, 1 for a
   matrix of zeros; m = 1 gives the numerical rank;
 - the starts above; no scale, as lam learns it; no load-balancing loss, no top-k;
+- two controls, for what the method's own parts are worth: ranks="even" spends SARA's budget on one k for all layers,
+  equal_gates takes Mo-SARA's router away;
 - m = 0.05 for SARA (about as many parameters as LoRA of rank 6.5 on q_proj and v_proj of the default model; 4096-wide
   models: 0.01) and m = 0.5 for Mo-SARA, of which we are unsure: another place in that implementation has 0.01;
 - v scales the branch alone; v_mode="output", the implementation's reading, scales the whole output (1 + v) and does
@@ -94,6 +97,13 @@ def choose_ranks(linears, threshold):
     return {name: choose_rank(spectrum(linear.weight), threshold) for name, linear in linears}
 
 
+def even_ranks(linears, ks):
+    """{name: k} with one k for all: the one whose k (in + out + 1) in all come nearest to those of `ks`."""
+    sizes = {name: sum(linear.weight.shape) + 1 for name, linear in linears}
+    k = round(sum(ks[name] * size for name, size in sizes.items()) / sum(sizes.values()))
+    return dict.fromkeys(sizes, max(1, min(k, *(min(linear.weight.shape) for _, linear in linears))))
+
+
 def rank_table(model):
     """Lines of text: the k of every layer, a line per projection."""
     rows = {}
@@ -131,19 +141,23 @@ class SARALinear(adapter.AdaptedLinear):
 
 
 def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Literal["lam", "lora"] = "lam",
-           alpha: float | None = None, seed: int = 0, ks: dict | None = None, norms: dict | None = None):
+           alpha: float | None = None, ranks: Literal["spectrum", "even"] = "spectrum", seed: int = 0,
+           ks: dict | None = None, norms: dict | None = None):
     """Replace every target linear of `model` by a SARALinear of its own rank, in place; A, lam and B train afterwards.
 
-    `init` names the start, "lam" or "lora". `alpha=None` means no scale. `seed` draws the factors, on the CPU. Of an
-    earlier attach, `ks` {name: k} takes the place of the rank rule, `norms` {name: |W0|_F} checks that this is its
-    base.
-    Raises ValueError on an unknown target or init, a threshold outside 0 < m <= 1, `ks` or `norms` that do not fit this
-    model, or a second attach.
+    `init` names the start, "lam" or "lora". `alpha=None` means no scale. `ranks="even"` gives all layers the same k.
+    `seed` draws the factors, on the CPU. Of an earlier attach, `ks` {name: k} takes the place of the rank rule, `norms`
+    {name: |W0|_F} checks that this is its base.
+    Raises ValueError on an unknown target, init or ranks, a threshold outside 0 < m <= 1, `ks` or `norms` that do not
+    fit this model, or a second attach.
     """
     if init not in ("lam", "lora"):
         raise ValueError(f"unknown init {init!r}: choose lam or lora")
+    if ranks not in ("spectrum", "even"):
+        raise ValueError(f"unknown ranks {ranks!r}: choose spectrum or even")
     linears = adapter.find_linears(model, targets, rank=1)  # each k is in range by its rule, but there must be a match
     ks, norms = check_base(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
+    ks = even_ranks(linears, ks) if ranks == "even" else ks
     scales = {k: adapter.scaling(alpha, k) for k in ks.values()}
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)
@@ -155,8 +169,8 @@ def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Litera
         else:
             A, lam, B = adapter.uniform_factor(k, inner, generator), torch.ones(k), torch.zeros(out, k)
         adapter.replace(model, name, SARALinear(linear, A, lam, B, scales[k]))
-    adapter.record(model, "sara", threshold=threshold, targets=list(targets), init=init, alpha=alpha, seed=seed, ks=ks,
-                   norms=norms)
+    adapter.record(model, "sara", threshold=threshold, targets=list(targets), init=init, alpha=alpha, ranks=ranks,
+                   seed=seed, ks=ks, norms=norms)
 
 
 # ---- Mo-SARA --------------------------------------------------------------------------------------------------------
@@ -179,9 +193,13 @@ class MoSARALinear(adapter.AdaptedLinear):
     def gates(self, h):
         """(..., n), each >= 0 and with sum 1, for h = Vt x (..., k): in the router's fp32, also under autocast."""
         if self.W_g1 is None:
-            return self.Lam.new_ones(*h.shape[:-1], 1)
+            return self.fixed_gates().expand(*h.shape[:-1], -1)
         with torch.autocast(h.device.type, enabled=False):
             return (h.to(self.W_g1.dtype) @ self.W_g1 @ self.W_g2).softmax(dim=-1)
+
+    def fixed_gates(self):
+        """(n,): the gates where there is no router."""
+        return self.Lam.new_full((len(self.Lam),), 1 / len(self.Lam))
 
     def forward(self, x):
         U, Vt, v = self.U.to(x), self.Vt.to(x), self.v.to(x)
@@ -194,19 +212,19 @@ class MoSARALinear(adapter.AdaptedLinear):
         return y
 
     def delta(self, gates=None):
-        """(out, in): diag(v) U diag(Lam^T gates) Vt for gates (n,), which only n = 1 can do without.
+        """(out, in): diag(v) U diag(Lam^T gates) Vt for gates (n,), which a layer without a router need not be given.
 
-        ValueError without gates for n > 1, and always for v_mode="output"."""
+        ValueError without gates where there is a router, and always for v_mode="output"."""
         if self.unmergeable and (gates is None or self.v_mode == "output"):
             raise ValueError(f"there is no delta(): {self.unmergeable}")
-        down, up = self._factors_at(self.Lam.new_ones(1) if gates is None else gates)
+        down, up = self._factors_at(self.fixed_gates() if gates is None else gates)
         return up @ down
 
     def lora_factors(self):
-        """(down (k, in), up (out, k)) for n = 1; else ValueError."""
+        """(down (k, in), up (out, k)) without a router; else ValueError."""
         if self.unmergeable:
             raise ValueError(f"there are no lora_factors(): {self.unmergeable}")
-        return self._factors_at(self.Lam.new_ones(1))
+        return self._factors_at(self.fixed_gates())
 
     def _factors_at(self, gates):
         """(Vt (k, in), diag(v) U diag(Lam^T gates) (out, k))."""
@@ -214,13 +232,13 @@ class MoSARALinear(adapter.AdaptedLinear):
 
 
 def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: int = 5, router_rank: int = 1,
-                  v_mode: Literal["branch", "output"] = "branch", seed: int = 0, ks: dict | None = None,
-                  norms: dict | None = None, saved=None):
+                  v_mode: Literal["branch", "output"] = "branch", equal_gates: bool = False, seed: int = 0,
+                  ks: dict | None = None, norms: dict | None = None, saved=None):
     """Replace every target linear of `model` by a MoSARALinear, in place; Lam, v and the router train afterwards.
 
-    `sets` is n, `router_rank` q, `v_mode` "branch" or "output". `seed` draws Lam and the router, on the CPU. Of an
-    earlier attach, `ks` {name: k} takes the place of the rank rule, `norms` {name: |W0|_F} checks that this is its
-    base, and `saved`, an `adapter.state`, gives U and Vt in place of an SVD.
+    `sets` is n, `router_rank` q, `v_mode` "branch" or "output"; `equal_gates` leaves the router out. `seed` draws Lam
+    and the router, on the CPU. Of an earlier attach, `ks` {name: k} takes the place of the rank rule, `norms`
+    {name: |W0|_F} checks that this is its base, and `saved`, an `adapter.state`, gives U and Vt in place of an SVD.
     Raises ValueError on an unknown target or v_mode, a threshold outside 0 < m <= 1, less than one set, a router rank
     below 1, `ks` or `norms` that do not fit this model, or a second attach.
     """
@@ -228,11 +246,13 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
         raise ValueError(f"unknown v_mode {v_mode!r}: choose branch or output")
     if sets < 1 or router_rank < 1:
         raise ValueError(f"sets {sets} and router_rank {router_rank} must be at least 1")
+    routed = sets > 1 and not equal_gates
     linears = adapter.find_linears(model, targets, rank=1)  # each k is in range by its rule, but there must be a match
     ks, norms = check_base(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
     if saved is not None and sets > 1:  # before memory is taken for so many sets
         for name, _ in linears:
-            adapter.saved_tensor(saved, f"{name}.W_g1", (ks[name], router_rank))
+            if routed:
+                adapter.saved_tensor(saved, f"{name}.W_g1", (ks[name], router_rank))
             adapter.saved_tensor(saved, f"{name}.Lam", (sets, ks[name]))
     bases = [singular_bases(name, linear, ks[name], saved) for name, linear in linears]
     adapter.freeze(model)
@@ -241,12 +261,12 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
         k = ks[name]
         Lam, v = torch.randn(sets, k, generator=generator), torch.zeros(linear.out_features)  # (n, k), (out,)
         router = []
-        if sets > 1:
+        if routed:
             router = [torch.randn(k, router_rank, generator=generator) / k ** 0.5,  # (k, q)
                       torch.randn(router_rank, sets, generator=generator) / router_rank ** 0.5]  # (q, n)
         adapter.replace(model, name, MoSARALinear(linear, U, Vt, Lam, v, *router, v_mode=v_mode))
     adapter.record(model, "mosara", threshold=threshold, targets=list(targets), sets=sets, router_rank=router_rank,
-                   v_mode=v_mode, seed=seed, ks=ks, norms=norms)
+                   v_mode=v_mode, equal_gates=equal_gates, seed=seed, ks=ks, norms=norms)
 
 
 def singular_bases(name, linear, k, saved):
@@ -295,9 +315,9 @@ def fit(model, params, targets=TARGETS):
     return _fit(model, params, targets, lambda k, out, inner: k * (inner + out + 1))
 
 
-def fit_mosara(model, params, targets=TARGETS, sets=5, router_rank=1):
+def fit_mosara(model, params, targets=TARGETS, sets=5, router_rank=1, equal_gates=False):
     """The same for Mo-SARA's n k + out + q (k + n). A budget above what m = 1 gives is answered by m = 1."""
-    router = router_rank if sets > 1 else 0
+    router = router_rank if sets > 1 and not equal_gates else 0
     return _fit(model, params, targets, lambda k, out, inner: sets * k + out + router * (k + sets))
 
 
@@ -344,9 +364,11 @@ def check_base(linears, ks, norms):
 METHODS = {
     "sara": adapter.Method(attach, learning_rate=3e-2, fit=fit, table=rank_table, help={
         "threshold": "m: a layer's rank is how many leading singular values make up this share of their sum",
-        "init": "which factor starts at zero: lam, or B as in LoRA"}),
+        "init": "which factor starts at zero: lam, or B as in LoRA",
+        "ranks": "even: the same rank for all layers, of as many parameters"}),
     "mosara": adapter.Method(attach_mosara, learning_rate=1e-1, fit=fit_mosara, table=rank_table, watch=gate_statistics,
                              help={"sets": "n, sets of singular values", "router_rank": "q, inner width of the router",
+                                   "equal_gates": "no router: every set counts alike",
                                    "v_mode": "what v scales; output does not start at the base"})}
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ RECIPE_OF = {"sorsa": {"lr": 3e-5, "gamma": 4e-4, "reduction": "mean"}, "pissa":
 # What a method's flag says, of those that several methods have.
 HELP = {"rank": "r",
         "alpha": "the change is scaled by alpha / r (default: alpha = r; lotr 3 / sqrt(in); sara no scale)",
-        "targets": "names of linear layers, with commas (default: all seven; sara, mosara q_proj,v_proj; full every "
-                   "parameter)"}
+        "targets": "linear layers by the end of their names, with commas, as in q_proj or layers.2[0-9].* (default: "
+                   "all seven; sara, mosara q_proj,v_proj; full every parameter)"}
 # Flags that may change when a run goes on: not its mathematics, or they name what is known by its checksum.
 FREE = ("resume", "out", "overwrite", "dry_run", "model", "data", "micro_batch", "recompute", "compile", "plain",
         "eval_every", "save_every", "log_every", "no_sample", "device")
@@ -78,10 +78,10 @@ def make_parser():
 
     add = parser.add_argument_group("reporting").add_argument
     add("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
-    add("--report", type=whole, default=0, help="further training examples kept apart, to choose nothing by: their losses, "
-                                                "one by one, are measured at the end and go to result.json")
-    add("--forgetting", action="store_true", help="measure the loss on general English text beside every held-out loss: "
-                                                  "by how much it rises is what training has made the model forget")
+    add("--report", type=whole, default=0, help="further training examples kept apart, to choose nothing by: the loss "
+        "of each is measured at the end, into result.json")
+    add("--forgetting", action="store_true", help="measure the loss on general English text beside every held-out "
+        "loss: by how much it rises is what training has made the model forget")
     add("--eval-every", type=positive, help="steps between held-out losses (default: a quarter of the run)")
     add("--save-every", type=positive, help="steps between checkpoints for --resume (default: as --eval-every)")
     add("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")

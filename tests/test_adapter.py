@@ -222,6 +222,17 @@ def test_merged_equals_unmerged(method):
     attach(model, method)  # and it is a fresh base for the next method
 
 
+@pytest.mark.parametrize("targets, expected", [
+    (["layers.1.*"], 7), (["layers.[01].mlp.up_proj"], 2), (["model.layers.0.self_attn.q_proj"], 1), (["?_proj"], 8), (["q_proj", "*q_proj"], 2)])
+def test_targets_may_name_layers(targets, expected):
+    """By the end of their names, from a dot on, with the wildcards of file names; each once."""
+    linears = adapter.find_linears(toy_model(), targets)
+    assert len(linears) == len({name for name, _ in linears}) == expected
+    for wrong in ("proj", "roj", "layers.2.*", "self_attn", "odel.layers.0.self_attn.q_proj"):
+        with pytest.raises(ValueError, match="matches no linear layer"):
+            adapter.find_linears(toy_model(), [wrong])
+
+
 def test_merge_refuses_an_unmergeable_layer_before_changing_anything():
     """If one layer's change depends on its input, no layer is merged: the error names the layer and says why."""
     class Routed(adapter.AdaptedLinear):

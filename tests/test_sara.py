@@ -115,8 +115,8 @@ def test_exact_boundary_of_a_rotated_spectrum():
 
 
 @pytest.mark.parametrize("attach, settings", [
-    (sara.attach, {"method": "sara", "threshold": 0.05, "init": "lam", "alpha": None}),
-    (sara.attach_mosara, {"method": "mosara", "threshold": 0.5, "sets": 5, "router_rank": 1, "v_mode": "branch"})])
+    (sara.attach, {"method": "sara", "threshold": 0.05, "init": "lam", "alpha": None, "ranks": "spectrum"}),
+    (sara.attach_mosara, {"method": "mosara", "threshold": 0.5, "sets": 5, "equal_gates": False, "router_rank": 1, "v_mode": "branch"})])
 def test_each_matrix_has_the_rank_of_its_own_spectrum(attach, settings):
     """By default q_proj and v_proj are adapted; the settings, k and |W0|_F of each are in the config, and JSON can hold it."""
     plain, model = toy_model(), toy_model()
@@ -459,10 +459,13 @@ def test_what_no_matrix_equals_is_refused_with_the_reason(options, reason):
             layer.delta(torch.ones(len(layer.Lam)).double())
 
 
-@pytest.mark.parametrize("out, inner", [(40, 24), (24, 40)])
-def test_mosara_of_one_set_is_a_matrix(out, inner):
-    """n = 1: forward = F.linear(x, weight + delta(), bias) to 1e-12, lora_factors make delta(), and it can be merged."""
-    host, layer, x = filled(sara.attach_mosara, out, inner, sets=1)
+@pytest.mark.parametrize("out, inner, options", [(40, 24, {"sets": 1}), (24, 40, {"sets": 1}), (24, 40, {"equal_gates": True})])
+def test_mosara_without_a_router_is_a_matrix(out, inner, options):
+    """forward = F.linear(x, weight + delta(), bias) to 1e-12, lora_factors make delta(), and it can be merged."""
+    host, layer, x = filled(sara.attach_mosara, out, inner, **options)
+    change = torch.diag(layer.v) @ layer.U @ torch.diag(layer.Lam.mean(0)) @ layer.Vt
+    assert (layer.delta() - change).abs().max() < 1e-12 and layer.gates(x[..., :1]).shape == (3, 5, len(layer.Lam))
+    assert {name for name, _ in layer.named_parameters()} == {"weight", "bias", "Lam", "v"}
     expected, (down, up) = layer(x), layer.lora_factors()
     assert (expected - F.linear(x, layer.weight + layer.delta(), layer.bias)).abs().max() < 1e-12
     assert down.shape == (len(layer.Vt), inner) and (up @ down - layer.delta()).abs().max() < 1e-12
@@ -487,7 +490,8 @@ for form in sys.argv[1:]:
 def test_reload_in_a_fresh_process_without_any_decomposition(tmp_path):
     """Both methods, in every form, load to the same bits with torch's SVD routines gone; 1.01 W0 is refused."""
     forms = {"lora": (sara.attach, {"init": "lora", "alpha": 8, "threshold": 0.2}), "lam": (sara.attach, {}),
-             "routed": (sara.attach_mosara, {"router_rank": 2, "seed": 3}), "one": (sara.attach_mosara, {"sets": 1}),
+             "routed": (sara.attach_mosara, {"router_rank": 2, "seed": 3}), "even": (sara.attach, {"ranks": "even"}),
+             "equal": (sara.attach_mosara, {"equal_gates": True}), "one": (sara.attach_mosara, {"sets": 1}),
              "output": (sara.attach_mosara, {"v_mode": "output", "targets": ["o_proj"]})}
     for form, (attach, options) in forms.items():
         model, other = toy_model(), toy_model()
@@ -543,6 +547,27 @@ def test_gate_statistics_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="halfway"):
         sara.gate_statistics(host, x)
     assert not host[0]._forward_pre_hooks and not host[0]._forward_hooks
+
+
+def test_even_ranks_spend_the_same_budget_on_one_k():
+    """No other k for all layers comes nearer to the parameters that the spectrum's ranks take; the layers have it; a budget's
+    ranks are spread as well."""
+    model, even = toy_model(), toy_model()
+    sara.attach(model, threshold=0.3, targets=adapter.TARGETS)
+    sara.attach(even, threshold=0.3, targets=adapter.TARGETS, ranks="even")
+    layers = [layer for _, layer in adapter.adapted_layers(even)]
+    sizes, wanted = [layer.in_features + layer.out_features + 1 for layer in layers], count(model)
+    k, = {len(layer.lam) for layer in layers}
+    assert k == min(range(1, 17), key=lambda k: abs(k * sum(sizes) - wanted)) and len(set(model.adapter_config["ks"].values())) > 1
+    fitted = toy_model()
+    sara.attach(fitted, targets=adapter.TARGETS, ranks="even", **sara.fit(fitted, wanted, adapter.TARGETS))
+    assert set(fitted.adapter_config["ks"].values()) == {k}
+    with pytest.raises(ValueError, match="unknown ranks 'odd': choose spectrum or even"):
+        sara.attach(toy_model(), ranks="odd")
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in adapter.trainable(model).values())
 
 
 # ---- a threshold for a budget ---------------------------------------------------------------------------------------

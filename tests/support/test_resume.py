@@ -226,7 +226,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(place, whole, tmp_path, monkeypa
 # Another value of every flag that changes what a run computes; None for a switch.
 OTHERS = {
     "method": "sorsa", "template": "alpaca", "recipe": "paper", "targets": "q_proj", "params": "5k", "rank": "5", "alpha": "3",
-    "svd": "exact", "gamma": "0", "reduction": "sum", "threshold": "0.3", "init": "lora", "sets": "3", "router_rank": "2",
+    "svd": "exact", "gamma": "0", "reduction": "sum", "threshold": "0.3", "init": "lora", "sets": "3", "router_rank": "2", "equal_gates": None,
+    "ranks": "even",
     "v_mode": "output", "basis": "random", "extra": "a.gguf", "a_init": "random", "group_by": "name", "core_only": None,
     "steps": "7", "epochs": "2", "batch": "5", "lr": "0.02", "schedule": "linear", "warmup": "0.5", "weight_decay": "0.1",
     "clip": "2", "max_tokens": "99", "cut": "50+50", "strip_annotations": None, "limit": "20", "seed": "1", "held_out": "9",
