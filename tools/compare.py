@@ -34,9 +34,11 @@ WAIT = 10  # seconds between two looks at what another process runs
 
 
 class Job(NamedTuple):
-    """A run to make: what it is called in tables, and train.py's flags, of which --data and --out are no part."""
+    """A run to make: what it is called in tables, train.py's flags, without --out, and for each evaluation of it the
+    flags of eval.py."""
     name: str
     flags: tuple
+    evaluations: tuple = ()
 
     @property
     def key(self):
@@ -50,20 +52,46 @@ class Job(NamedTuple):
 
 
 def run(job, data, folder):
-    """The record of a run: what is kept of its result, and the loss of every step. ValueError if train.py refuses its
-    flags. A run that diverged is a result too, with its error and no loss."""
-    arguments = [*job.flags, "--data", data, "--out", str(folder), "--overwrite", "--no-sample"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "output.txt", "w") as file:
-        done = child.run("train", arguments, ROOT, stdout=file, stderr=subprocess.PIPE, text=True, errors="replace")
-        file.write(done.stderr)
+    """The record of a run: what is kept of its result, the loss of every step, its evaluations. ValueError if a script
+    refuses its flags. A run that diverged is a result too, with its error and no loss."""
     record = {"name": job.name, "flags": " ".join(job.flags)}
+    done = finished("train", ["--data", data, *job.flags, "--out", folder, "--overwrite", "--no-sample"], folder)
     if "lower --lr" in done.stderr:
         return {**record, "error": one_line(done.stderr.strip()).replace(str(folder), folder.name)}
+    check(job, done)
+    record |= {**kept(folder / run_folder.RESULT), "losses": step_losses(folder / run_folder.LOG)}
+    for number, flags in enumerate(job.evaluations):
+        out = folder / f"eval-{number}"
+        check(job, finished("eval", [folder, *flags, "--out", out], out))
+        record.setdefault("evaluations", []).append({"flags": " ".join(flags), **evaluation(out)})
+    return record
+
+
+def finished(script, arguments, folder):
+    """A script of the repository that has run in a process of its own, its output in the folder's output.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "w") as file:
+        done = child.run(script, arguments, ROOT, stdout=file, stderr=subprocess.PIPE, text=True, errors="replace")
+        file.write(done.stderr)
+    return done
+
+
+def check(job, done):
+    """ValueError if a script has not ended well."""
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"train.py ended with status {done.returncode}"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"a script ended with status {done.returncode}"])[-1]
         raise ValueError(f"{job.name}: {last.removeprefix('error: ')}")
-    return {**record, **kept(folder / run_folder.RESULT), "losses": step_losses(folder / run_folder.LOG)}
+
+
+def evaluation(folder):
+    """What is kept of an evaluation: which problems are right by our rule (a digit for each, in the order of the data),
+    how many ran into the cap, new tokens and seconds."""
+    predictions, summary = (folder / name for name in run_folder.EVAL_FILES["gsm8k"])
+    summary = read_json(summary)
+    right = [json_object(line, predictions)["scores"]["answer"]["correct"]
+             for line in predictions.read_text().splitlines()]
+    return {"accuracy": summary["accuracy"]["answer"], "right": "".join("01"[correct] for correct in right),
+            **{key: summary[key] for key in ("n", "capped", "no_answer", "new_tokens", "seconds")}}
 
 
 def kept(path):

@@ -1,8 +1,9 @@
-"""The study behind RESULTS.md: which runs it is made of. `python -m tools.study run --data gsm8k` makes them.
+"""The study behind RESULTS.md: `python -m tools.study --data gsm8k` makes the runs of it that are left.
 
-First every method at five learning rates, half a decade apart, with one seed: the best is the one with the lowest loss
-on the selection slice, and the grid is extended where that lies at its end. Then two more seeds there, and the arms
-that each paper's claims call for.
+First every method at learning rates half a decade apart, with one seed: the best is the one with the lowest loss on 128
+held-out examples, and the rates go on where it would lie at an end. What is reported are other seeds at that rate, on
+other examples. Then the arms, which the claims of the papers call for, at the rate of the method that they vary, and
+longer runs for an accuracy.
 """
 import support
 
@@ -15,17 +16,20 @@ from pathlib import Path
 
 from support.script import Parser, one_line, run_script
 from tools.compare import Job, read_records, run_all, table_row
+from tools.intervals import paired
 
 RECORDS = Path(__file__).parent.parent / "results" / "study.jsonl"
 TARGETS = ("--targets", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
 BUDGET = ("--params", "1200000", *TARGETS)
-RUN = ("--steps", "64", "--batch", "8", "--held-out", "128", "--save-every", "64", "--forgetting", "--dtype", "bfloat16")
-CHOOSE, REPORT = ("--eval-every", "64"), ("--eval-every", "16", "--report", "512")
+RUN = ("--steps", "64", "--batch", "8", "--held-out", "128", "--save-every", "64", "--forgetting", "--dtype",
+       "bfloat16")
+CHOOSE, REPORT, SPECTRA = ("--eval-every", "64"), ("--eval-every", "16", "--report", "512"), ("--spectra-every", "16")
 SEEDS = ("1", "2", "3")  # of what is reported; the rates are chosen with seed 0
 HALF_DECADES = [f"{digit}e{power}" for power in range(-6, 1) for digit in (1, 3)]
 
-# name: (flags, the middle one of five learning rates)
+# name: (flags, the learning rate in the middle of those that are tried first)
 METHODS = {
+    "full": (("--method", "full"), "1e-4"),
     "lora": (("--method", "lora", *BUDGET), "3e-3"),
     "pissa": (("--method", "pissa", *BUDGET), "3e-4"),
     "sorsa": (("--method", "sorsa", *BUDGET), "1e-4"),
@@ -34,32 +38,65 @@ METHODS = {
     "cora": (("--method", "cora", *BUDGET), "3e-3"),
     "cora-init": (("--method", "cora-init", *BUDGET), "3e-3"),
     "lotr": (("--method", "lotr", *BUDGET), "3e-3"),
-    "full": (("--method", "full"), "1e-4"),
 }
 
 
+def last(blocks, method):
+    """Flags that spend LoRA's budget at rank 2 on the last of the default model's 30 blocks."""
+    pattern = {5: "layers.2[5-9].*", 10: "layers.2?.*", 20: "layers.[12]?.*", 30: "layers.*"}[blocks]
+    return ("--method", method, "--params", "610560", "--targets", pattern)
+
+
+# name: (flags, the method whose rate it takes)
+ARMS = {
+    "sorsa, gamma 0": ((*METHODS["sorsa"][0], "--gamma", "0"), "sorsa"),
+    "sorsa, gamma 4e-5": ((*METHODS["sorsa"][0], "--gamma", "4e-5"), "sorsa"),
+    "sorsa, gamma 4e-3": ((*METHODS["sorsa"][0], "--gamma", "4e-3"), "sorsa"),
+    "sorsa, sum": ((*METHODS["sorsa"][0], "--reduction", "sum"), "sorsa"),
+    "sara, even": ((*METHODS["sara"][0], "--ranks", "even"), "sara"),
+    "sara, q and v": (("--method", "sara"), "sara"),
+    "mosara, one set": ((*METHODS["mosara"][0], "--sets", "1"), "mosara"),
+    "mosara, no router": ((*METHODS["mosara"][0], "--equal-gates"), "mosara"),
+    "mosara, router of rank 2": ((*METHODS["mosara"][0], "--router-rank", "2"), "mosara"),
+    "mosara, q and v": (("--method", "mosara"), "mosara"),
+    "cora, random basis": ((*METHODS["cora"][0], "--basis", "random"), "cora"),
+    "cora-init, random basis": ((*METHODS["cora-init"][0], "--basis", "random"), "cora-init"),
+    "lora, r 8": (("--method", "lora", "--rank", "8", *TARGETS), "lora"),
+    "lotr, by name": ((*METHODS["lotr"][0], "--group-by", "name"), "lotr"),
+    "lotr, cores only": ((*METHODS["lotr"][0], "--core-only"), "lotr"),
+    **{f"{method}, last {blocks}": (last(blocks, method), method) for blocks in (5, 10, 20, 30)
+       for method in ("lotr", "lora")},
+}
+WITH_SPECTRA = ("lora", "pissa", "sorsa", "full")  # and SORSA's arms
+
+# name: (flags of train.py, problems of the test set that eval.py asks, with and without the calculator)
+ACCURACY = {
+    "practice": (("--data", "practice", "--steps", "240", "--batch", "8"), "500"),
+    "equations": (("--answers", "equations", "--steps", "400", "--batch", "16"), "0"),
+}
+
+
+# ---- what is to be run ----------------------------------------------------------------------------------------------
+
 def job(name, flags, rate, seed="0"):
-    return Job(name, (*flags, "--lr", rate, "--seed", seed, *RUN, *(CHOOSE if seed == "0" else REPORT)))
+    """A run of the study: to choose a rate by, or one that is reported."""
+    watched = seed == SEEDS[0] and name.partition(",")[0] in WITH_SPECTRA and "last" not in name and "r 8" not in name
+    return Job(name, (*flags, "--lr", rate, "--seed", seed, *RUN, *(CHOOSE if seed == "0" else REPORT),
+                      *(SPECTRA if watched else ())))
 
 
-def losses_by_rate(records, name):
-    """{rate as in the flags: selection loss of seed 0, infinite for a run that diverged}, in the order of the rates."""
-    found = {}
-    for record in records:
-        words = record["flags"].split()
-        if record["name"] == name and words[words.index("--seed") + 1] == "0":
-            found[words[words.index("--lr") + 1]] = record.get("held_out_after", math.inf)
-    return dict(sorted(found.items(), key=lambda item: float(item[0])))
-
-
-def best_rate(losses):
-    """The rate with the lowest loss."""
-    return min(losses, key=losses.get)
+def accuracy_job(name, method, rate):
+    """A run whose answers are counted."""
+    flags, limit = ACCURACY[name]
+    steps = flags[flags.index("--steps") + 1]
+    asked = ("--limit", limit, "--dtype", "bfloat16")
+    return Job(f"{method}, {name}", (*METHODS[method][0], *flags, "--lr", rate, "--seed", "1", "--eval-every", steps,
+                                     "--save-every", steps, "--dtype", "bfloat16"), (asked, (*asked, "--calculator")))
 
 
 def rates_around(losses, middle, reach):
-    """The middle rate and `reach` on either side, half a decade apart; and as long as the best of them lies at an end,
-    further ones beyond it."""
+    """The middle rate and `reach` on either side, half a decade apart, the nearest first; and as long as the best of
+    them lies at an end, further ones beyond it."""
     place = HALF_DECADES.index(middle)
     low, high = place - reach, place + reach
     while all(rate in losses for rate in HALF_DECADES[low:high + 1]):
@@ -72,28 +109,78 @@ def rates_around(losses, middle, reach):
 
 def jobs(records):
     """The study's runs, as far as the records determine them, the most telling first."""
-    found, settled = [], {}
+    near, settled = [], {}
     losses = {name: losses_by_rate(records, name) for name in METHODS}
     for name, (flags, middle) in METHODS.items():
-        near = rates_around(losses[name], middle, 1)
-        found.append([job(name, flags, rate) for rate in near])
-        if all(rate in losses[name] for rate in near):
+        rates = rates_around(losses[name], middle, 1)
+        near.append([job(name, flags, rate) for rate in rates])
+        if all(rate in losses[name] for rate in rates):
             settled[name] = best_rate(losses[name])
-    found = [planned for some in itertools.zip_longest(*found) for planned in some if planned]  # the middles first
+    found = [planned for some in itertools.zip_longest(*near) for planned in some if planned]  # the middles first
     found += [job(name, METHODS[name][0], rate, seed) for seed in SEEDS for name, rate in settled.items()]
-    return found + [job(name, flags, rate) for name, (flags, middle) in METHODS.items()
-                    for rate in rates_around(losses[name], middle, 2)]
+    far = [job(name, flags, rate) for name, (flags, middle) in METHODS.items()
+           for rate in rates_around(losses[name], middle, 2)]
+    first, *others = [[job(name, flags, settled[of], seed) for name, (flags, of) in ARMS.items() if of in settled]
+                      for seed in SEEDS]
+    counted = [accuracy_job(name, method, rate) for name in ACCURACY for method, rate in settled.items()]
+    return found + far + first + counted + sum(others, [])
+
+
+# ---- what the records say -------------------------------------------------------------------------------------------
+
+def flag(record, name):
+    """The value of a flag of a record's run, as text."""
+    words = record["flags"].split()
+    return words[words.index(name) + 1]
+
+
+def losses_by_rate(records, name):
+    """{rate as in the flags: selection loss with seed 0, infinite for a run that diverged}, in the order of rates."""
+    found = {flag(record, "--lr"): record.get("held_out_after", math.inf)
+             for record in records if record["name"] == name and flag(record, "--seed") == "0"}
+    return dict(sorted(found.items(), key=lambda item: float(item[0])))
+
+
+def evaluations(records, name):
+    """(without the calculator, with it) of an accuracy's run, as tools.compare keeps them; None without such a run."""
+    return next((record["evaluations"] for record in records if record["name"] == name and "evaluations" in record),
+                None)
+
+
+def best_rate(losses):
+    """The rate with the lowest loss."""
+    return min(losses, key=losses.get)
+
+
+def reported(records, name):
+    """{seed: record} of the runs that are reported of a method or an arm, at the best rate: those that did not diverge.
+    Empty as long as there are none, and for a method whose rates are still being tried."""
+    found = [record for record in records if record["name"] == name and "report_losses" in record]
+    if name in METHODS and found:
+        best = best_rate(losses_by_rate(records, name))
+        found = [record for record in found if flag(record, "--lr") == best]
+    return {flag(record, "--seed"): record for record in found}
+
+
+def difference(records, name, other):
+    """The Interval of the report loss of `name` less that of `other`, over the seeds that both have; None without."""
+    a, b = reported(records, name), reported(records, other)
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return None
+    return paired([[(x - y) * len(a[seed]["report_losses"]) / a[seed]["report_tokens"]
+                    for x, y in zip(a[seed]["report_losses"], b[seed]["report_losses"], strict=True)]
+                   for seed in seeds])
 
 
 def main(argv):
     parser = Parser(prog="python -m tools.study", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("run", "plan"))
     parser.add_argument("--data", default="gsm8k")
+    parser.add_argument("--plan", action="store_true", help="print the runs that are left, and stop")
     args = parser.parse_args(argv)
-    if args.what == "plan":
+    if args.plan:
         done = {f"{record['name']}: {record['flags']}" for record in read_records(RECORDS)}
-        for planned in jobs(read_records(RECORDS)):
-            print("done" if planned.key in done else "    ", planned.key)
+        print("\n".join(planned.key for planned in jobs(read_records(RECORDS)) if planned.key not in done))
         return
     for record in run_all(jobs, args.data, RECORDS, Path("runs/study")):
         print(one_line(table_row(record)), flush=True)

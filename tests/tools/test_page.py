@@ -1,0 +1,128 @@
+"""The page of results and its plan: numbers that are the records', and runs that follow from them."""
+import json
+import math
+
+import numpy as np
+import pytest
+
+from tools import page, study
+from tools.compare import read_records
+from tools.intervals import paired
+
+
+def record(planned, loss, report=None, **more):
+    """The record of a planned run: its selection loss, and where it is reported the losses of examples of 10 tokens each."""
+    found = {"name": planned.name, "flags": " ".join(planned.flags), "held_out_after": loss, "held_out_loss": {"0": 1.4, "64": loss},
+             "lr": float(study.flag({"flags": " ".join(planned.flags)}, "--lr")), "trainable_parameters": 1200, "adapter": {"rank": 4},
+             "forgot": 0.01}
+    if report is not None:
+        found |= {"report_losses": report, "report_tokens": 10 * len(report), "report_loss": sum(report) / (10 * len(report))}
+    return {**found, **more}
+
+
+def study_of(loss_at, report_of=lambda planned: 10.0, rounds=200):
+    """The records of a whole study, run after run: loss_at(job) is the loss that chooses rates, infinite for a run that diverges;
+    report_of(job) the loss of every reported example."""
+    records, random = [], np.random.default_rng(0)
+    examples = random.normal(size=20)
+    for _ in range(rounds):
+        done = {f"{found['name']}: {found['flags']}" for found in records}
+        planned = next((job for job in study.jobs(records) if job.key not in done), None)
+        if planned is None:
+            return records
+        report = list(report_of(planned) + examples) if "--report" in planned.flags else None
+        more = {} if not planned.evaluations else {"evaluations": [{"accuracy": 0.5, "n": 4, "right": "1100"}] * 2}
+        new = record(planned, loss_at(planned), report, **more)
+        if not math.isfinite(new["held_out_after"]):
+            new = {"name": new["name"], "flags": new["flags"], "error": "lower --lr"}
+        records.append(new)
+    raise AssertionError("the study has no end")
+
+
+def valley(best):
+    """A loss that rises by 0.1 for every half decade away from a method's best rate; far above, runs diverge."""
+    def loss(planned):
+        method, rate = (study.flag({"flags": " ".join(planned.flags)}, name) for name in ("--method", "--lr"))
+        away = study.HALF_DECADES.index(rate) - study.HALF_DECADES.index(best.get(method, "1e-3"))
+        return math.inf if away > 3 else 0.8 + 0.1 * abs(away)
+    return loss
+
+
+def test_the_page_is_what_the_records_say():
+    """Every number of RESULTS.md, from results/study.jsonl."""
+    assert page.rewritten(page.PAGE.read_text(), read_records(study.RECORDS)) == page.PAGE.read_text()
+    page.main(["--check"])
+
+
+def test_the_plan_finds_each_best_rate_wherever_it_is():
+    """Below the rates that are tried first, above, and among them: the best has a neighbour on both sides, five rates or more are
+    tried, and three other seeds are reported at it. Arms take the rate of their method; no run comes twice."""
+    best = {"lora": "3e-3", "pissa": "1e-5", "sorsa": "3e-2", "full": "1e-4"}
+    records = study_of(valley(best))
+    for method in study.METHODS:
+        losses = study.losses_by_rate(records, method)
+        place = study.HALF_DECADES.index(best.get(method, "1e-3"))
+        assert study.best_rate(losses) == study.HALF_DECADES[place] and len(losses) >= 5
+        assert {*study.HALF_DECADES[place - 1:place + 2]} <= losses.keys()
+        assert study.reported(records, method).keys() == {*study.SEEDS}
+    keys = [f"{found['name']}: {found['flags']}" for found in records]
+    assert len(keys) == len(set(keys))
+    for name, (_, of) in study.ARMS.items():
+        rates = {run["lr"] for run in study.reported(records, name).values()}
+        assert rates == {float(study.best_rate(study.losses_by_rate(records, of)))}, name
+    assert not any("report_losses" in found for found in records if study.flag(found, "--seed") == "0")
+
+
+def test_a_better_rate_found_late_is_what_counts():
+    """Runs at a rate that is no longer the best are not reported."""
+    records = study_of(valley({}))
+    flags = study.METHODS["lora"][0]
+    records.append(record(study.job("lora", flags, "1e-6"), 0.1))
+    assert not study.reported(records, "lora")
+    records.append(record(study.job("lora", flags, "1e-6", "2"), 0.1, [3.0, 4.0]))
+    assert study.reported(records, "lora").keys() == {"2"}
+
+
+def test_differences_and_verdicts():
+    """By hand: lower by 0.5 a token where every example is lower by 5; as a claim expects, against it, or neither."""
+    def report_of(planned):
+        second = study.flag({"flags": " ".join(planned.flags)}, "--seed") == "2"
+        return {"sorsa": 5.0, "pissa": 10.0 + second, "cora": 12.0}.get(planned.name, 10.0)
+    records = study_of(valley({}), report_of)
+    interval = study.difference(records, "sorsa", "lora")
+    assert interval.mean == pytest.approx(-0.5) and interval.low == pytest.approx(-0.5) and interval.seeds == 3
+    mixed = study.difference(records, "pissa", "lora")
+    assert mixed == pytest.approx(paired([[0.0] * 20, [0.1] * 20, [0.0] * 20])) and not mixed.sure
+    said = page.verdicts(records)
+    assert "SORSA trains to a lower loss than LoRA: **holds here**; its loss is 0.5000 lower (95 % interval -0.5000 to -0.5000" in said
+    assert "at twice the rank, is better than LoRA of as many parameters: **contradicted here**; its loss is 0.2000 higher" in said
+    assert "CoRA's basis is a better start for LoRA: **not seen here**" in said and "not run yet" not in said
+    assert "between 0.5" in said and "; `full`, `pissa`, `sara`, `mosara`, `cora-init`, `lotr` cannot be told from `lora`." in said
+    written = page.rewritten(page.PAGE.read_text(), records)
+    assert all(text in written for text in ("| `lora` | r 4 | 1,200 | 0.001 |", "**0.8000**", "diverged"))
+    assert "not run yet" not in written
+
+
+def test_a_study_that_is_not_finished_says_so():
+    """Before the first run, and after some."""
+    for records in ([], study_of(valley({}))[:30]):
+        written = page.rewritten(page.PAGE.read_text(), records)
+        assert "not run yet" in written and page.rewritten(written, records) == written
+
+
+def test_a_wrong_number_is_found(tmp_path, monkeypatch):
+    """One digit on the page, or one in the records; a block that nothing makes is named."""
+    monkeypatch.setattr(page, "PAGE", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(page, "RECORDS", tmp_path / "study.jsonl")
+    page.RECORDS.write_text("".join(json.dumps(found) + "\n" for found in study_of(valley({}))))
+    page.PAGE.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in page.BLOCKS))
+    page.main([])
+    page.main(["--check"])
+    written = page.PAGE.read_text()
+    page.PAGE.write_text(written.replace("0.8000", "0.8001", 1))
+    with pytest.raises(ValueError, match=r"RESULTS.md, line \d+, is not what study.jsonl says: run python -m tools.page"):
+        page.main(["--check"])
+    page.PAGE.write_text(written + "<!-- more -->\n")
+    with pytest.raises(ValueError, match="the page's blocks are not those that tools.page makes: more"):
+        page.main([])
+    assert page.PAGE.read_text() == written + "<!-- more -->\n"
