@@ -97,7 +97,7 @@ def test_differences_and_verdicts():
     assert "SORSA trains to a lower loss than LoRA: **holds here**; its loss is 0.5000 lower (95 % interval -0.5000 to -0.5000" in said
     assert "at twice the rank, is better than LoRA of as many parameters: **contradicted here**; its loss is 0.2000 higher" in said
     assert "CoRA's basis is a better start for LoRA: **not seen here**" in said and "not run yet" not in said
-    assert "between 0.5" in said and "; `full`, `pissa`, `sara`, `mosara`, `cora-init`, `lotr` cannot be told from `lora`." in said
+    assert "between 0.4817 (`sorsa`) and 1.1817 (`cora`); `full`, `pissa`, `sara`, `mosara`, `cora-init`, `lotr` cannot be told from `lora`." in said
     written = page.rewritten(page.PAGE.read_text(), records)
     assert all(text in written for text in ("| `lora` | r 4 | 1,200 | 0.001 |", "**0.8000**", "diverged"))
     assert "not run yet" not in written
