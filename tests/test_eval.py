@@ -291,7 +291,8 @@ def test_a_run_on_a_file_is_measured_by_its_held_out_loss(question, answer, name
 
 
 def test_a_run_on_equations_of_a_file(some_without, tiny_gguf, tmp_path, capsys):
-    """Its held-out loss is found again, of the answers that have annotations; --answers full takes all, without its flag."""
+    """Its held-out loss is found again, of the answers that have annotations; --answers takes others, also of a run
+    that was trained without annotations."""
     run, file = tmp_path / "run", some_without / "train.jsonl"
     result = train_tiny(tiny_gguf, file, run, "--steps", "2", "--held-out", "9", "--answers", "equations")
     summary = evaluate(run)
@@ -300,6 +301,8 @@ def test_a_run_on_equations_of_a_file(some_without, tiny_gguf, tmp_path, capsys)
     assert f"the 9 that the run held out, {summary['n']} of them with annotations; " in capsys.readouterr().out
     whole = evaluate(run, "--answers", "full")
     assert whole["n"] == 9 and whole["answers"] == "full" and whole["loss"] != summary["loss"]
+    train_tiny(tiny_gguf, file, tmp_path / "bare", "--steps", "1", "--held-out", "9", "--strip-annotations")
+    assert evaluate(tmp_path / "bare", "--answers", "equations")["n"] == summary["n"]
 
 
 def test_what_else_a_run_on_a_file_can_be_measured_by(made, tiny_gguf, tmp_path):
