@@ -81,6 +81,8 @@ def parse_arguments(argv):
                                        "for math a .jsonl of problems; for loss a file of instructions and responses")
     parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to "
                                                                               "think step by step (default: the run's)")
+    parser.add_argument("--answers", choices=batching.ANSWERS, help="as in train.py: in what --shots shows and a loss "
+                        "is taken on, and said of the accuracy (default: the run's)")
     parser.add_argument("--limit", type=whole, help="first N test problems, 0 for all (default: 128 on a CPU, else 0)")
     parser.add_argument("--batch", type=positive, help="rows generated together (default: 128 on a CPU, else 512)")
     parser.add_argument("--max-new", type=positive, help="most new tokens per answer (default: 256, math: 1024)")
@@ -140,24 +142,24 @@ def folder_of(run):
 
 
 def recorded(run):
-    """What the result.json beside a run's adapter says: {"data", "template", "held_out", ...}; {} where there is none.
+    """What the result.json beside a run's adapter says: {"data", "template", "answers", ...}; {} where there is none.
     ValueError where it is not the result of a run."""
     path = folder_of(run) / run_folder.RESULT if run else None
     if not path or not path.is_file():
         return {}
-    fix = "name --data and --template"
+    fix = "name --data, --template and --answers"
     result = read_json(path, fix)
     data, template = result.get("data"), result.get("template", "plain")
     known = isinstance(data, str) and data.isprintable() and len(data) < 4096
-    if not known or template not in tuple(prompting.TEMPLATES):
+    if not known or template not in tuple(prompting.TEMPLATES) or result.get("answers", "full") not in batching.ANSWERS:
         raise fault(path, "not the result of a run", fix)
     return result
 
 
 def settle(args, on_cpu):
     """Fill in what was not given: from the run, or by what is there. Returns what the run's result.json says."""
-    named = args.data and args.template and not instructions.is_file(args.data)  # so that result.json is not needed
-    run = {} if named else recorded(args.run)
+    named = args.data and args.template and args.answers  # so that result.json is not needed
+    run = {} if named and not instructions.is_file(args.data) else recorded(args.run)
     of_run = run.get("data", "auto")
     on_file = instructions.is_file(args.data or of_run)
     args.benchmark = args.benchmark or ("loss" if on_file else "gsm8k")
@@ -169,6 +171,7 @@ def settle(args, on_cpu):
     if args.benchmark == "gsm8k" and args.data is None and on_file:
         of_run = "auto"
     args.data, args.template = args.data or of_run, args.template or run.get("template", "plain")
+    args.answers = args.answers or run.get("answers", "full")
     args.max_new = args.max_new or (1024 if args.benchmark == "math" else 256)
     args.limit = args.limit if args.limit is not None else 128 if on_cpu else 0
     args.batch = args.batch or (128 if on_cpu else 512)
@@ -208,7 +211,7 @@ def held_out_examples(args, base, run):
     """(encoded examples, a description of them): of the run's own file those that it held out, of
     another the first --limit."""
     examples, source = instructions.load(args.data)
-    if run.get("strip_annotations") is True:
+    if run.get("strip_annotations") is True and args.answers == "full":
         examples = batching.without_annotations(examples)
     longest, held_out = run.get("max_tokens", 512), run.get("held_out")
     if type(longest) is not int or not 1 <= longest <= base.model.config.max_position_embeddings:
@@ -219,11 +222,14 @@ def held_out_examples(args, base, run):
     else:
         places = range(len(examples))[:args.limit or None]
         source = f"{source}: the first {len(places)}"
+    told = list(batching.in_form(examples, places, args.answers).values())
+    if args.answers == "equations":
+        source = f"{source}, {len(told)} of them with annotations"
     cut = run.get("cut")
     if not isinstance(cut, list) or len(cut) != 2 or not all(type(length) is int and length > 0 for length in cut):
         cut = (None, None)
-    encoded = batching.encode_examples(base.tokenizer, [examples[i] for i in places], longest, args.template, cut,
-                                       f"{args.data}: ", "give other --data")
+    encoded = batching.encode_examples(base.tokenizer, told, longest, args.template, cut, f"{args.data}: ",
+                                       "give other --data")
     return list(encoded.values()), source
 
 
@@ -231,30 +237,40 @@ def evaluate_loss(args, base, run, described):
     """The mean loss per answer token on a file of instructions and responses, printed: its summary."""
     encoded, source = held_out_examples(args, base, run)
     print(f"data      {one_line(source)}; {batching.answer_tokens(encoded):,} answer tokens, prompt "
-          f"{args.template}{base.tokenizer.chat_text}")
+          f"{args.template}{base.tokenizer.chat_text}, answers {args.answers}")
     device, context = base.model.lm_head.weight.device, base.model.config.max_position_embeddings
     loss = mean_loss(base.model, encoded, min(args.batch, 8), device, fast.row_multiple(device, None, context))
     print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and "
           "MATH's answers are scored)")
-    return {**described, "source": source, "n": len(encoded), "loss": loss, "template": args.template}
+    return {**described, "source": source, "n": len(encoded), "loss": loss, "template": args.template,
+            "answers": args.answers}
+
+
+def worked_problems(args):
+    """The training problems that --shots puts in front of every question: the first that --answers has a form of."""
+    if not args.shots:
+        return []
+    examples = gsm8k.load(args.data, "train")[0]
+    return list(batching.in_form(examples, range(len(examples)), args.answers).values())[:args.shots]
 
 
 def evaluate_accuracy(args, base, described):
     """(summary, records) of the answers to a benchmark's test problems."""
     examples, source = hendrycks_math.load(args.data) if args.benchmark == "math" else gsm8k.load(args.data, "test")
-    total, shots = len(examples), gsm8k.load(args.data, "train")[0][:args.shots] if args.shots else ()
+    total, shots = len(examples), worked_problems(args)
     examples = examples[:args.limit or None]
     rest = " (--limit 0 for all)" if len(examples) < total else ""
     print(f"data      {one_line(source)}; {len(examples)} of {total} problems{rest}")
-    print(f"protocol  prompt {args.template}{base.tokenizer.chat_text}, {args.shots} shots, greedy, at most "
-          f"{args.max_new} new tokens, "
-          f"batch {args.batch}, calculator {'on' if args.calculator else 'off'}", flush=True)
+    print(f"protocol  prompt {args.template}{base.tokenizer.chat_text}, answers {args.answers}, {args.shots} shots, "
+          f"greedy, at most {args.max_new} new tokens, batch {args.batch}, "
+          f"calculator {'on' if args.calculator else 'off'}", flush=True)
     started = time.perf_counter()
     completions = answer_all(args, base, examples, shots)
     seconds = time.perf_counter() - started
     records = score_all(BENCHMARKS[args.benchmark], examples, completions)
     summary = {**described, "source": source, **summarise(records), "seconds": round(seconds, 2), "batch": args.batch,
-               "max_new": args.max_new, "template": args.template, "shots": args.shots, "calculator": args.calculator}
+               "max_new": args.max_new, "template": args.template, "answers": args.answers, "shots": args.shots,
+               "calculator": args.calculator}
     if args.benchmark == "math":
         summary.update(by_subject=by_field(records, "subject"), by_level=by_field(records, "level"))
     return summary, records
@@ -278,11 +294,11 @@ def print_accuracy(summary, path):
 
 def answer_one(args, base, shown):
     """Print the answer to --ask."""
-    shots = gsm8k.load(args.data, "train")[0][:args.shots] if args.shots else ()
-    text = prompting.prompt(args.ask, shots, args.template)
+    asked = prompting.prompt(args.ask, template=args.template)
+    text = prompting.prompt(args.ask, worked_problems(args), args.template)
     answer = complete(base.model, base.tokenizer, [text], args.max_new, calculator=args.calculator,
                       template=args.template)[0]
-    print(printable(f"{shown}\n\n{prompting.prompt(args.ask, template=args.template)}{answer['text']}"))
+    print(printable(f"{shown}, answers {args.answers}\n\n{asked}{answer['text']}"))
     if answer["finish"] == "cap":
         print(f"[stopped after {args.max_new} tokens: --max-new allows more]")
 

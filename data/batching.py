@@ -14,6 +14,7 @@ import torch
 from data import gsm8k, instructions, prompting, prose
 
 IGNORE = -100  # the target of a position without loss: the question, and padding
+ANSWERS = ("full", "equations")  # the forms that --answers asks for: as the data has them, or gsm8k.equations
 SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
 
 
@@ -25,6 +26,19 @@ def load_examples(data):
 def without_annotations(examples):
     """The examples without calculator annotations in their answers."""
     return [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
+
+
+def in_form(examples, places, answers):
+    """{place: example} of the examples at `places`, with their answers in one of the forms ANSWERS; those whose answers
+    have none are left out. ValueError if all are."""
+    if answers == "full":
+        return {place: examples[place] for place in places}
+    texts = {place: gsm8k.equations(examples[place]["answer"]) for place in places}
+    kept = {place: {**examples[place], "answer": text} for place, text in texts.items() if text}
+    if not kept:
+        raise ValueError(f"--answers equations: none of {len(places)} answers has annotations, as in <<48/2=24>>, and "
+                         "#### 72 behind them: give other --data (gsm8k, practice), or more of it, or --answers full")
+    return kept
 
 
 def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None), where="",
@@ -60,22 +74,27 @@ class Data(NamedTuple):
     prose: list  # general text, to see what is forgotten; empty unless that is asked for
     example: dict  # a held-out one, as text
     left_out: int  # how many were too long
+    unannotated: int  # how many were left out because --answers equations finds none in them
     sha256: str  # of all these
 
 
 def encode_data(args, examples, base):
-    """Data from all examples: those that are held out apart, those that are too long left out."""
+    """Data from all examples: those that are held out apart, the same whatever --answers is; those that are too long,
+    or without the answer that is asked for, left out."""
     if args.strip_annotations:
         examples = without_annotations(examples)
     args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), base.model.config.max_position_embeddings)
     places, apart = split(range(len(examples)), args.held_out + args.report, args.limit)
     parts = places, apart[:args.held_out], *([apart[args.held_out:]] if args.report else [])
-    encoded = [encode_examples(base.tokenizer, [examples[i] for i in part], args.max_tokens, args.template,
-                               args.cut or (None, None)) for part in parts]
+    told = [in_form(examples, part, args.answers) for part in parts]
+    encoded = [encode_examples(base.tokenizer, list(part.values()), args.max_tokens, args.template,
+                               args.cut or (None, None)) for part in told]
     kept, held_out, *report = [list(part.values()) for part in encoded]
     report, prose_pieces = report[0] if report else [], prose.pieces(base.tokenizer) if args.forgetting else []
-    return Data(kept, [1 + places[i] for i in encoded[0]], held_out, report, prose_pieces, examples[apart[0]],
-                sum(map(len, parts)) - sum(map(len, encoded)), examples_sha256(kept, held_out, report, prose_pieces))
+    places, example = list(told[0]), next(iter(told[1].values()))
+    total, annotated, fitting = [sum(map(len, sets)) for sets in (parts, told, encoded)]
+    return Data(kept, [1 + places[i] for i in encoded[0]], held_out, report, prose_pieces, example,
+                annotated - fitting, total - annotated, examples_sha256(kept, held_out, report, prose_pieces))
 
 
 def data_name(given, source):

@@ -121,6 +121,14 @@ def strip_annotations(text):
     return re.sub(r"<<.*?(>>|$)", lambda found: "" if found[1] else found[0], text, flags=re.MULTILINE)
 
 
+def equations(answer):
+    """The annotations of an answer in a line, <<48/2=24>> <<48+24=72>>, then its `#### 72`; None where it lacks either.
+    What is broken, has another inside, or nothing on a side of its =, is no annotation."""
+    reasoning, mark, number = answer.rpartition("#### ")
+    found = re.findall(r"<<[^<>=\n]+=[^<>\n]+>>", reasoning)
+    return f"{' '.join(found)}\n{mark}{number}" if found else None
+
+
 # ---- Scoring: one rule of our own, and three of other people, repeated with their flaws to compare with their numbers
 
 # Digits, in groups where these leave no doubt: 1,234,567  12,34,567  1 234 567  1'234  1_234  1.234.567  1.234,5

@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+from data.batching import ANSWERS
 from methods import METHODS, arguments, method
 from support import resume
 from support.script import Parser, above_zero, amount, at_least_zero, positive, two_lengths, whole
@@ -39,6 +40,8 @@ def make_parser():
     add("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, auto, or a .json or "
                                        ".jsonl file of instructions and responses, MetaMathQA-395K.json for one")
     add("--template", choices=("plain", "alpaca"), default="plain", help="of the prompt")
+    add("--answers", choices=ANSWERS, default="full", help="equations: train on the <<48/2=24>> calculator annotations "
+                                                           "and #### 72 alone; answers without them are left out")
     add("--recipe", choices=("paper",), help="the settings of SORSA's authors for MetaMathQA (for PiSSA, LoRA and full "
                                              "their baselines'); what is given beside it counts")
     add("--out", type=Path, help="folder of the run (default: runs/METHOD, or the next free runs/METHOD-N)")
@@ -156,6 +159,8 @@ def settled(parser, argv):
         parser.error(f"--epochs {args.epochs:g} is more than a million: give fewer")
     if args.steps and args.epochs:
         parser.error("give --steps or --epochs, not both")
+    if args.strip_annotations and args.answers == "equations":
+        parser.error("--strip-annotations removes what --answers equations trains on: give one of them")
     if args.warmup > 1:
         parser.error(f"--warmup {args.warmup:g} is a share of the steps: at most 1")
     if args.overwrite and args.out is None:

@@ -42,11 +42,13 @@ def describe(args, base, optimizer, regularizer, device, source, data, gflop):
     for note in base.tokenizer.notes:
         print(f"          {one_line(note)}")
     print(f"data      {one_line(source)}")
-    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {data.left_out} left out "
+    without = f"{data.unannotated} left out (without annotations), " if args.answers == "equations" else ""
+    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {without}{data.left_out} left out "
           f"(longer than {args.max_tokens} tokens)")
+    annotations = ("alone (answers equations)" if args.answers == "equations" else
+                   "removed" if args.strip_annotations else "kept")
     print(f"          prompt {args.template}{base.tokenizer.chat_text}; {tokens:.0f} tokens per example, "
-          f"{answers:.0f} of them answer, "
-          f"calculator annotations {'removed' if args.strip_annotations else 'kept'}")
+          f"{answers:.0f} of them answer, calculator annotations {annotations}")
     if args.cut:
         cut = sum(ids[-1] != base.tokenizer.eos_id for ids, _ in encoded)
         print(f"          prompts cut at {args.cut[0]} tokens, answers at {args.cut[1]} ({cut} of them were longer)")

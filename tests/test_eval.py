@@ -57,7 +57,7 @@ def known(monkeypatch):
     def answer(texts, finishes=None):
         prompts = []
 
-        def complete(model, tokenizer, asked, *rest):
+        def complete(model, tokenizer, asked, *rest, **more):
             prompts.extend(asked)
             return [{"text": text, "finish": finish, "new_tokens": 10} for text, finish in zip(texts, finishes or ["eos"] * len(texts))]
         monkeypatch.setattr(evaluation, "complete", complete)
@@ -157,6 +157,54 @@ def test_the_prompt_is_that_of_the_run(run, made, math_file, known):
     assert prompts[1] == prompting.prompt("Solve $2x=1$.", template="alpaca") + " Let's think step by step."
 
 
+@pytest.fixture
+def some_without(tmp_path):
+    """A data folder whose first problem, and every third, has no annotation, in training and in test."""
+    data = write_sums(tmp_path / "data")
+    for path in data.iterdir():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines[::3]:
+            line["answer"] = line["answer"].rpartition(">>")[2]
+        path.write_text("\n".join(map(json.dumps, lines)))
+    return data
+
+
+def test_answers_are_those_of_the_run(some_without, tiny_gguf, tmp_path, known, capsys):
+    """A run on equations is evaluated, asked and shown examples in them, and on all test problems; --answers takes others. What
+    is printed and written says it. A run from before there was a choice has full answers."""
+    run = tmp_path / "run"
+    result = train_tiny(tiny_gguf, some_without, run, "--steps", "2", "--answers", "equations")
+    said = capsys.readouterr().out
+    assert result["answers"] == "equations" and "calculator annotations alone (answers equations)" in said
+    left = 40 - result["held_out_examples"] - 14
+    assert f" {left} to train on, {result['held_out_examples']} held out, 14 left out (without annotations), 0 left out (longer" in said
+    prompts, questions = known([f" <<{i}+1={i + 1}>>\n#### {i + 1}" for i in range(11)]), "Question: What is {}+1?\nAnswer:"
+    summary = evaluate(run, "--shots", 3)
+    shots = [f"{questions.format(i)} <<{i}+1={i + 1}>>\n#### {i + 1}" for i in (1, 2, 4)]
+    assert prompts == ["\n\n".join([*shots, questions.format(i)]) for i in range(11)]
+    assert summary["answers"] == json.loads((run / "eval.json").read_text())["answers"] == "equations" and summary["n"] == 11
+    assert summary["accuracy"]["answer"] == 1 and ", answers equations, 3 shots, " in capsys.readouterr().out
+    prompts = known([" <<1+1=2>>"])
+    evaluate(run, "--shots", 1, "--ask", "What?")
+    assert prompts == [f"{shots[0]}\n\nQuestion: What?\nAnswer:"] and ", answers equations\n" in capsys.readouterr().out
+    prompts, shots = known([" 1"] * 11), [f"{questions.format(0)} 1\n#### 1", f"{questions.format(1)} 1+1=<<1+1=2>>2\n#### 2"]
+    summary = evaluate(run, "--shots", 2, "--answers", "full")
+    assert prompts[5] == "\n\n".join([*shots, questions.format(5)])
+    assert summary["answers"] == "full" and ", answers full, 2 shots, " in capsys.readouterr().out
+    del result["answers"]
+    (run / "result.json").write_text(json.dumps(result))
+    known([" 1"] * 11)
+    assert evaluate(run)["answers"] == "full"
+
+
+@pytest.mark.parametrize("flags", [[], ["--data", "{data}", "--template", "plain"]], ids=["alone", "named"])
+def test_the_answers_are_not_forgotten(flags, some_without, tiny_gguf, tmp_path, known):
+    """Also where data and template are given, the run says what its answers are."""
+    train_tiny(tiny_gguf, some_without, tmp_path / "run", "--steps", "1", "--answers", "equations")
+    known([" 1"] * 11)
+    assert evaluate(tmp_path / "run", *[flag.format(data=some_without) for flag in flags])["answers"] == "equations"
+
+
 @pytest.mark.parametrize("flags, skipped", [([], 2), (["--max-new", 150], 3), (["--limit", 3], 1)])
 def test_a_question_too_long_for_the_context_is_skipped(flags, skipped, run, tmp_path, capsys):
     """It is counted, said, and wrong by every rule; all others are answered as they are without it. The model has room for 256
@@ -240,6 +288,21 @@ def test_a_run_on_a_file_is_measured_by_its_held_out_loss(question, answer, name
     assert summary["n"] == result["held_out_examples"] and "accuracy" not in summary
     assert json.loads((run / "eval-loss.json").read_text()) == summary and not (run / "predictions.jsonl").exists()
     assert f"held-out loss per answer token {summary['loss']:.4f} on {summary['n']} examples" in capsys.readouterr().out
+
+
+def test_a_run_on_equations_of_a_file(some_without, tiny_gguf, tmp_path, capsys):
+    """Its held-out loss is found again, of the answers that have annotations; --answers takes others, also of a run
+    that was trained without annotations."""
+    run, file = tmp_path / "run", some_without / "train.jsonl"
+    result = train_tiny(tiny_gguf, file, run, "--steps", "2", "--held-out", "9", "--answers", "equations")
+    summary = evaluate(run)
+    assert summary["loss"] == pytest.approx(result["held_out_after"], rel=1e-5) and summary["answers"] == "equations"
+    assert summary["n"] == result["held_out_examples"] < 9
+    assert f"the 9 that the run held out, {summary['n']} of them with annotations; " in capsys.readouterr().out
+    whole = evaluate(run, "--answers", "full")
+    assert whole["n"] == 9 and whole["answers"] == "full" and whole["loss"] != summary["loss"]
+    train_tiny(tiny_gguf, file, tmp_path / "bare", "--steps", "1", "--held-out", "9", "--strip-annotations")
+    assert evaluate(tmp_path / "bare", "--answers", "equations")["n"] == summary["n"]
 
 
 def test_what_else_a_run_on_a_file_can_be_measured_by(made, tiny_gguf, tmp_path):

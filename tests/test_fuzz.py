@@ -268,7 +268,7 @@ def read_gsm8k(folder, name):
     completions = [{"text": "#### 2", "finish": "eos", "new_tokens": 1}] * len(examples)
     records = evaluation.score_all(gsm8k, examples, completions)
     json.dumps([evaluation.summarise(records), records], ensure_ascii=False).encode()
-    [gsm8k.strip_annotations(example["answer"]) for example in examples]
+    [read(example["answer"]) for example in examples for read in (gsm8k.strip_annotations, gsm8k.equations)]
 
 
 def build_instructions():
@@ -309,8 +309,9 @@ def read_log(folder, name):
 
 def build_result():
     """A run that was trained on a.json beside it, with a model."""
-    result = {"method": "lora", "lr": 3e-4, "data": "/FOLDER/a.json", "template": "alpaca", "max_tokens": 200, "held_out": 2,
-              "cut": [60, 20], "adapter": {"method": "lora", "rank": 4, "ks": {}}, "held_out_before": 1.0, "held_out_after": 0.5,
+    result = {"method": "lora", "lr": 3e-4, "data": "/FOLDER/a.json", "template": "alpaca", "answers": "full",
+              "max_tokens": 200, "held_out": 2, "cut": [60, 20], "adapter": {"method": "lora", "rank": 4, "ks": {}},
+              "held_out_before": 1.0, "held_out_after": 0.5,
               "trainable_parameters": 100, "steps": 10, "seconds_in_steps": 2.0, "memory_gb": 0.5}
     beside = {"a.json": json.dumps(TOLD).encode(), **{f"model/{name}": content for name, content in model_folder().items()}}
     return beside, [("result.json", json.dumps(result).encode(), either(mutate_bytes, mutate_json, mutate_json))]

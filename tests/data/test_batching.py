@@ -66,6 +66,13 @@ def test_targets_are_the_next_tokens_of_the_answers():
     assert torch.equal(padded_targets[:, :4], targets) and (padded_targets[:, 4:] == -100).all()
 
 
+def encoded_data(base, examples, **changes):
+    """The Data that train.py makes of examples, with the flags that are given."""
+    flags = {"answers": "full", "strip_annotations": False, "max_tokens": None, "held_out": 4, "report": 0, "forgetting": False,
+             "limit": None, "template": "plain", "cut": None}
+    return batching.encode_data(types.SimpleNamespace(**{**flags, **changes}), examples, base)
+
+
 def test_what_flags_make_of_the_data(tiny_gguf):
     """Long examples are left out, or cut; annotations go; the records keep their numbers; the checksum knows it all."""
     base = base_model.load(str(tiny_gguf))
@@ -73,9 +80,7 @@ def test_what_flags_make_of_the_data(tiny_gguf):
     seen = set()
 
     def encode(**changes):
-        flags = {"strip_annotations": False, "max_tokens": None, "held_out": 4, "report": 0, "forgetting": False, "limit": None,
-                 "template": "plain", "cut": None}
-        data = batching.encode_data(types.SimpleNamespace(**{**flags, **changes}), examples, base)
+        data = encoded_data(base, examples, **changes)
         assert data.sha256 not in seen
         seen.add(data.sha256)
         return data
@@ -93,3 +98,39 @@ def test_what_flags_make_of_the_data(tiny_gguf):
         assert base.tokenizer.decode(ids[:start]) == f"Question: {'?' * number}\nAnswer:"
     with pytest.raises(ValueError, match="all 16 examples have more than 5 tokens: raise --max-tokens"):
         encode(max_tokens=5)
+
+
+def test_equations_are_told_and_the_split_stays(tiny_gguf):
+    """The same questions are held out as of full answers; what has no annotation is left out of every part, and counted apart
+    from what is too long; records keep their numbers."""
+    base = base_model.load(str(tiny_gguf))
+    asked = [f"{i}?" if i < 30 else f"{i}??" for i in range(40)]
+    examples = [{"question": asked[i], "answer": f"So <<{i}+1={i + 1}>>.\n#### {i + 1}" if i % 3 else "#### 1"} for i in range(40)]
+
+    def encode(**changes):
+        return encoded_data(base, examples, answers="equations", held_out=7, report=5, **changes)
+
+    def told(data):
+        return [base.tokenizer.decode(ids) for ids, _ in data.train + data.held_out + data.report]
+
+    def texts(places):
+        return [f"Question: {asked[i]}\nAnswer: <<{i}+1={i + 1}>>\n#### {i + 1}<|im_end|>" for i in places if i % 3]
+
+    rest, apart = batching.split(range(40), 12)
+    data = encode()
+    assert told(data) == texts([*rest, *apart]) and (data.left_out, data.unannotated) == (0, 14)
+    assert len(data.held_out) == len(texts(apart[:7])) < 7 and data.numbers == [i + 1 for i in rest if i % 3]
+    assert data.example["question"] == asked[next(i for i in apart if i % 3)] and data.example["answer"].startswith("<<")
+    short = encode(max_tokens=max(len(ids) for ids, _ in data.train) - 1)
+    assert short.unannotated == 14 and short.left_out == 26 - len(told(short)) == 6
+    few, some = encode(limit=12), batching.split(range(40), 12, 12)[0]
+    assert told(few) == texts([*some, *apart]) and few.unannotated == 24 - len(told(few))
+
+
+@pytest.mark.parametrize("held_out, marked, words", [(4, False, "none of 36 answers"), (1, True, "none of 1 answers")])
+def test_without_equations_nothing_is_trained_on(held_out, marked, words, tiny_gguf):
+    """An error says so, also where only what is held out has none."""
+    apart = batching.split(range(40), held_out)[1]
+    examples = [{"question": f"{i}?", "answer": "<<1+1=2>>\n#### 2" if marked and i not in apart else "#### 2"} for i in range(40)]
+    with pytest.raises(ValueError, match=f"--answers equations: {words} has annotations, .*give other --data"):
+        encoded_data(base_model.load(str(tiny_gguf)), examples, answers="equations", held_out=held_out)

@@ -122,10 +122,11 @@ def test_failed_download_raises_or_falls_back_loudly(repository, monkeypatch, ca
 
 
 def test_real_data_has_the_published_size(gsm8k_data):
-    """7473 and 1319 problems, no question in both, every gold number an integer."""
+    """7473 and 1319 problems, 95 without an equation, no question in both, every gold number an integer."""
     train, source = gsm8k.load(gsm8k_data, "train")
     test, _ = gsm8k.load(str(gsm8k_data), "test")
     assert source == f"GSM-8K train, 7473 problems, from {gsm8k_data}" and len(train) == 7473 and len(test) == 1319
+    assert sum(gsm8k.equations(example["answer"]) is None for example in train) == 95
     assert not {example["question"] for example in train} & {example["question"] for example in test}
     assert all(re.fullmatch(r"-?\d+", gsm8k.gold(example["answer"])) for example in train + test)
 
@@ -137,6 +138,26 @@ def test_real_data_has_the_published_size(gsm8k_data):
 def test_strip_annotations(text, expected):
     """Annotations go, what they stand beside stays."""
     assert gsm8k.strip_annotations(text) == expected
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("He sold 48/2 = <<48/2=24>>24 clips.\nIn all 48+24 = <<48+24=72>>72.\n#### 72", "<<48/2=24>> <<48+24=72>>\n#### 72"),
+    ("$<<1+1=2>>2 and <<2*500=1,000>>1000.\n#### 1,000", "<<1+1=2>> <<2*500=1,000>>\n#### 1,000"),
+    ("#### 2 first: <<1+1=2>>2\n#### <<2>>-4 \n", "<<1+1=2>>\n#### <<2>>-4 \n"),  # all behind the last mark, exactly
+    ("<<1+<<1+1=2>>2=3>> <<>> <<=4>> <<4=>> <<4>> <4=4>\n#### 3", "<<1+1=2>>\n#### 3"),
+    ("open <<1+1=\n2>>2, half <<2+2=4>\n#### 4", None), ("#### <<2*3=6>>6", None),
+    ("It is 5.\n#### 5", None), ("<<2+3=5>>5 apples", None), ("cout << a >> b;", None), ("", None)])
+def test_equations(answer, expected):
+    """The annotations that are whole, in their order, and the end of the answer as it stands; None where either is missing."""
+    assert gsm8k.equations(answer) == expected
+
+
+def test_equations_of_problems():
+    """Every annotation of every practice problem is there, and the number that counts is the same."""
+    for problem in gsm8k.practice("train", 300):
+        line, end = gsm8k.equations(problem["answer"]).split("\n")
+        assert line.split() == re.findall("<<[^<]*>>", problem["answer"]) and end == problem["answer"].splitlines()[-1]
+        assert gsm8k.score(f"{line}\n{end}", problem["answer"])["answer"]["correct"]
 
 
 # ---- scoring --------------------------------------------------------------------------------------------------------
@@ -383,9 +404,9 @@ def test_garbage_is_scored_without_an_error(cases):
 
 @pytest.mark.long
 def test_endless_texts_take_a_second():
-    """Every rule, the reading of gold numbers and the stripping of annotations take linear time."""
+    """Every rule, the reading of gold numbers, the stripping and the finding of annotations take linear time."""
     def read_gold(text):
         with contextlib.suppress(ValueError):
             gsm8k.gold(text)
 
-    assert_linear(*(extract for extract, _ in gsm8k.RULES.values()), read_gold, gsm8k.strip_annotations)
+    assert_linear(*(extract for extract, _ in gsm8k.RULES.values()), read_gold, gsm8k.strip_annotations, gsm8k.equations)

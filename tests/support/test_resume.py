@@ -84,6 +84,7 @@ def test_a_continued_run_in_bf16(method, place, tmp_path):
     ["--method", "lora", "--steps", "6", "--rank", "3", "--alpha", "7", "--targets", "q_proj,down_proj", "--limit", "13",
      "--cut", "9+12", "--schedule", "linear", "--warmup", "0.5", "--clip", "0.3", "--plain"],
     ["--method", "lora", "--steps", "6", "--rank", "4", "--dtype", "bfloat16", "--max-tokens", "60", "--micro-batch", "3",
+     "--answers", "equations",
      "--log-every", "4", "--recompute", "--seed", "5"],
     ["--method", "sorsa", "--steps", "6", "--recipe", "paper", "--params", "3k"]], ids=["epochs", "cut", "bf16", "recipe"])
 def test_a_continued_run_keeps_its_settings(more, place, tmp_path, capsys):
@@ -225,9 +226,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(place, whole, tmp_path, monkeypa
 
 # Another value of every flag that changes what a run computes; None for a switch.
 OTHERS = {
-    "method": "sorsa", "template": "alpaca", "recipe": "paper", "targets": "q_proj", "params": "5k", "rank": "5", "alpha": "3",
-    "svd": "exact", "gamma": "0", "reduction": "sum", "threshold": "0.3", "init": "lora", "sets": "3", "router_rank": "2", "equal_gates": None,
-    "ranks": "even",
+    "method": "sorsa", "template": "alpaca", "answers": "equations", "recipe": "paper", "targets": "q_proj", "params": "5k",
+    "rank": "5", "alpha": "3", "svd": "exact", "gamma": "0", "reduction": "sum", "threshold": "0.3", "init": "lora",
+    "ranks": "even", "sets": "3", "router_rank": "2", "equal_gates": None,
     "v_mode": "output", "basis": "random", "extra": "a.gguf", "a_init": "random", "group_by": "name", "core_only": None,
     "steps": "7", "epochs": "2", "batch": "5", "lr": "0.02", "schedule": "linear", "warmup": "0.5", "weight_decay": "0.1",
     "clip": "2", "max_tokens": "99", "cut": "50+50", "strip_annotations": None, "limit": "20", "seed": "1", "held_out": "9",
