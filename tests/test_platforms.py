@@ -28,7 +28,7 @@ import eval as evaluation
 import train
 from support import resume
 from support.script import run_script
-from tools import bench, compare, draw, export
+from tools import bench, compare, draw, export, plot
 from weights import files
 
 files.SMALL = 1  # every tensor is a part of a mapped file, as large ones are

@@ -59,7 +59,7 @@ def run(job, data, folder):
     if "lower --lr" in done.stderr:
         return {**record, "error": one_line(done.stderr.strip()).replace(str(folder), folder.name)}
     check(job, done)
-    record |= {**kept(folder / run_folder.RESULT), "losses": step_losses(folder / run_folder.LOG)}
+    record |= {**kept(folder / run_folder.RESULT), **logged(folder / run_folder.LOG)}
     for number, flags in enumerate(job.evaluations):
         out = folder / f"eval-{number}"
         check(job, finished("eval", [folder, *flags, "--out", out], out))
@@ -104,14 +104,33 @@ def kept(path):
             or not all(type(value) in (int, float) and abs(value) < 1e30 for value in numbers) or not result["steps"]:
         raise fault(path, "not the result of a run", "run train.py again")
     record = {key: result[key] for key in KEPT if result.get(key) is not None}
+    if result["method"] == "sara":
+        record["ranks"] = ranks_by_projection(result["adapter"].get("ks"), path)
     return {**record, "held_out_before": result["held_out_before"], "held_out_after": result["held_out_after"],
             "adapter": {key: value for key, value in result["adapter"].items() if key not in ("ks", "norms")}}
 
 
-def step_losses(path):
-    """The loss of every logged step of a run's log."""
+def ranks_by_projection(ks, path):
+    """{projection: its k, layer by layer} of SARA's {module: k}, in the order of the modules."""
+    if not isinstance(ks, dict) or not all(type(k) is int for k in ks.values()):
+        raise fault(path, "not the result of a run of SARA, which has a rank for every module", "run train.py again")
+    ranks = {}
+    for name, k in ks.items():
+        ranks.setdefault(name.rpartition(".")[2], []).append(k)
+    return ranks
+
+
+def logged(path):
+    """What is kept of a run's log: the loss of every step and, where it was measured, {step: spectra}."""
     lines = [json_object(line, path) for line in path.read_text().splitlines()]
-    return [round(line["loss"], 5) for line in lines if "loss" in line]
+    spectra = {str(line["step"]): rounded(line["spectra"]) for line in lines if "spectra" in line}
+    return {"losses": [round(line["loss"], 5) for line in lines if "loss" in line],
+            **({"spectra": spectra} if spectra else {})}
+
+
+def rounded(numbers):
+    """The same dict with six digits of each number."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in numbers.items()}
 
 
 def table_row(record):

@@ -89,3 +89,32 @@ def test_a_killed_comparison_ends_its_run(tiny_gguf, tmp_path):
         time.sleep(0.1)
     assert not holder(run / LOCK) and (run / "checkpoint.safetensors").exists()
     assert "stopped by SIGTERM" in (run / "output.txt").read_text()
+
+
+RESULT = {"method": "sara", "lr": 0.03, "held_out_before": 1.4, "held_out_after": 0.8, "trainable_parameters": 99, "steps": 2,
+          "seconds_in_steps": 2.0, "adapter": {"method": "sara", "threshold": 0.05, "norms": {}, "ks": {
+              f"model.layers.{layer}.self_attn.{name}_proj": k for layer, name, k in [(0, "q", 3), (0, "v", 5), (1, "q", 2), (1, "v", 7)]}}}
+
+
+def test_the_ranks_of_sara_are_kept_by_projection(tmp_path):
+    """In the order of the layers. A result of SARA without them is none."""
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(RESULT))
+    record = compare.kept(path)
+    assert record["ranks"] == {"q_proj": [3, 2], "v_proj": [5, 7]} and record["adapter"] == {"method": "sara", "threshold": 0.05}
+    for ks in (None, [], {"q_proj": "3"}):
+        path.write_text(json.dumps({**RESULT, "adapter": {**RESULT["adapter"], "ks": ks}}))
+        with pytest.raises(ValueError, match="result.json: not the result of a run of SARA"):
+            compare.kept(path)
+
+
+def test_losses_and_spectra_come_out_of_the_log(tmp_path):
+    """Spectra by step, with six digits; a log without them has losses alone."""
+    path = tmp_path / "log.jsonl"
+    lines = [{"step": 0, "held_out_loss": 1.5}, {"step": 0, "spectra": {"kappa": 1.23456789, "delta_d": 1.23456789e-5}},
+             {"step": 1, "loss": 1.234567}, {"step": 2, "loss": 1.1}, {"step": 2, "spectra": {"kappa": 2, "delta_d": 0.5}}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert compare.logged(path) == {"losses": [1.23457, 1.1], "spectra": {"0": {"kappa": 1.23457, "delta_d": 1.23457e-5},
+                                                                          "2": {"kappa": 2, "delta_d": 0.5}}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if "spectra" not in line))
+    assert compare.logged(path) == {"losses": [1.23457, 1.1]}
