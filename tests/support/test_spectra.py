@@ -1,5 +1,6 @@
 """How far weights move in their SVD, against closed forms, numpy's SVD, and the regularizer by its definition."""
 import gc
+import json
 import weakref
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adapter
 import sorsa
 from support import spectra
+from tests.runs import Stopped, begin, go_on, stopping, trace
 from tests.toy import MERGEABLE, attach, perturb, toy_model
 
 TALL, SQUARE, WIDE = (40, 24), (24, 24), (24, 56)
@@ -244,3 +246,66 @@ def test_one_matrix_at_a_time(method):
         most.append(alive.most)
     largest = 8 * 48 * 32
     assert most[0] == most[1] and 4 * largest < most[0] < 12 * largest
+
+
+# ---- train.py --spectra-every ---------------------------------------------------------------------------------------
+
+def lines(out, spectra_too):
+    """The lines of a run's log with, or without, spectra."""
+    return [line for line in trace(out) if ("spectra" in line) == spectra_too]
+
+
+def assert_spectra(out, expected):
+    """A run's spectra are those of another run: to what W_0 owes to fp32."""
+    found = lines(out, True)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(found, expected):
+        assert line["spectra"] == pytest.approx(other["spectra"], rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("method, more", [
+    ("lotr", ()), ("pissa", ()), ("sorsa", ("--dtype", "bfloat16")), ("full", ("--targets", "q_proj,up_proj"))],
+    ids=["lotr", "pissa", "sorsa", "full"])
+def test_looking_changes_nothing(method, more, place, tmp_path, capsys):
+    """To the last bit, neither in a whole run nor in one that is stopped and goes on, which has the same spectra too: for full
+    fine-tuning W_0 is then the base's, not what the checkpoint holds. Steps 0, 4 and the last."""
+    flags = place.flags(method, *more)
+    begin(flags, tmp_path / "plain")
+    begin([*flags, "--spectra-every", "4"], tmp_path / "whole")
+    printed = capsys.readouterr().out
+    with stopping(2), pytest.raises(Stopped):
+        begin([*flags, "--spectra-every", "4"], tmp_path / "parts")
+    go_on(tmp_path / "parts")
+    expected, adapters = lines(tmp_path / "whole", True), [(tmp_path / name / "adapter.safetensors").read_bytes()
+                                                           for name in ("plain", "whole", "parts")]
+    assert [line["step"] for line in expected] == [0, 4, 6] and printed.count("spectra after ") == 3
+    assert_spectra(tmp_path / "parts", expected)
+    assert adapters[0] == adapters[1] == adapters[2]
+    for name in ("whole", "parts"):
+        assert lines(tmp_path / name, False) == trace(tmp_path / "plain")
+    start, middle, _ = (line["spectra"] for line in expected)
+    assert start["delta_sigma"] < 1e-12 and abs(start["delta_d"]) < 1e-11 and min(middle["delta_sigma"], middle["delta_d"]) > 1e-7
+    assert ("kappa" in start) == (method in ("sorsa", "pissa")) and ("u_error_max" in start) == (method == "sorsa")
+
+
+@pytest.mark.parametrize("method", ["sorsa", "full"])
+def test_a_run_that_goes_on_may_begin_to_look(method, place, tmp_path):
+    """The flag is free: the spectra of the steps that are left are those of a run that looked from its start."""
+    flags = place.flags(method)
+    begin([*flags, "--spectra-every", "3"], tmp_path / "whole")
+    with stopping(2), pytest.raises(Stopped):
+        begin(flags, tmp_path / "parts")
+    go_on(tmp_path / "parts", "--spectra-every", "3")
+    assert_spectra(tmp_path / "parts", lines(tmp_path / "whole", True)[1:])
+
+
+def test_a_step_is_logged_where_it_is_looked_at(place, tmp_path, capsys):
+    """Also where no other line is due; the line says all that is measured."""
+    begin([*place.flags("sorsa"), "--spectra-every", "5", "--log-every", "6"], tmp_path / "run")
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "loss" in line] == [2, 3, 4, 5, 6]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("spectra after 5 steps: ")][0]
+    numbers = next(line["spectra"] for line in logged if line["step"] == 5 and "spectra" in line)
+    for part in (f"dSigma {numbers['delta_sigma']:.2e}", f"dD {numbers['delta_d']:.2e}", f"kappa {numbers['kappa_start']:.6g} -> ",
+                 f"|UtU-I| {numbers['u_error']:.1e} (most {numbers['u_error_max']:.1e})"):
+        assert part in said
