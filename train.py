@@ -20,7 +20,7 @@ import adapter
 from data import prompting
 from data.batching import answer_tokens, collate, data_name, encode_data, endless_batches, load_examples
 from methods import METHODS
-from support import fast, report, resume, run_folder
+from support import fast, report, resume, run_folder, spectra
 from support.flags import choose_budget, complete_options, flags_of, method_options, parse_arguments
 from support.generate import complete
 from support.loss import answer_loss, example_losses, mean_loss
@@ -118,6 +118,15 @@ def measure(args, model, data, progress, step, log):
     print(f"held-out loss after {step} steps: {line['held_out_loss']:.4f}{report.change_text(line)}", flush=True)
 
 
+def measure_spectra(model, originals, step, log):
+    """How far the weights have moved in their SVD after `step` steps, means over all matrices: printed and logged."""
+    started = time.perf_counter()
+    numbers = spectra.means([numbers for _, numbers in spectra.measure(model, originals)])
+    log.write(json.dumps({"step": step, "spectra": numbers}) + "\n")
+    print(f"spectra after {step} steps: {spectra.text(numbers)}  in {report.duration(time.perf_counter() - started)}",
+          flush=True)
+
+
 def loss_of(args, model, encoded, step):
     """The loss per answer token of examples that are not trained on. FloatingPointError if it is not finite."""
     device = model.lm_head.weight.device
@@ -171,6 +180,10 @@ def main(argv=None):
     model.model.recompute = args.recompute
     args.multiple = fast.row_multiple(device, args.compile, model.config.max_position_embeddings)
     data = encode_data(args, examples, base)
+    originals = None
+    if args.spectra_every and args.method == "full":  # whose W_0 is nowhere else
+        targets = (args.saved.config if args.saved else options).get("targets")
+        originals = {name: W.to("cpu", copy=True) for name, W in spectra.original_matrices(model, targets).items()}
     if args.saved:
         resume.attach(args.resume, args.saved, base, data.sha256)
     else:
@@ -179,15 +192,17 @@ def main(argv=None):
         del options  # --extra can be large
     adapter_file.check_recorded(args.method, model)
     adapter.cast_frozen(model, weights)
+    if args.spectra_every and (why := spectra.unmeasurable(model, originals)):
+        raise ValueError(f"--spectra-every: {why}: leave it out")
     if args.compile:
         fast.compile_blocks(model, args.compile)
     choose_budget(args, device, len(data.train))
     command = " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])
     with run_folder.claimed(args):  # args.out
-        return carry_out(args, base, data, source, regularizer, device, began, command)
+        return carry_out(args, base, data, source, regularizer, originals, device, began, command)
 
 
-def carry_out(args, base, data, source, regularizer, device, began, command):
+def carry_out(args, base, data, source, regularizer, originals, device, began, command):
     """Print the plan, train, and write the adapter and the result, which is returned, into the run's folder."""
     model, method = base.model, METHODS[args.method]
     progress = args.saved.progress if args.saved else resume.Progress()
@@ -211,6 +226,9 @@ def carry_out(args, base, data, source, regularizer, device, began, command):
         progress.seconds = earlier + time.perf_counter() - began
         resume.save(args.out / resume.FILE, model, optimizer, base, flags_of(args), data.sha256, progress)
 
+    measures = [(args.eval_every, held_out)]
+    if args.spectra_every:
+        measures.append((args.spectra_every, lambda step: measure_spectra(model, originals, step, log)))
     with run_folder.open_log(args, progress.step) as log:
         if args.resume:
             progress.resumed_at.append(progress.step)
@@ -222,10 +240,12 @@ def carry_out(args, base, data, source, regularizer, device, began, command):
             started = time.perf_counter()
             held_out(0)
             expected = report.expected_seconds(args, data, gflop, time.perf_counter() - started)
+            for _, look in measures[1:]:
+                look(0)
             print(f"expecting about {report.duration(expected)} of training", flush=True)
         with resume.noted_signals() as signals:
             train(args, model, optimizer, data.train,
-                  Monitor(args, model, optimizer, data, gflop[1], progress, held_out, save, log, signals),
+                  Monitor(args, model, optimizer, data, gflop[1], progress, measures, save, log, signals),
                   method.regularize and (lambda: method.regularize(model, args.lr, **regularizer)))
 
     path = args.out / run_folder.ADAPTER

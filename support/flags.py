@@ -26,7 +26,7 @@ HELP = {"rank": "r",
                    "all seven; sara, mosara q_proj,v_proj; full every parameter)"}
 # Flags that may change when a run goes on: not its mathematics, or they name what is known by its checksum.
 FREE = ("resume", "out", "overwrite", "dry_run", "model", "data", "micro_batch", "recompute", "compile", "plain",
-        "eval_every", "save_every", "log_every", "no_sample", "device")
+        "eval_every", "save_every", "log_every", "spectra_every", "no_sample", "device")
 NOT_SAVED = ("resume", "out", "overwrite", "dry_run")  # flags that belong to one command, not to the run
 
 
@@ -88,6 +88,8 @@ def make_parser():
     add("--eval-every", type=positive, help="steps between held-out losses (default: a quarter of the run)")
     add("--save-every", type=positive, help="steps between checkpoints for --resume (default: as --eval-every)")
     add("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")
+    add("--spectra-every", type=positive, metavar="N", help="measure how far the weights have moved in their SVD, at "
+        "the start, every N steps and at the end (default: never); support/spectra.py says what the numbers are")
     add("--no-sample", action="store_true", help="no sample answer before and after")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, which is untried")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen weights; auto: "

@@ -15,13 +15,14 @@ class Monitor:
     """Watches over a run: `check` before the optimizer moves anything, `after` when it has.
 
     data is a batching.Data, gflop what training takes per token, progress a resume.Progress, which is kept up to date,
-    log a text file, signals the list of resume.noted_signals. held_out(step) measures the held-out loss, save() writes
-    a checkpoint. `numbers` of a step are {name: float or tensor ()}, with "loss" among them.
+    log a text file, signals the list of resume.noted_signals. measures are [(every, measure)]: measure(step) is called
+    after every so many steps, and after the last. save() writes a checkpoint. `numbers` of a step are {name: float or
+    tensor ()}, with "loss" among them.
     """
 
-    def __init__(self, args, model, optimizer, data, gflop, progress, held_out, save, log, signals):
+    def __init__(self, args, model, optimizer, data, gflop, progress, measures, save, log, signals):
         self.args, self.optimizer, self.data, self.gflop, self.progress = args, optimizer, data, gflop, progress
-        self.held_out, self.save, self.log, self.signals = held_out, save, log, signals
+        self.measures, self.save, self.log, self.signals = measures, save, log, signals
         self.device, self.parameters = model.lm_head.weight.device, list(adapter.trainable(model).values())
         # A fused optimizer on a CUDA GPU can be told to stand still; any other is waited for.
         self.waits = self.device.type != "cuda" or not optimizer.defaults.get("fused")
@@ -66,15 +67,15 @@ class Monitor:
     def after(self, step):
         """Log, measure and save where it is due. SystemExit, saved, where a signal has come."""
         args, last = self.args, step == self.args.steps
-        to_measure = step % args.eval_every == 0 or last
+        due = [measure for every, measure in self.measures if step % every == 0 or last]
         to_stop = bool(self.signals) and not last  # a signal from here on is for the next step
         to_save = step % args.save_every == 0 or last or to_stop
-        if not (step % args.log_every == 0 or to_measure or to_save):
+        if not (step % args.log_every == 0 or due or to_save):
             return
         self.check_numbers(self.since)  # waits for a GPU to finish
         self.write_line(step)
-        if to_measure:
-            self.held_out(step)
+        for measure in due:
+            measure(step)
         if to_save:
             if not torch.nn.utils.get_total_norm(self.parameters).isfinite():  # before a checkpoint is lost for it
                 raise FloatingPointError(f"step {step}: the weights after it are not finite: lower --lr, now "

@@ -308,8 +308,9 @@ def take(method, place, out):
     Seen.waits.clear()
     of_two, of_three = (operators_of_a_step(method, layers) for layers in (2, 3))
     Seen.part = "start"
+    look = [] if method == "mosara" else ["--spectra-every", "2"]
     with stopping(2), pytest.raises(Stopped):
-        begin(place.flags(method, "--device", "cuda:0", "--steps", "4", "--log-every", "2"), out)
+        begin(place.flags(method, "--device", "cuda:0", "--steps", "4", "--log-every", "2", *look), out)
     Seen.part = "resume"
     result = go_on(out)
     Seen.part = "evaluation"

@@ -19,11 +19,12 @@ from data import gsm8k
 from support.script import run_script
 from tests.tiny import tiny_metadata, tiny_tensors, write_gguf
 from tests.toy import write_sums
-from tools import bench, compare, export
+from tools import bench, compare, export, spectra
 from weights.safetensors import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
-MAINS = {"train": train.main, "eval": evaluation.main, "export": export.main, "bench": bench.parse_arguments, "compare": compare.main}
+MAINS = {"train": train.main, "eval": evaluation.main, "export": export.main, "bench": bench.parse_arguments, "compare": compare.main,
+         "spectra": spectra.main}
 USUAL = {"train": "--method lora --model {gguf} --data {data} --held-out 8 --steps 1 --device cpu --no-sample --out {here}/out",
          "eval": "--device cpu --limit 2 --max-new 4", "compare": "--data {data}"}
 RECORD = '{"question": "How many?", "answer": "One and one.\\n#### 2"}\n'
@@ -93,6 +94,11 @@ FLAGS = [
     ("export {here}/no {here}/to --to hf", "{here}/no: no such file", "a finished train.py run"),
     ("export {mosara} {here}/to --to peft", "q_proj cannot be exported", "eval.py takes the run as it is"),
     ("export {full} {here}/to --to peft", "full fine-tuning changes whole matrices", "export it with --to hf"),
+    ("train --method mosara --spectra-every 1", "--spectra-every: mosara has no W_t at", "no single matrix equals it: leave it out"),
+    ("spectra", "RUN", "required"),
+    ("spectra {here}/no", "{here}/no: no such file", "a finished train.py run"),
+    ("spectra {mosara}", "{mosara}: mosara has no W_t at model.layers.0.self_attn.q_proj", "no single matrix equals it"),
+    ("spectra {run} --results {data}/train.jsonl/r", "--results in {data}/train.jsonl", "name a folder"),
     ("compare", "--methods", "required"),
     ("compare --methods lora --lrs 1e-3 nan", "--lrs", ABOVE),
     ("bench load --peer", "--peer", "is for train, generate, init and memory")]
@@ -280,7 +286,10 @@ FILES = [
      "export {here}/to --model {here}/hf --to hf", "{here}/hf/tokenizer_config.json is a link to", "outside of the model's folder"),
     ("export onto files", write("to/model.safetensors"), "export {run} {here}/to --to hf", "{here}/to is not an empty folder",
      "name another"),
-    ("results in a folder", folder("r"), "compare --methods lora --results {here}/r", "--results {here}/r is a folder", "name a file")]
+    ("results in a folder", folder("r"), "compare --methods lora --results {here}/r", "--results {here}/r is a folder", "name a file"),
+    ("spectra into a folder", folder("r"), "spectra {run} --results {here}/r", "--results {here}/r is a folder", "name a file"),
+    ("spectra on another base", changed_gguf(seed=5), "spectra {run} --model {here}/bad.gguf", "trained on another base model",
+     "load that base")]
 
 
 # ---- the tests ------------------------------------------------------------------------------------------------------

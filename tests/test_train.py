@@ -93,12 +93,13 @@ def test_the_gpu_precisions_run_on_a_cpu(method, fast_forms):
 def test_the_loop_is_the_written_out_loop(tmp_path):
     """Three steps of `train.train` are, bit for bit, the loop by hand: schedule, micro-batches, clipping, then SORSA's
     regularizer once per step, AdamW, cleared gradients. Loss, norm before clipping, and R are logged."""
-    data, args = toy_examples(16), chosen(weight_decay=0.01, clip=0.05, steps=3, micro_batch=2, schedule="linear", warmup=0.4, eval_every=2)
+    data, args = toy_examples(16), chosen(weight_decay=0.01, clip=0.05, steps=3, micro_batch=2, schedule="linear", warmup=0.4)
     model, progress = perturb(attach(toy_model(), "sorsa"), 0.02), resume.Progress()
     optimizer = torch.optim.AdamW(train.decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
     with open(tmp_path / "log", "w") as log:
         records = types.SimpleNamespace(train=data, numbers=range(16))
-        monitor = Monitor(args, model, optimizer, records, 1.0, progress, held_out=lambda step: progress.held_out.update({step: float(step)}), save=lambda: None, log=log, signals=[])
+        monitor = Monitor(args, model, optimizer, records, 1.0, progress,
+                          [(2, lambda step: progress.held_out.update({step: float(step)}))], lambda: None, log, [])
         train.train(args, model, optimizer, data, monitor, lambda: regularize(model, args.lr))
 
     twin, expected, tokens = perturb(attach(toy_model(), "sorsa"), 0.02), [], 0
