@@ -5,6 +5,7 @@
     python eval.py runs/sorsa --ask "Ann has 3 bags of 4 apples and eats 2. How many are left?"
     python eval.py runs/sorsa --benchmark math --data MATH_test.jsonl
     python eval.py runs/sorsa --benchmark loss --data FILE.jsonl     what a run on a FILE of its own is measured by
+    python eval.py runs/sorsa --forgetting           its loss on general text, and its base's
 
 Adapters are merged first where the method can be. Every prediction goes to predictions.jsonl, scored by four rules at
 once (data/gsm8k.py and data/hendrycks_math.py say which), so that the printed accuracies can be recomputed from it.
@@ -15,13 +16,14 @@ support.interruptible(__name__)  # before torch, which takes seconds to import
 
 import json
 import math
+import platform
 import time
 from pathlib import Path
 
 import torch
 
 import adapter
-from data import batching, gsm8k, hendrycks_math, instructions, prompting
+from data import batching, gsm8k, hendrycks_math, instructions, prompting, prose
 from support import fast, run_folder
 from support.generate import complete
 from support.loss import mean_loss
@@ -77,6 +79,8 @@ def parse_arguments(argv):
     parser.add_argument("--force", action="store_true", help="take the adapter although it was trained on another base")
     parser.add_argument("--benchmark", choices=[*BENCHMARKS, "loss"], help="accuracy on gsm8k or math, or the loss per "
                         "answer token on a file (default: gsm8k; loss for a run that was trained on a file)")
+    parser.add_argument("--forgetting", action="store_const", dest="benchmark", const="forgetting", help="measure the "
+                        "loss on general English text instead, and by how much a run has raised that of its base")
     parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data); "
                                        "for math a .jsonl of problems; for loss a file of instructions and responses")
     parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to "
@@ -100,7 +104,7 @@ def parse_arguments(argv):
         parser.error("--ask is empty: write a question behind it")
     if args.benchmark == "math" and args.data is None and args.ask is None:
         parser.error("--benchmark math needs --data FILE: a .jsonl file of problems with answers")
-    if args.benchmark in ("math", "loss") and (args.shots or args.calculator):
+    if args.benchmark in ("math", "loss", "forgetting") and (args.shots or args.calculator):
         parser.error("--shots and --calculator are for GSM-8K: what is here has no training problems and no << >>")
     return args
 
@@ -246,6 +250,27 @@ def evaluate_loss(args, base, run, described):
             "answers": args.answers}
 
 
+def evaluate_forgetting(args, base, device, dtype, described):
+    """The loss on general text, of a run beside that of its base, printed: its summary."""
+    def loss_of(model):
+        multiple = fast.row_multiple(device, None, model.config.max_position_embeddings)
+        return mean_loss(model, pieces, min(args.batch, 8), device, multiple)
+
+    pieces = prose.pieces(base.tokenizer)
+    print(f"data      {len(pieces)} pieces of {prose.LENGTH} tokens of pydoc_data.topics, Python "
+          f"{platform.python_version()}", flush=True)
+    loss = loss_of(base.model)
+    summary = {**described, "data": "pydoc_data.topics", "prose_sha256": batching.examples_sha256(pieces),
+               "python": platform.python_version(), "n": len(pieces), "loss": loss}
+    if args.run is None:
+        print(f"\nloss per token {loss:.4f}")
+        return summary
+    before = loss_of(base_model.load(args.model or base.name, dtype, device).model)
+    print(f"\nforgot {loss - before:+.4f}: the loss per token on general text, {before:.4f} of the base, {loss:.4f} of "
+          "the run")
+    return {**summary, "loss_of_base": before, "forgot": loss - before}
+
+
 def worked_problems(args):
     """The training problems that --shots puts in front of every question: the first that --answers has a form of."""
     if not args.shots:
@@ -322,8 +347,9 @@ def main(argv=None):
                  "dtype": precision, "device": str(device), "torch": torch.__version__}
     out = args.out or Path("runs") / f"base-{Path(base.name).stem}"
     files = [out / name for name in run_folder.EVAL_FILES[args.benchmark]]
-    if args.benchmark == "loss":
-        summary = evaluate_loss(args, base, run, described)
+    if args.benchmark in ("loss", "forgetting"):
+        summary = (evaluate_loss(args, base, run, described) if args.benchmark == "loss" else
+                   evaluate_forgetting(args, base, device, dtype, described))
         out.mkdir(parents=True, exist_ok=True)
     else:
         summary, records = evaluate_accuracy(args, base, described)

@@ -11,7 +11,7 @@ from weights.files import LOCK, SMALL, atomic_write, holder, try_lock, unlock
 ADAPTER, RESULT, LOG = "adapter.safetensors", "result.json", "log.jsonl"
 # What eval.py writes, by what it measures: the predictions, if there are any, and the summary.
 EVAL_FILES = {"gsm8k": ("predictions.jsonl", "eval.json"), "math": ("predictions-math.jsonl", "eval-math.json"),
-              "loss": ("eval-loss.json",)}
+              "loss": ("eval-loss.json",), "forgetting": ("eval-forgetting.json",)}
 ALL_EVAL_FILES = tuple(itertools.chain.from_iterable(EVAL_FILES.values()))
 FILES = (LOG, RESULT, ADAPTER, resume.FILE, *ALL_EVAL_FILES)
 

@@ -8,7 +8,7 @@ import torch
 import adapter
 import eval as evaluation
 import train
-from data import gsm8k, prompting
+from data import gsm8k, prompting, prose
 from data.practice import practice
 from methods import METHODS
 from support import fast
@@ -230,6 +230,24 @@ def test_where_no_question_fits_nothing_is_measured(run, made):
     with pytest.raises(ValueError, match="do not fit the model's context of 256: lower --max-new"):
         evaluate(run, "--max-new", 240)
     assert not (run / "eval.json").exists()
+
+
+def test_forgetting_is_the_same_from_either_script(made, tiny_gguf, tmp_path, monkeypatch, capsys):
+    """The loss on general text, of the run and of its base: as training measured it, alone, beside the base's, and of a base."""
+    monkeypatch.setattr(prose, "PIECES", 3)
+    trained = train_tiny(tiny_gguf, made / "data", tmp_path / "run", "--steps", "4", "--eval-every", "2", "--forgetting", "--dtype", "float32")
+    losses = trained["prose_loss"]
+    assert sorted(losses) == [0, 2, 4] and trained["forgot"] == losses[4] - losses[0] and abs(trained["forgot"]) > 1e-3
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["forgot"] for line in logged if "forgot" in line] == [losses[step] - losses[0] for step in (0, 2, 4)]
+    assert f"forgot {trained['forgot']:+.4f}: the loss on general text, {losses[0]:.4f} -> {losses[4]:.4f}" in capsys.readouterr().out
+    summary = evaluate(tmp_path / "run", "--forgetting")
+    assert summary["loss"] == pytest.approx(losses[4], abs=1e-5) and summary["loss_of_base"] == pytest.approx(losses[0], abs=1e-5)
+    assert summary["prose_sha256"] == trained["prose_sha256"] and summary["forgot"] == summary["loss"] - summary["loss_of_base"]
+    assert json.loads((tmp_path / "run" / "eval-forgetting.json").read_text()) == summary
+    alone = evaluate("--model", tiny_gguf, "--forgetting", "--out", tmp_path / "base")
+    assert alone["loss"] == pytest.approx(summary["loss_of_base"], abs=1e-5) and "forgot" not in alone
+    assert "loss per token" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("benchmark, name, record, gold", [

@@ -15,7 +15,7 @@ from support.loss import answer_loss
 from support.monitor import Monitor
 from tests.toy import SIZES, attach, perturb, toy_examples, toy_model, write_sums
 from tools import export
-from weights import adapter_file
+from weights import adapter_file, base_model
 
 KINDS = ["lora", "mosara", "full"]  # a sum of matrices, a router that looks at each token, no adapter
 
@@ -144,6 +144,23 @@ def run(tiny_gguf, tmp_path):
 def log_of(folder, key="loss"):
     """The lines of a run's log that have a number of that name."""
     return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if key in line]
+
+
+def test_what_is_kept_for_the_end_is_measured_one_by_one(run, tiny_gguf, tmp_path, capsys):
+    """--report: the losses of the merged model on examples that nothing saw, in the order of the split; their sum is the report."""
+    result = run("run", "--report", "5")
+    base = base_model.load(str(tiny_gguf))
+    adapter_file.load(base.model, tmp_path / "run" / "adapter.safetensors")
+    adapter.merge(base.model)
+    examples = batching.load_examples(str(tmp_path / "data"))[0]
+    apart = batching.split(examples, 13)[1][8:]
+    encoded = list(batching.encode_examples(base.tokenizer, apart, 256).values())
+    losses = [answer_loss(base.model, *batching.collate([example], "cpu")).item() for example in encoded]
+    assert result["report_losses"] == pytest.approx(losses, abs=2e-3) and len(losses) == 5
+    assert result["report_tokens"] == batching.answer_tokens(encoded)
+    assert result["report_loss"] == pytest.approx(sum(losses) / result["report_tokens"], abs=1e-4)
+    assert f"report {result['report_loss']:.4f}: the loss on the 5 examples of --report" in capsys.readouterr().out
+    assert "report_loss" not in run("without") and result["held_out_examples"] == 8
 
 
 @pytest.mark.parametrize("method", METHODS)

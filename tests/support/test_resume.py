@@ -82,10 +82,9 @@ def test_a_continued_run_in_bf16(method, place, tmp_path):
 @pytest.mark.parametrize("more", [
     ["--method", "lora", "--epochs", "1.5", "--params", "3k", "--template", "alpaca", "--strip-annotations"],
     ["--method", "lora", "--steps", "6", "--rank", "3", "--alpha", "7", "--targets", "q_proj,down_proj", "--limit", "13",
-     "--cut", "9+12", "--schedule", "linear", "--warmup", "0.5", "--clip", "0.3", "--plain"],
+     "--cut", "9+12", "--schedule", "linear", "--warmup", "0.5", "--clip", "0.3", "--plain", "--report", "2", "--forgetting"],
     ["--method", "lora", "--steps", "6", "--rank", "4", "--dtype", "bfloat16", "--max-tokens", "60", "--micro-batch", "3",
-     "--answers", "equations",
-     "--log-every", "4", "--recompute", "--seed", "5"],
+     "--answers", "equations", "--log-every", "4", "--recompute", "--seed", "5"],
     ["--method", "sorsa", "--steps", "6", "--recipe", "paper", "--params", "3k"]], ids=["epochs", "cut", "bf16", "recipe"])
 def test_a_continued_run_keeps_its_settings(more, place, tmp_path, capsys):
     """Without being given again they are what they were, and the plan that is printed is the same."""
@@ -340,6 +339,15 @@ DAMAGE = {
     "a wrong value": (dict(flags=["--lr=x"]), f"{NO_FLAGS}argument --lr: 'x' is not a number"),
     "another's flag": (dict(flags=["--method=lora", "--sets=3"]), f"{NO_FLAGS}--sets does not belong to lora"),
     "another method": (dict(flags=["--method=full"]), f"{NO_FLAGS}full, and the adapter is of lora")}
+
+
+def test_what_forgetting_began_with_must_be_there(place, tmp_path, monkeypatch, capsys):
+    """Without the first loss on general text there is nothing to compare the last with."""
+    monkeypatch.setattr("data.prose.PIECES", 2)
+    with stopping(4), pytest.raises(Stopped):
+        begin([*place.lora, "--forgetting"], tmp_path / "run")
+    rewritten(tmp_path / "run", progress={"prose": {"3": 5.5}})
+    assert OTHER_STEPS in ends(capsys, go_on, tmp_path / "run")[1]
 
 
 @pytest.mark.parametrize("label", DAMAGE)
