@@ -240,8 +240,10 @@ def carry_out(args, base, data, source, regularizer, originals, device, began, c
             started = time.perf_counter()
             held_out(0)
             expected = report.expected_seconds(args, data, gflop, time.perf_counter() - started)
-            for _, look in measures[1:]:
+            for every, look in measures[1:]:
+                started = time.perf_counter()
                 look(0)
+                expected += math.ceil(args.steps / every) * (time.perf_counter() - started)
             print(f"expecting about {report.duration(expected)} of training", flush=True)
         with resume.noted_signals() as signals:
             train(args, model, optimizer, data.train,

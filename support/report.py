@@ -177,13 +177,13 @@ def gflop_per_token(model, encoded, compiled=None):
 
 
 def expected_seconds(args, data, gflop, forward_seconds):
-    """How long training should take, held-out losses included, from how long one held-out loss took and what a token
-    takes: gflop is (forward, training)."""
-    encoded, held_out = data.train, data.held_out
+    """How long training should take, all losses that are measured included, from how long those before it took and
+    what a token takes: gflop is (forward, training)."""
     forward_gflop, train_gflop = gflop
-    tokens = args.steps * args.batch * token_count(encoded) / len(encoded)
-    per_token = forward_seconds / token_count(held_out) * train_gflop / forward_gflop
-    return tokens * per_token + math.ceil(args.steps / args.eval_every) * forward_seconds
+    tokens = args.steps * args.batch * token_count(data.train) / len(data.train)
+    per_token = forward_seconds / token_count(data.held_out + data.prose)  # of a forward pass
+    return (per_token * (tokens * train_gflop / forward_gflop + token_count(data.report))
+            + math.ceil(args.steps / args.eval_every) * forward_seconds)
 
 
 def log_line(line, steps, left):

@@ -16,7 +16,8 @@ from pathlib import Path
 from support.script import Parser, run_script
 from tools.compare import read_records
 from tools.intervals import mcnemar
-from tools.study import ACCURACY, ARMS, METHODS, RECORDS, best_rate, difference, evaluations, losses_by_rate, reported
+from tools.study import (ACCURACY, ARMS, METHODS, RECORDS, SEEDS, WITH_SPECTRA, best_rate, difference, evaluations,
+                         losses_by_rate, reported, spectra)
 from weights.files import atomic_write
 
 PAGE = RECORDS.parent.parent / "RESULTS.md"
@@ -101,6 +102,22 @@ def convergence(records):
     return table(["after steps", *map(str, steps)], rows)
 
 
+def movement(records):
+    """How far weights have moved in their SVD."""
+    def cells(name):
+        found = spectra(records, name)
+        if not found:
+            return [NOT_YET, "", "", "", ""]
+        return [f"{found['delta_sigma']:.2e}", f"{found['delta_d']:.2e}", f"{found['change']:.2e}",
+                f"{found['kappa_start']:.4f} → {found['kappa']:.4f}" if "kappa" in found else "-",
+                f"{found['u_error']:.1e}, {found['v_error']:.1e}" if "u_error" in found else "-"]
+
+    names = [name for name in (*METHODS, *ARMS) if name in WITH_SPECTRA]
+    names += [name for name in sorted(WITH_SPECTRA) if name not in names]
+    return table(["", "ΔΣ", "ΔD", "&#124;dW&#124; / &#124;W&#124;", "κ(W_p)", "‖UᵀU − I‖, ‖VᵀV − I‖"],
+                 [[f"`{name}`", *cells(name)] for name in names])
+
+
 def accuracy(records):
     """Right answers, in %, and McNemar's p against LoRA without the calculator."""
     rows = []
@@ -149,7 +166,9 @@ def said(interval, higher="higher", lower="lower"):
 
 
 def judged(interval, expected):
-    """Whether a difference goes the way that was expected, -1 for lower or +1 for higher."""
+    """Whether a difference goes the way that was expected, -1 for lower or +1 for higher. One seed decides nothing."""
+    if interval.seeds < len(SEEDS):
+        return "not decided yet"
     if not interval.sure:
         return "not seen here"
     return "holds here" if interval.mean * expected > 0 else "contradicted here"
@@ -176,6 +195,19 @@ def faster(records, other):
         return f"{text}: {NOT_YET}."
     verdict = "holds here" if all(points) else "not seen here" if any(points) else "contradicted here"
     return f"{text}: **{verdict}**; its held-out loss is the lower one at {sum(points)} of {len(points)} points."
+
+
+def moved_less(text, key, name, other):
+    """A verdict on the claim that a quantity of `tools.spectra` is smaller for `name` than for `other`."""
+    def verdict(records):
+        a, b = spectra(records, name), spectra(records, other)
+        if not a or not b:
+            return f"- {text}: {NOT_YET}."
+        ratio = a[key] / b[key]
+        verdict = "not seen here" if abs(ratio - 1) < 0.01 else "holds here" if ratio < 1 else "contradicted here"
+        return (f"- {text}: **{verdict}**; {a[key]:.4g} against {b[key]:.4g} (`{other}`), one seed, "
+                "less than 1 % is none.")
+    return verdict
 
 
 def overall(records):
@@ -207,6 +239,11 @@ VERDICTS = (
     claim("SORSA trains to a lower loss than LoRA", "sorsa", "lora"),
     claim("SORSA trains to a lower loss than PiSSA", "sorsa", "pissa"),
     claim("SORSA's regularizer lowers its loss", "sorsa", "sorsa, gamma 0"),
+    moved_less("SORSA's regularizer lowers the condition number of W_p", "kappa", "sorsa", "sorsa, gamma 0"),
+    moved_less("SORSA's regularizer keeps W's singular vectors in place (ΔD)", "delta_d", "sorsa", "sorsa, gamma 0"),
+    *(moved_less(f"SORSA changes the {what} less than {label}, each at its best rate", key, "sorsa", other)
+      for what, key in (("singular values (ΔΣ)", "delta_sigma"), ("singular vectors (ΔD)", "delta_d"))
+      for label, other in (("LoRA", "lora"), ("full fine-tuning", "full"))),
     claim("SARA's ranks from the spectrum are better than the same budget spread evenly", "sara", "sara, even"),
     claim("Mo-SARA's five sets are better than one", "mosara", "mosara, one set"),
     claim("Mo-SARA's router is better than equal gates", "mosara", "mosara, no router"),
@@ -228,7 +265,7 @@ def verdicts(records):
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 BLOCKS = {"verdicts": verdicts, "methods": methods, "convergence": convergence, "rates": rates,
-          "sorsa": arms_of("sorsa"), "sara": arms_of("sara"), "mosara": arms_of("mosara"),
+          "sorsa": arms_of("sorsa"), "movement": movement, "sara": arms_of("sara"), "mosara": arms_of("mosara"),
           "cora": arms_of("cora", "lora", "lora, r 8"), "cora-init": arms_of("cora-init", "lora"),
           "lotr": arms_of("lotr", "lora"), "depth": depth, "accuracy": accuracy}
 

@@ -67,7 +67,10 @@ ARMS = {
     **{f"{method}, last {blocks}": (last(blocks, method), method) for blocks in (5, 10, 20, 30)
        for method in ("lotr", "lora")},
 }
-WITH_SPECTRA = ("lora", "pissa", "sorsa", "full")  # and SORSA's arms
+ONE_RATE = "3e-4"  # at which these are compared as well, each other's rates being equal
+WATCHED = ("full", "lora", "pissa", "sorsa")
+WITH_SPECTRA = {*WATCHED, *(f"{name}, rate {ONE_RATE}" for name in WATCHED),
+                *(name for name, (_, of) in ARMS.items() if of == "sorsa")}
 
 # name: (flags of train.py, problems of the test set that eval.py asks, with and without the calculator)
 ACCURACY = {
@@ -80,9 +83,8 @@ ACCURACY = {
 
 def job(name, flags, rate, seed="0"):
     """A run of the study: to choose a rate by, or one that is reported."""
-    watched = seed == SEEDS[0] and name.partition(",")[0] in WITH_SPECTRA and "last" not in name and "r 8" not in name
-    return Job(name, (*flags, "--lr", rate, "--seed", seed, *RUN, *(CHOOSE if seed == "0" else REPORT),
-                      *(SPECTRA if watched else ())))
+    measured = CHOOSE if seed == "0" else REPORT + SPECTRA * (seed == SEEDS[0] and name in WITH_SPECTRA)
+    return Job(name, (*flags, "--lr", rate, "--seed", seed, *RUN, *measured))
 
 
 def accuracy_job(name, method, rate):
@@ -122,6 +124,7 @@ def jobs(records):
            for rate in rates_around(losses[name], middle, 2)]
     first, *others = [[job(name, flags, settled[of], seed) for name, (flags, of) in ARMS.items() if of in settled]
                       for seed in SEEDS]
+    first += [job(f"{name}, rate {ONE_RATE}", METHODS[name][0], ONE_RATE, SEEDS[0]) for name in WATCHED]
     counted = [accuracy_job(name, method, rate) for name in ACCURACY for method, rate in settled.items()]
     return found + far + first + counted + sum(others, [])
 
@@ -139,6 +142,12 @@ def losses_by_rate(records, name):
     found = {flag(record, "--lr"): record.get("held_out_after", math.inf)
              for record in records if record["name"] == name and flag(record, "--seed") == "0"}
     return dict(sorted(found.items(), key=lambda item: float(item[0])))
+
+
+def spectra(records, name):
+    """What train.py --spectra-every has measured after the last step of a method or an arm; None without."""
+    found = [record["spectra"] for record in reported(records, name).values() if "spectra" in record]
+    return found[0][max(found[0], key=int)] if found else None
 
 
 def evaluations(records, name):
