@@ -158,29 +158,29 @@ def depth(records):
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
 
-def said(interval, higher="higher", lower="lower"):
+def said(interval):
     """An interval in words."""
     seeds = f"{interval.seeds} seeds" if interval.seeds > 1 else "one seed, so over examples only"
-    way = higher if interval.mean > 0 else lower
-    return (f"{abs(interval.mean):.4f} {way} (95 % interval {interval.low:+.4f} to {interval.high:+.4f}, {seeds})")
+    way = "higher" if interval.mean > 0 else "lower"
+    return f"{abs(interval.mean):.4f} {way} (95 % interval {interval.low:+.4f} to {interval.high:+.4f}, {seeds})"
 
 
-def judged(interval, expected):
-    """Whether a difference goes the way that was expected, -1 for lower or +1 for higher. One seed decides nothing."""
+def judged(interval, unseen):
+    """Whether a loss is lower, as a claim has it: `unseen` where zero lies inside. One seed decides nothing."""
     if interval.seeds < len(SEEDS):
         return "not decided yet"
     if not interval.sure:
-        return "not seen here"
-    return "holds here" if interval.mean * expected > 0 else "contradicted here"
+        return unseen
+    return "holds here" if interval.mean < 0 else "contradicted here"
 
 
-def claim(text, name, other):
+def claim(text, name, other, unseen="not seen here"):
     """A verdict on the claim that `name` reaches a lower loss than `other`."""
     def verdict(records):
         interval = difference(records, name, other)
         if interval is None:
             return f"- {text}: {NOT_YET}."
-        return f"- {text}: **{judged(interval, -1)}**; its loss is {said(interval)} than that of `{other}`."
+        return f"- {text}: **{judged(interval, unseen)}**; its loss is {said(interval)} than that of `{other}`."
     return verdict
 
 
@@ -249,7 +249,8 @@ VERDICTS = (
     claim("Mo-SARA's router is better than equal gates", "mosara", "mosara, no router"),
     claim("Mo-SARA's router is better with an inner width of 2", "mosara, router of rank 2", "mosara"),
     claim("CoRA's frozen basis, at twice the rank, is better than LoRA of as many parameters", "cora", "lora"),
-    claim("CoRA's frozen basis loses nothing against LoRA of its rank, with twice its parameters", "cora", "lora, r 8"),
+    claim("CoRA's frozen basis loses nothing against LoRA of its rank, with twice its parameters", "cora", "lora, r 8",
+          unseen="no loss seen here"),
     claim("CoRA's basis from the weights is better than a random one", "cora", "cora, random basis"),
     claim("CoRA's basis is a better start for LoRA", "cora-init", "lora"),
     claim("CoRA's start from the weights is better than a random one", "cora-init", "cora-init, random basis"),
