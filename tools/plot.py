@@ -168,7 +168,8 @@ def in_words(name):
 
 def arm_in_words(_, gamma, name, rate):
     """An arm of `arms`, with gamma where its name does not say it."""
-    return f"{in_words(name)}{f', γ {power(gamma)}' * (name == 'sorsa')}, {power(rate)}"
+    arm = in_words(name.partition(", rate")[0])  # the rate stands at the end
+    return f"{arm}{f', γ {power(gamma)}' * (arm == NAMES['sorsa'])}, {power(rate)}"
 
 
 def seeds(some):
