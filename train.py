@@ -138,11 +138,14 @@ def loss_of(args, model, encoded, step):
     return loss
 
 
-def report_losses(args, model, data):
-    """The summed losses of the report's examples, one by one; None without --report."""
+def losses_one_by_one(args, model, data):
+    """{"report_losses": summed losses of the report's examples, "prose_losses": of the pieces of general text}, at the
+    end of a run with --report; those that there are."""
     device = model.lm_head.weight.device
+    measured = {"report_losses": data.report, "prose_losses": data.prose if data.report else []}
     with fast.eagerly(args.compile), mixed_precision(args, device):
-        return example_losses(model, data.report, device, args.multiple) if data.report else None
+        return {name: [round(loss, 4) for loss in example_losses(model, examples, device, args.multiple)]
+                for name, examples in measured.items() if examples}
 
 
 def print_sample(args, base, example, when):
@@ -252,7 +255,7 @@ def carry_out(args, base, data, source, regularizer, originals, device, began, c
 
     path = args.out / run_folder.ADAPTER
     adapter_file.save(model, path, base.name, base.sha256)
-    losses = report_losses(args, model, data)
+    losses = losses_one_by_one(args, model, data)
     progress.seconds = earlier + time.perf_counter() - began
     result = report.result_of(args, regularizer, base, data, source, progress, losses, path, command)
     write_json(args.out / run_folder.RESULT, result)

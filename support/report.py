@@ -220,21 +220,21 @@ def change_text(line):
 
 
 def result_of(args, regularizer, base, data, source, progress, losses, adapter_path, command):
-    """The record of a finished run, as result.json keeps it. losses: the summed loss of each example of the report."""
+    """The record of a finished run, as result.json keeps it. losses: {"report_losses": [...], ...}, what was measured
+    example by example."""
     model, seconds = base.model, progress.seconds_in_steps
     device = model.lm_head.weight.device
     hidden = ("saved", "resume", "dry_run", "multiple")
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
-    more = {}
-    if losses:
-        tokens = answer_tokens(data.report)
-        more = {"report_loss": sum(losses) / tokens, "report_losses": [round(loss, 4) for loss in losses],
-                "report_tokens": tokens}
+    more = {**losses}
+    if data.report:
+        more |= {"report_loss": sum(losses["report_losses"]) / answer_tokens(data.report),
+                 "report_tokens": [answer_tokens([example]) for example in data.report]}
     if progress.prose:
         more |= {"prose_loss": progress.prose, "forgot": progress.prose[args.steps] - progress.prose[0],
                  "prose_sha256": examples_sha256(data.prose), "python": platform.python_version()}
     return {**settings, **regularizer, "out": str(args.out), "adapter": model.adapter_config, "source": source,
-            "base_sha256": base.sha256,
+            "base_sha256": base.sha256, "data_sha256": data.sha256,
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(model).values()),
             "adapter_bytes": adapter_path.stat().st_size, "held_out_examples": len(data.held_out),
             "held_out_loss": progress.held_out, "held_out_before": progress.held_out[0],

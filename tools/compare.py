@@ -11,6 +11,7 @@ import support
 support.interruptible(__name__)  # before torch, which takes seconds to import
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -21,12 +22,13 @@ from methods import METHODS
 from support import run_folder
 from support.script import Parser, above_zero, amount, check_folder, one_line, run_script, whole
 from weights import child
-from weights.files import fault, json_object, read_json, try_lock, unlock
+from weights.files import LOCK, fault, holder, json_object, read_json, try_lock, unlock
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("method", "lr", "seed", "held_out_loss", "held_out_examples", "report_loss", "report_losses", "report_tokens",
-        "prose_loss", "forgot", "prose_sha256", "trainable_parameters", "steps", "batch", "gamma", "tokens",
-        "seconds_in_steps", "seconds", "memory_gb", "threads", "dtype", "model", "device", "torch", "python")
+        "prose_loss", "prose_losses", "forgot", "prose_sha256", "trainable_parameters", "steps", "batch", "gamma",
+        "tokens", "seconds_in_steps", "seconds", "memory_gb", "threads", "dtype", "autocast", "model", "base_sha256",
+        "data_sha256", "device", "torch", "python")
 # Neither has a size that a budget could choose sensibly: full trains all there is, and Mo-SARA reaches LoRA's budgets
 # only with nearly all singular vectors, whose frozen copies then cost as much as the model.
 OWN_SIZE = ("full", "mosara")
@@ -42,13 +44,20 @@ class Job(NamedTuple):
 
     @property
     def key(self):
-        return f"{self.name}: {' '.join(self.flags)}"
+        """By which a record is known to be that of this job."""
+        return key_of({"name": self.name, "flags": " ".join(self.flags)})
 
     @property
     def folder(self):
+        """A name for the folder of its run."""
         words = [word for word in ("lr", "seed") if f"--{word}" in self.flags]
         values = [self.flags[self.flags.index(f"--{word}") + 1] for word in words]
         return "-".join([self.name.replace(" ", "_"), *(word[0] + value for word, value in zip(words, values))])
+
+
+def key_of(record):
+    """The key of the Job that a record is of."""
+    return f"{record['name']}: {record['flags']}"
 
 
 def run(job, data, folder):
@@ -56,7 +65,7 @@ def run(job, data, folder):
     refuses its flags. A run that diverged is a result too, with its error and no loss."""
     record = {"name": job.name, "flags": " ".join(job.flags)}
     done = finished("train", ["--data", data, *job.flags, "--out", folder, "--overwrite", "--no-sample"], folder)
-    if "lower --lr" in done.stderr:
+    if done.returncode and re.search("lower --(lr|gamma)", done.stderr):
         return {**record, "error": one_line(done.stderr.strip()).replace(str(folder), folder.name)}
     check(job, done)
     record |= {**kept(folder / run_folder.RESULT), **logged(folder / run_folder.LOG)}
@@ -89,7 +98,7 @@ def evaluation(folder):
     predictions, summary = (folder / name for name in run_folder.EVAL_FILES["gsm8k"])
     summary = read_json(summary)
     right = [json_object(line, predictions)["scores"]["answer"]["correct"]
-             for line in predictions.read_text().splitlines()]
+             for line in predictions.read_text(encoding="utf-8").strip().split("\n")]
     return {"accuracy": summary["accuracy"]["answer"], "right": "".join("01"[correct] for correct in right),
             **{key: summary[key] for key in ("n", "capped", "no_answer", "new_tokens", "seconds")}}
 
@@ -146,36 +155,64 @@ def table_row(record):
 
 
 def read_records(path):
-    """The records of a results file, in its order; none where there is no file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    """The records of a results file, in its order; none where there is no file. A line that was cut as it was written
+    is none."""
+    records = []
+    for number, line in enumerate(path.read_text().split("\n") if path.exists() else [], 1):
+        try:
+            records += [json_object(line, f"{path}:{number}", fix="its run is made again")] if line else []
+        except ValueError as error:
+            print(error, file=sys.stderr)
+    return records
+
+
+def add_record(path, record):
+    """Append a line to a results file, a new one even where the last has no end."""
+    with open(path, "a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        cut = file.read() not in (b"", b"\n")
+        file.write(b"\n" * cut + json.dumps(record).encode() + b"\n")
 
 
 def run_all(jobs, data, results, folder):
     """Make every run of jobs(records), a list of Jobs that may grow as records come, and yield each new record.
 
-    A job that another process has in hand is left to it; where only such are left, this one waits for them.
+    A job that another process has in hand is left to it; where only such are left, this one waits for them. What a run
+    fails of is printed, and the others go on; ValueError at the end.
     """
+    failed = {}
     while True:
-        done = {f"{record['name']}: {record['flags']}" for record in read_records(results)}
-        left = [job for job in jobs(read_records(results)) if job.key not in done]
+        records = read_records(results)
+        done = {key_of(record) for record in records} | failed.keys()
+        left = [job for job in jobs(records) if job.key not in done]
         if not left:
-            return
-        for job in left:
-            (folder / job.folder).mkdir(parents=True, exist_ok=True)
-            if lock := try_lock(folder / job.folder / "compare.lock"):
-                break
-        else:
+            break
+        job, lock = taken(left, folder)
+        if lock is None:
             time.sleep(WAIT)
             continue
         try:
-            if job.key not in {f"{record['name']}: {record['flags']}" for record in read_records(results)}:
+            if job.key not in {key_of(record) for record in read_records(results)}:
                 record = run(job, data, folder / job.folder)
-                with open(results, "a") as file:
-                    file.write(json.dumps(record) + "\n")
+                add_record(results, record)
                 yield record
+        except ValueError as error:
+            print(one_line(f"error: {error}"), file=sys.stderr)
+            failed[job.key] = error
         finally:
             unlock(lock)
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed, of which there is no record: {next(iter(failed))}")
+
+
+def taken(jobs, folder):
+    """(the first job that no other process has in hand, a lock on it), or (None, None)."""
+    for job in jobs:
+        place = folder / job.folder
+        place.mkdir(parents=True, exist_ok=True)
+        if not holder(place / LOCK) and (lock := try_lock(place / "compare.lock")):  # no train.py that still saves
+            return job, lock
+    return None, None
 
 
 def main(argv):

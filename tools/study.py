@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from support.script import Parser, one_line, run_script
-from tools.compare import Job, read_records, run_all, table_row
+from tools.compare import Job, key_of, read_records, run_all, table_row
 from tools.intervals import paired
 
 RECORDS = Path(__file__).parent.parent / "results" / "study.jsonl"
@@ -25,7 +25,7 @@ RUN = ("--steps", "64", "--batch", "8", "--held-out", "128", "--save-every", "64
        "bfloat16")
 CHOOSE, REPORT, SPECTRA = ("--eval-every", "64"), ("--eval-every", "16", "--report", "512"), ("--spectra-every", "16")
 SEEDS = ("1", "2", "3")  # of what is reported; the rates are chosen with seed 0
-HALF_DECADES = [f"{digit}e{power}" for power in range(-6, 1) for digit in (1, 3)]
+HALF_DECADES = [f"{digit}e{power}" for power in range(-8, 3) for digit in (1, 3)]
 
 # name: (flags, the learning rate in the middle of those that are tried first)
 METHODS = {
@@ -103,7 +103,7 @@ def rates_around(losses, middle, reach):
     low, high = place - reach, place + reach
     while all(rate in losses for rate in HALF_DECADES[low:high + 1]):
         best = HALF_DECADES.index(best_rate({rate: losses[rate] for rate in HALF_DECADES[low:high + 1]}))
-        if low < best < high:
+        if low < best < high or best in (0, len(HALF_DECADES) - 1):
             break
         low, high = low - (best == low), high + (best == high)
     return sorted(HALF_DECADES[low:high + 1], key=lambda rate: abs(HALF_DECADES.index(rate) - place))
@@ -124,7 +124,8 @@ def jobs(records):
            for rate in rates_around(losses[name], middle, 2)]
     first, *others = [[job(name, flags, settled[of], seed) for name, (flags, of) in ARMS.items() if of in settled]
                       for seed in SEEDS]
-    first += [job(f"{name}, rate {ONE_RATE}", METHODS[name][0], ONE_RATE, SEEDS[0]) for name in WATCHED]
+    first += [job(f"{name}, rate {ONE_RATE}", METHODS[name][0], ONE_RATE, SEEDS[0]) for name in WATCHED
+              if settled.get(name, ONE_RATE) != ONE_RATE]
     counted = [accuracy_job(name, method, rate) for name in ACCURACY for method, rate in settled.items()]
     return found + far + first + counted + sum(others, [])
 
@@ -152,8 +153,7 @@ def spectra(records, name):
 
 def evaluations(records, name):
     """(without the calculator, with it) of an accuracy's run, as tools.compare keeps them; None without such a run."""
-    return next((record["evaluations"] for record in records if record["name"] == name and "evaluations" in record),
-                None)
+    return next((record["evaluations"] for record in at_best_rate(records, name) if "evaluations" in record), None)
 
 
 def best_rate(losses):
@@ -161,14 +161,25 @@ def best_rate(losses):
     return min(losses, key=losses.get)
 
 
+def at_best_rate(records, name):
+    """[record] of a method, an arm or an accuracy, but those whose rate is no longer the best of the method."""
+    found = [record for record in records if record["name"] == name]
+    method = ARMS[name][1] if name in ARMS else name.partition(", ")[0]
+    if f", rate {ONE_RATE}" in name or not losses_by_rate(records, method):
+        return found
+    best = best_rate(losses_by_rate(records, method))
+    return [record for record in found if flag(record, "--lr") == best]
+
+
 def reported(records, name):
-    """{seed: record} of the runs that are reported of a method or an arm, at the best rate: those that did not diverge.
-    Empty as long as there are none, and for a method whose rates are still being tried."""
-    found = [record for record in records if record["name"] == name and "report_losses" in record]
-    if name in METHODS and found:
-        best = best_rate(losses_by_rate(records, name))
-        found = [record for record in found if flag(record, "--lr") == best]
-    return {flag(record, "--seed"): record for record in found}
+    """{seed: record} of the runs that are reported of a method or an arm: those that did not diverge."""
+    return {flag(record, "--seed"): record for record in at_best_rate(records, name) if "report_losses" in record}
+
+
+def diverged(records, name):
+    """The seeds that are to be reported and diverged."""
+    return [seed for record in at_best_rate(records, name) if "error" in record
+            and (seed := flag(record, "--seed")) in SEEDS]
 
 
 def difference(records, name, other):
@@ -177,7 +188,7 @@ def difference(records, name, other):
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         return None
-    return paired([[(x - y) * len(a[seed]["report_losses"]) / a[seed]["report_tokens"]
+    return paired([[(x - y) * len(a[seed]["report_losses"]) / sum(a[seed]["report_tokens"])
                     for x, y in zip(a[seed]["report_losses"], b[seed]["report_losses"], strict=True)]
                    for seed in seeds])
 
@@ -188,10 +199,10 @@ def main(argv):
     parser.add_argument("--plan", action="store_true", help="print the runs that are left, and stop")
     args = parser.parse_args(argv)
     if args.plan:
-        done = {f"{record['name']}: {record['flags']}" for record in read_records(RECORDS)}
+        done = {key_of(record) for record in read_records(RECORDS)}
         print("\n".join(planned.key for planned in jobs(read_records(RECORDS)) if planned.key not in done))
         return
-    for record in run_all(jobs, args.data, RECORDS, Path("runs/study")):
+    for record in run_all(jobs, args.data, RECORDS, RECORDS.parent.parent / "runs" / "study"):
         print(one_line(table_row(record)), flush=True)
 
 

@@ -20,11 +20,13 @@ def test_every_run_is_recorded_once(tiny_gguf, tmp_path, monkeypatch, capsys):
                str(results), "--", "--model", str(tiny_gguf), "--steps", "2", "--batch", "4", "--held-out", "8", "--report", "3",
                "--forgetting", "--device", "cpu"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.prose.PIECES", 2)
     compare.main(command)
     good, bad = [json.loads(line) for line in results.read_text().splitlines()]
     assert good["held_out_after"] < good["held_out_before"] and good["adapter"]["rank"] == 3 and len(good["losses"]) == 2
-    assert len(good["report_losses"]) == 3 and good["report_loss"] == pytest.approx(sum(good["report_losses"]) / good["report_tokens"])
+    assert len(good["report_losses"]) == 3 and good["report_loss"] == pytest.approx(
+        sum(good["report_losses"]) / sum(good["report_tokens"]), abs=1e-4)
+    assert len(good["prose_losses"]) == 64 and good["prose_loss"]["2"] == pytest.approx(sum(good["prose_losses"]) / (64 * 255), abs=1e-4)
+    assert {"data_sha256", "base_sha256", "threads", "torch"} <= good.keys()
     assert good["forgot"] == pytest.approx(good["prose_loss"]["2"] - good["prose_loss"]["0"])
     assert "held_out_after" not in bad and "lower --lr" in bad["error"] and str(tmp_path) not in json.dumps(bad)
     printed = capsys.readouterr().out
@@ -53,6 +55,35 @@ def test_two_comparisons_share_the_work(tmp_path, monkeypatch):
     other = try_lock(tmp_path / "a-s0" / "compare.lock")
     assert [record["name"] for record in compare.run_all(lambda records: jobs, "data", results, tmp_path)] == made == ["b", "c"]
     assert sorted(record["name"] for record in compare.read_records(results)) == ["a", "b", "c"]
+
+
+def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """The others are run and recorded, the failure is printed, and the end is an error; the same again takes it up again."""
+    results = tmp_path / "results.jsonl"
+    jobs = [compare.Job(name, ("--seed", "0")) for name in ("a", "bad", "c")]
+
+    def run(job, data, folder):
+        if job.name == "bad":
+            raise ValueError("bad: killed")
+        return {"name": job.name, "flags": "--seed 0"}
+    monkeypatch.setattr(compare, "run", run)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="1 runs failed, of which there is no record: bad: --seed 0"):
+            list(compare.run_all(lambda records: jobs, "data", results, tmp_path))
+        assert capsys.readouterr().err == "error: bad: killed\n"
+    assert [record["name"] for record in compare.read_records(results)] == ["a", "c"]
+
+
+def test_a_line_that_was_cut_spoils_no_other(tmp_path, capsys):
+    """It is named and passed over, and the next record begins a line of its own."""
+    results = tmp_path / "results.jsonl"
+    compare.add_record(results, {"name": "a"})
+    with open(results, "a") as file:
+        file.write('{"name": "b", "lo')
+    compare.add_record(results, {"name": "c"})
+    compare.add_record(results, {"name": "d"})
+    assert [record["name"] for record in compare.read_records(results)] == ["a", "c", "d"]
+    assert capsys.readouterr().err.startswith(f"{results}:2: not valid JSON") and results.read_text().count("\n") == 4
 
 
 def test_a_run_is_evaluated(tiny_gguf, tmp_path):

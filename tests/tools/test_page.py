@@ -16,7 +16,7 @@ def record(planned, loss, report=None, **more):
              "lr": float(study.flag({"flags": " ".join(planned.flags)}, "--lr")), "trainable_parameters": 1200, "adapter": {"rank": 4},
              "forgot": 0.01}
     if report is not None:
-        found |= {"report_losses": report, "report_tokens": 10 * len(report), "report_loss": sum(report) / (10 * len(report))}
+        found |= {"report_losses": report, "report_tokens": [10] * len(report), "report_loss": sum(report) / (10 * len(report))}
     if "--spectra-every" in planned.flags:
         numbers = {"delta_sigma": 1e-5, "delta_d": 2e-5 if planned.name == "sorsa" else 1e-5, "change": 1e-3, "kappa_start": 1.5,
                    "kappa": 1.3 if planned.name == "sorsa" else 1.4, "u_error": 0.0, "v_error": 0.0}
