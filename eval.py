@@ -104,6 +104,9 @@ def parse_arguments(argv):
         parser.error("--ask is empty: write a question behind it")
     if args.benchmark == "math" and args.data is None and args.ask is None:
         parser.error("--benchmark math needs --data FILE: a .jsonl file of problems with answers")
+    unused = [flag for flag in ("ask", "data", "template", "answers", "limit") if getattr(args, flag) is not None]
+    if args.benchmark == "forgetting" and unused:
+        parser.error(f"--forgetting is measured on a text of its own: leave out --{unused[0]}")
     if args.benchmark in ("math", "loss", "forgetting") and (args.shots or args.calculator):
         parser.error("--shots and --calculator are for GSM-8K: what is here has no training problems and no << >>")
     return args

@@ -237,7 +237,7 @@ def carry_out(args, base, data, source, regularizer, originals, device, began, c
             progress.resumed_at.append(progress.step)
             print(f"going on  after step {progress.step} of {args.steps}", flush=True)
             if products != fast.products():
-                print(f"          fp32 products {fast.products()}, when it began {products}: the last digits may differ")
+                print(f"          fp32 products {fast.products()}, when it began {products}: last digits may differ")
         else:
             print_sample(args, base, data.example, "before")
             started = time.perf_counter()

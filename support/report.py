@@ -254,7 +254,7 @@ def print_result(args, result, adapter_path):
           f"{result['tokens']:,} tokens at {result['tokens_per_second']:,.0f} per second; "
           f"{duration(result['seconds'])} in all")
     if "report_loss" in result:
-        print(f"report {result['report_loss']:.4f}: the loss on the {len(result['report_losses'])} examples of --report")
+        print(f"report {result['report_loss']:.4f}: the loss on {len(result['report_losses'])} examples of --report")
     if "forgot" in result:
         first, *_, last = result["prose_loss"].values()
         print(f"forgot {result['forgot']:+.4f}: the loss on general text, {first:.4f} -> {last:.4f}")

@@ -86,6 +86,7 @@ FLAGS = [
     ("eval --model {gguf} --data {data} --max-new 300", "do not fit the model's context of 256", "lower --max-new or --shots"),
     ("eval --model {gguf} --ask=", "--ask is empty", "write a question"),
     ("eval --model {gguf} --benchmark loss", "--benchmark loss needs --data FILE", "a .json or .jsonl"),
+    ("eval --model {gguf} --forgetting --limit 3", "--forgetting is measured on a text of its own", "leave out --limit"),
     ("eval --model {gguf} --benchmark math", "--benchmark math needs --data FILE", "a .jsonl file"),
     ("eval --model {gguf} --benchmark math --data {here}/m.jsonl --shots 2", "--shots", "are for GSM-8K"),
     ("export {run} {here}/to", "--to", "required"),

@@ -235,7 +235,8 @@ def test_where_no_question_fits_nothing_is_measured(run, made):
 def test_forgetting_is_the_same_from_either_script(made, tiny_gguf, tmp_path, monkeypatch, capsys):
     """The loss on general text, of the run and of its base: as training measured it, alone, beside the base's, and of a base."""
     monkeypatch.setattr(prose, "PIECES", 3)
-    trained = train_tiny(tiny_gguf, made / "data", tmp_path / "run", "--steps", "4", "--eval-every", "2", "--forgetting", "--dtype", "float32")
+    trained = train_tiny(tiny_gguf, made / "data", tmp_path / "run", "--steps", "4", "--eval-every", "2", "--forgetting",
+                         "--dtype", "float32")
     losses = trained["prose_loss"]
     assert sorted(losses) == [0, 2, 4] and trained["forgot"] == losses[4] - losses[0] and abs(trained["forgot"]) > 1e-3
     logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

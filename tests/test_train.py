@@ -159,7 +159,7 @@ def test_what_is_kept_for_the_end_is_measured_one_by_one(run, tiny_gguf, tmp_pat
     assert result["report_losses"] == pytest.approx(losses, abs=2e-3) and len(losses) == 5
     assert result["report_tokens"] == [batching.answer_tokens([example]) for example in encoded]
     assert result["report_loss"] == pytest.approx(sum(losses) / batching.answer_tokens(encoded), abs=1e-4)
-    assert f"report {result['report_loss']:.4f}: the loss on the 5 examples of --report" in capsys.readouterr().out
+    assert f"report {result['report_loss']:.4f}: the loss on 5 examples of --report" in capsys.readouterr().out
     assert "report_loss" not in run("without") and result["held_out_examples"] == 8
 
 

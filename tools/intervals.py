@@ -26,7 +26,7 @@ class Interval(NamedTuple):
     seeds: int
 
     def __str__(self):
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]" + f", {self.seeds} seed" * (self.seeds == 1)
 
     @property
     def sure(self):
@@ -43,6 +43,13 @@ def paired(d):
         square += t_quantile(0.975, S - 1) ** 2 * d.mean(1).var(ddof=1) / S
     reach = math.sqrt(square)
     return Interval(d.mean(), d.mean() - reach, d.mean() + reach, S)
+
+
+def over_seeds(d):
+    """The Interval of the mean of differences d (seeds,), where there is one number per seed."""
+    d = np.asarray(d, dtype=float)
+    reach = t_quantile(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.inf
+    return Interval(d.mean(), d.mean() - reach, d.mean() + reach, len(d))
 
 
 @functools.cache

@@ -7,17 +7,17 @@ import support
 
 support.interruptible(__name__)  # before torch, which takes seconds to import
 
+import itertools
 import math
 import re
-import statistics
 import sys
-from pathlib import Path
+from statistics import fmean, stdev
 
 from support.script import Parser, run_script
 from tools.compare import read_records
-from tools.intervals import mcnemar
-from tools.study import (ACCURACY, ARMS, METHODS, RECORDS, SEEDS, WITH_SPECTRA, best_rate, difference, evaluations,
-                         losses_by_rate, reported, spectra)
+from tools.intervals import mcnemar, over_seeds
+from tools.study import (ACCURACY, ARMS, METHODS, RECORDS, SEEDS, WITH_SPECTRA, best_rate, difference, diverged,
+                         evaluations, losses_by_rate, reported, spectra)
 from weights.files import atomic_write
 
 PAGE = RECORDS.parent.parent / "RESULTS.md"
@@ -37,35 +37,39 @@ def size(record):
     return f"r {config['rank']}" if "rank" in config else f"m {config['threshold']:g}" if "threshold" in config else "-"
 
 
-def mean(values):
-    return statistics.fmean(values)
+def spread(values, form=".4f"):
+    """0.7612 ± 0.0021: mean and standard deviation over seeds; how many these are, where some are lacking."""
+    text = f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+    return text + (f" ({len(values)} of {len(SEEDS)} seeds)" if len(values) < len(SEEDS) else "")
 
 
-def spread(values):
-    """0.7612 +- 0.0021: the mean, and the standard deviation where there are several."""
-    return f"{mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+def absent(records, name):
+    """Why nothing of a method or an arm is reported."""
+    return "diverged" if diverged(records, name) else NOT_YET
 
 
 def line_of(records, name, other):
     """The cells of what is reported of a method or arm beside another."""
     runs = list(reported(records, name).values())
     if not runs:
-        return [f"`{name}`", "-", "-", "-", NOT_YET, "-", "-"]
+        return [f"`{name}`", "-", "-", "-", absent(records, name), "-", "-"]
     beside = difference(records, name, other) if name != other else None
     return [f"`{name}`", size(runs[0]), f"{runs[0]['trainable_parameters']:,}", f"{runs[0]['lr']:g}",
-            spread([run["report_loss"] for run in runs]), str(beside or "-"), spread([run["forgot"] for run in runs])]
+            spread([run["report_loss"] for run in runs]), str(beside or "-"),
+            spread([run["forgot"] for run in runs], "+.4f")]
 
 
 def results_table(records, names, other):
     """What is reported of several methods or arms, the lowest loss first."""
     def loss(name):
-        return mean([run["report_loss"] for run in reported(records, name).values()] or [math.inf])
+        return fmean([run["report_loss"] for run in reported(records, name).values()] or [math.inf])
 
-    header = ["", "size", "trained parameters", "rate", "loss", f"less that of `{other}`, 95 % interval", "forgot"]
+    header = ["", "size", "trained parameters", "rate", "loss", f"difference to `{other}` [95 % interval]", "forgot"]
     return table(header, [line_of(records, name, other) for name in sorted(names, key=loss)])
 
 
 def methods(records):
+    """Every method at its best rate."""
     return results_table(records, METHODS, "lora")
 
 
@@ -97,25 +101,37 @@ def convergence(records):
     rows = []
     for name in METHODS:
         runs = list(reported(records, name).values())
-        rows.append([f"`{name}`", *(spread([run["held_out_loss"][str(step)] for run in runs]) if runs else NOT_YET
-                                    for step in steps)])
+        rows.append([f"`{name}`", *(spread([run["held_out_loss"][str(step)] for run in runs]) if runs else
+                                    absent(records, name) for step in steps)])
     return table(["after steps", *map(str, steps)], rows)
 
 
 def movement(records):
     """How far weights have moved in their SVD."""
     def cells(name):
-        found = spectra(records, name)
+        found = list(spectra(records, name).values())
         if not found:
-            return [NOT_YET, "", "", "", ""]
-        return [f"{found['delta_sigma']:.2e}", f"{found['delta_d']:.2e}", f"{found['change']:.2e}",
-                f"{found['kappa_start']:.4f} → {found['kappa']:.4f}" if "kappa" in found else "-",
-                f"{found['u_error']:.1e}, {found['v_error']:.1e}" if "u_error" in found else "-"]
+            return [absent(records, name), "", "", "", ""]
+        mean = {key: fmean([numbers[key] for numbers in found]) for key in found[0]}
+        return [f"{mean['delta_sigma']:.2e}", f"{mean['delta_d']:.2e}", f"{mean['change']:.2e}",
+                f"{mean['kappa_start']:.4f} → {mean['kappa']:.4f}" if "kappa" in mean else "-",
+                f"{mean['u_error']:.1e}, {mean['v_error']:.1e}" if "u_error" in mean else "-"]
 
     names = [name for name in (*METHODS, *ARMS) if name in WITH_SPECTRA]
     names += [name for name in sorted(WITH_SPECTRA) if name not in names]
-    return table(["", "ΔΣ", "ΔD", "&#124;dW&#124; / &#124;W&#124;", "κ(W_p)", "‖UᵀU − I‖, ‖VᵀV − I‖"],
-                 [[f"`{name}`", *cells(name)] for name in names])
+    header = ["", "ΔΣ", "ΔD", "&#124;dW&#124; / &#124;W&#124;", "κ(W_p)", "‖UᵀU − I‖, ‖VᵀV − I‖"]
+    return table(header, [[f"`{name}`", *cells(name)] for name in names])
+
+
+def depth(records):
+    """LoTR and LoRA of one budget on the last layers."""
+    rows = []
+    for blocks in (5, 10, 20, 30):
+        lotr, lora = f"lotr, last {blocks}", f"lora, last {blocks}"
+        losses = [spread([run["report_loss"] for run in reported(records, name).values()])
+                  if reported(records, name) else absent(records, name) for name in (lotr, lora)]
+        rows.append([str(blocks), *losses, str(difference(records, lotr, lora) or "-")])
+    return table(["last blocks", "`lotr`", "`lora`", "difference [95 % interval]"], rows)
 
 
 def accuracy(records):
@@ -145,28 +161,17 @@ def p_value(one, other):
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def depth(records):
-    """LoTR and LoRA of one budget on the last layers."""
-    rows = []
-    for blocks in (5, 10, 20, 30):
-        lotr, lora = f"lotr, last {blocks}", f"lora, last {blocks}"
-        losses = [spread([run["report_loss"] for run in reported(records, name).values()])
-                  if reported(records, name) else NOT_YET for name in (lotr, lora)]
-        rows.append([str(blocks), *losses, str(difference(records, lotr, lora) or "-")])
-    return table(["last blocks", "`lotr`", "`lora`", "difference, 95 % interval"], rows)
+def made(records):
+    """With what the records were made: all that differs between them is named."""
+    keys = {"Python": "python", "torch": "torch", "threads": "threads", "model": "model"}
+    return "; ".join(f"{words} {', '.join(sorted({str(record[key]) for record in records if key in record}))}"
+                     for words, key in keys.items()) + f"; {len(records)} runs."
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
 
-def said(interval):
-    """An interval in words."""
-    seeds = f"{interval.seeds} seeds" if interval.seeds > 1 else "one seed, so over examples only"
-    way = "higher" if interval.mean > 0 else "lower"
-    return f"{abs(interval.mean):.4f} {way} (95 % interval {interval.low:+.4f} to {interval.high:+.4f}, {seeds})"
-
-
 def judged(interval, unseen):
-    """Whether a loss is lower, as a claim has it: `unseen` where zero lies inside. One seed decides nothing."""
+    """Whether a number is lower, as a claim has it: `unseen` where zero lies inside. Fewer seeds decide nothing."""
     if interval.seeds < len(SEEDS):
         return "not decided yet"
     if not interval.sure:
@@ -174,76 +179,85 @@ def judged(interval, unseen):
     return "holds here" if interval.mean < 0 else "contradicted here"
 
 
-def claim(text, name, other, unseen="not seen here"):
+def claim(text, name, other, unseen="not seen here", losses="report_losses"):
     """A verdict on the claim that `name` reaches a lower loss than `other`."""
     def verdict(records):
-        interval = difference(records, name, other)
+        interval = difference(records, name, other, losses)
         if interval is None:
+            gone = [which for which in (name, other) if diverged(records, which)]
+            return f"- {text}: {f'`{gone[0]}` diverged' if gone else NOT_YET}."
+        return f"- {text}: **{judged(interval, unseen)}**; difference to `{other}` {interval}."
+    return verdict
+
+
+def moved_less(text, number, name, other):
+    """A verdict on the claim that a number of `tools.spectra` is lower for `name` than for `other`, seed by seed."""
+    def verdict(records):
+        a, b = spectra(records, name), spectra(records, other)
+        seeds = sorted(a.keys() & b.keys())
+        if not seeds:
             return f"- {text}: {NOT_YET}."
-        return f"- {text}: **{judged(interval, unseen)}**; its loss is {said(interval)} than that of `{other}`."
+        mine, its = ([number(found[seed]) for seed in seeds] for found in (a, b))
+        interval = over_seeds([x - y for x, y in zip(mine, its)])
+        reach = f" [{interval.low:+.2e}, {interval.high:+.2e}]" if interval.seeds > 1 else ""
+        return (f"- {text}: **{judged(interval, 'not seen here')}**; {fmean(mine):.6g}, and {fmean(its):.6g} for "
+                f"`{other}`: {interval.mean:+.2e}{reach}.")
     return verdict
 
 
 def faster(records, other):
-    """A verdict on the claim that SORSA converges faster: at how many of the points, seeds and steps, its loss is
-    lower."""
+    """A verdict on the claim that SORSA converges faster: at how many of the points on the way, seeds and steps, its
+    loss is lower."""
     a, b = reported(records, "sorsa"), reported(records, other)
-    points = [a[seed]["held_out_loss"][step] < b[seed]["held_out_loss"][step]
-              for seed in sorted(a.keys() & b.keys()) for step in a[seed]["held_out_loss"] if step != "0"]
-    text = f"- SORSA converges faster than `{other}`"
-    if not points:
+    text = f"- SORSA is ahead of `{other}` on the way"
+    if not set(SEEDS) <= a.keys() & b.keys():  # fewer decide nothing
         return f"{text}: {NOT_YET}."
+    steps = sorted(map(int, a[SEEDS[0]]["held_out_loss"]))[1:-1]  # before the first all are equal, the last is reported
+    points = [a[seed]["held_out_loss"][str(step)] < b[seed]["held_out_loss"][str(step)]
+              for seed in SEEDS for step in steps]
     verdict = "holds here" if all(points) else "not seen here" if any(points) else "contradicted here"
-    return f"{text}: **{verdict}**; its held-out loss is the lower one at {sum(points)} of {len(points)} points."
-
-
-def moved_less(text, key, name, other):
-    """A verdict on the claim that a quantity of `tools.spectra` is smaller for `name` than for `other`."""
-    def verdict(records):
-        a, b = spectra(records, name), spectra(records, other)
-        if not a or not b:
-            return f"- {text}: {NOT_YET}."
-        ratio = a[key] / b[key]
-        verdict = "not seen here" if abs(ratio - 1) < 0.01 else "holds here" if ratio < 1 else "contradicted here"
-        return (f"- {text}: **{verdict}**; {a[key]:.4g} against {b[key]:.4g} (`{other}`), one seed, "
-                "less than 1 % is none.")
-    return verdict
+    return (f"{text}: **{verdict}**; its loss on the 128 examples that choose rates is the lower one at {sum(points)} "
+            f"of {len(points)} points.")
 
 
 def overall(records):
     """How far the methods lie apart, each at its best rate."""
-    losses = {name: mean([run["report_loss"] for run in runs.values()])
-              for name in METHODS if (runs := reported(records, name))}
+    losses = {name: fmean([run["report_loss"] for run in runs.values()])
+              for name in METHODS if len(runs := reported(records, name)) == len(SEEDS)}
     if len(losses) < len(METHODS):
         return f"- All methods at their own best rate: {NOT_YET}."
     order = sorted(losses, key=losses.get)
-    same = [name for name in METHODS if name != "lora" and not difference(records, name, "lora").sure]
-    told = f"`{'`, `'.join(same)}` cannot be told from `lora`" if same else "each can be told from `lora`"
+    apart = [name for name in order if name != "lora" and difference(records, name, "lora").sure]
+    told = f"`{'`, `'.join(apart)}` can be told from `lora`" if apart else "none can be told from `lora`"
     return (f"- Each at its own best rate, the nine methods lie between {losses[order[0]]:.4f} (`{order[0]}`) and "
             f"{losses[order[-1]]:.4f} (`{order[-1]}`); {told}.")
 
 
 def rate_ratio(records):
-    """How far the best rates of LoRA and full fine-tuning lie apart."""
-    best = {name: losses_by_rate(records, name) for name in ("lora", "full", "pissa")}
-    if not all(best.values()):
-        return f"- Best learning rates: {NOT_YET}."
-    lora, full, pissa = (float(best_rate(best[name])) for name in ("lora", "full", "pissa"))
-    return (f"- The best rate of `lora` is {lora / full:.0f} times that of `full` and {lora / pissa:.0f} times that of "
-            "`pissa`: at one rate for all, the comparison would measure the rate.")
+    """How far the best rates of LoRA, PiSSA and full fine-tuning lie apart."""
+    found = {name: losses_by_rate(records, name) for name in ("lora", "full", "pissa")}
+    if min(map(len, found.values())) < 5:
+        return f"- How far the best learning rates lie apart: {NOT_YET}."
+    lora, full, pissa = (float(best_rate(losses)) for losses in found.values())
+    return (f"- The best rate of `lora` is {lora:g}, of `full` {full:g} and of `pissa` {pissa:g}: a comparison at one "
+            "rate for all would measure the rate.")
 
 
 VERDICTS = (
     overall, rate_ratio,
     lambda records: faster(records, "lora"), lambda records: faster(records, "pissa"),
-    claim("SORSA trains to a lower loss than LoRA", "sorsa", "lora"),
-    claim("SORSA trains to a lower loss than PiSSA", "sorsa", "pissa"),
+    claim("SORSA ends at a lower loss than LoRA", "sorsa", "lora"),
+    claim("SORSA ends at a lower loss than PiSSA", "sorsa", "pissa"),
     claim("SORSA's regularizer lowers its loss", "sorsa", "sorsa, gamma 0"),
-    moved_less("SORSA's regularizer lowers the condition number of W_p", "kappa", "sorsa", "sorsa, gamma 0"),
-    moved_less("SORSA's regularizer keeps W's singular vectors in place (ΔD)", "delta_d", "sorsa", "sorsa, gamma 0"),
-    *(moved_less(f"SORSA changes the {what} less than {label}, each at its best rate", key, "sorsa", other)
-      for what, key in (("singular values (ΔΣ)", "delta_sigma"), ("singular vectors (ΔD)", "delta_d"))
-      for label, other in (("LoRA", "lora"), ("full fine-tuning", "full"))),
+    moved_less("SORSA's regularizer lowers the condition number of W_p (κ after / κ before)",
+               lambda found: found["kappa"] / found["kappa_start"], "sorsa", "sorsa, gamma 0"),
+    moved_less("SORSA's regularizer keeps W's singular vectors in place (ΔD)", lambda found: found["delta_d"], "sorsa",
+               "sorsa, gamma 0"),
+    moved_less("SORSA's regularizer keeps W's singular values in place (ΔΣ)", lambda found: found["delta_sigma"],
+               "sorsa", "sorsa, gamma 0"),
+    *(claim(text, name, other, losses="prose_losses") for text, name, other in (
+        ("LoRA forgets less than full fine-tuning", "lora", "full"), ("SORSA forgets less than LoRA", "sorsa", "lora"),
+        ("SORSA forgets less than PiSSA", "sorsa", "pissa"), ("CoRA forgets less than LoRA", "cora", "lora"))),
     claim("SARA's ranks from the spectrum are better than the same budget spread evenly", "sara", "sara, even"),
     claim("Mo-SARA's five sets are better than one", "mosara", "mosara, one set"),
     claim("Mo-SARA's router is better than equal gates", "mosara", "mosara, no router"),
@@ -255,11 +269,15 @@ VERDICTS = (
     claim("CoRA's basis is a better start for LoRA", "cora-init", "lora"),
     claim("CoRA's start from the weights is better than a random one", "cora-init", "cora-init, random basis"),
     claim("LoTR is better than LoRA of as many parameters", "lotr", "lora"),
+    *(claim(f"LoTR is better than LoRA of as many parameters on {which}", f"lotr, {blocks}", f"lora, {blocks}")
+      for blocks, which in (("last 5", "the last 5 blocks"), ("last 30", "all 30 blocks, with half the budget"))),
+    claim("LoTR's groups by shape are better than groups by name", "lotr", "lotr, by name"),
     claim("LoTR's three factors are better than its cores alone, of as many parameters", "lotr", "lotr, cores only"),
 )
 
 
 def verdicts(records):
+    """The list that the page begins with."""
     return "\n".join(verdict(records) for verdict in VERDICTS)
 
 
@@ -268,16 +286,16 @@ def verdicts(records):
 BLOCKS = {"verdicts": verdicts, "methods": methods, "convergence": convergence, "rates": rates,
           "sorsa": arms_of("sorsa"), "movement": movement, "sara": arms_of("sara"), "mosara": arms_of("mosara"),
           "cora": arms_of("cora", "lora", "lora, r 8"), "cora-init": arms_of("cora-init", "lora"),
-          "lotr": arms_of("lotr", "lora"), "depth": depth, "accuracy": accuracy}
+          "lotr": arms_of("lotr", "lora"), "depth": depth, "accuracy": accuracy, "made": made}
 
 
 def rewritten(page, records):
     """The text of the page with every block made anew. ValueError for a block that nothing makes, or a missing one."""
-    found = re.findall(r"<!-- (?!end)([\w-]+) -->\n", page)
-    if sorted(found) != sorted(BLOCKS):
-        odd = sorted(set(found) ^ set(BLOCKS))
+    marks = re.findall(r"<!-- ([\w-]+) -->", page)
+    if sorted(marks[::2]) != sorted(BLOCKS) or marks[1::2] != ["end"] * len(BLOCKS):
+        odd = sorted({*marks} ^ {*BLOCKS, "end"})
         raise ValueError("the page's blocks are not those that tools.page makes: "
-                         f"{', '.join(odd) or 'one is there twice'}")
+                         f"{', '.join(odd) or 'one is there twice, or has no end'}")
     for name, block in BLOCKS.items():
         before, start, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
@@ -289,14 +307,14 @@ def main(argv):
     parser = Parser(prog="python -m tools.page", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, and fail where a number is not right")
     args = parser.parse_args(argv)
-    before = PAGE.read_text()
+    before = PAGE.read_text(encoding="utf-8")
     after = rewritten(before, read_records(RECORDS))
     if not args.check:
         with atomic_write(PAGE) as file:
             file.write(after.encode())
     elif before != after:
-        line = next(number for number, (old, new) in enumerate(zip(before.splitlines(), after.splitlines()), 1)
-                    if old != new)
+        lines = enumerate(itertools.zip_longest(before.split("\n"), after.split("\n")), 1)
+        line = next(number for number, (old, new) in lines if old != new)
         raise ValueError(f"{PAGE.name}, line {line}, is not what {RECORDS.name} says: run python -m tools.page")
 
 

@@ -14,6 +14,7 @@ import math
 import sys
 from pathlib import Path
 
+from data import prose
 from support.script import Parser, one_line, run_script
 from tools.compare import Job, key_of, read_records, run_all, table_row
 from tools.intervals import paired
@@ -83,7 +84,7 @@ ACCURACY = {
 
 def job(name, flags, rate, seed="0"):
     """A run of the study: to choose a rate by, or one that is reported."""
-    measured = CHOOSE if seed == "0" else REPORT + SPECTRA * (seed == SEEDS[0] and name in WITH_SPECTRA)
+    measured = CHOOSE if seed == "0" else REPORT + SPECTRA * (name in WITH_SPECTRA)
     return Job(name, (*flags, "--lr", rate, "--seed", seed, *RUN, *measured))
 
 
@@ -146,9 +147,9 @@ def losses_by_rate(records, name):
 
 
 def spectra(records, name):
-    """What train.py --spectra-every has measured after the last step of a method or an arm; None without."""
-    found = [record["spectra"] for record in reported(records, name).values() if "spectra" in record]
-    return found[0][max(found[0], key=int)] if found else None
+    """{seed: what train.py --spectra-every has measured after the last step} of a method or an arm."""
+    return {seed: record["spectra"][max(record["spectra"], key=int)] for seed, record in reported(records, name).items()
+            if "spectra" in record}
 
 
 def evaluations(records, name):
@@ -182,15 +183,19 @@ def diverged(records, name):
             and (seed := flag(record, "--seed")) in SEEDS]
 
 
-def difference(records, name, other):
-    """The Interval of the report loss of `name` less that of `other`, over the seeds that both have; None without."""
-    a, b = reported(records, name), reported(records, other)
+def difference(records, name, other, losses="report_losses"):
+    """The Interval of the loss per token of `name` less that of `other`, on the report's examples or on general text
+    ("prose_losses"), over the seeds that both have; None without."""
+    a, b = ({seed: record for seed, record in reported(records, which).items() if losses in record}
+            for which in (name, other))
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         return None
-    return paired([[(x - y) * len(a[seed]["report_losses"]) / sum(a[seed]["report_tokens"])
-                    for x, y in zip(a[seed]["report_losses"], b[seed]["report_losses"], strict=True)]
-                   for seed in seeds])
+
+    def per_token(record):  # its mean over examples is the loss per token
+        tokens = record["report_tokens"] if losses == "report_losses" else [prose.LENGTH - 1] * prose.PIECES
+        return [loss * len(tokens) / sum(tokens) for loss in record[losses]]
+    return paired([[x - y for x, y in zip(per_token(a[seed]), per_token(b[seed]), strict=True)] for seed in seeds])
 
 
 def main(argv):

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from tools.intervals import mcnemar, paired, t_quantile
+from tools.intervals import mcnemar, over_seeds, paired, t_quantile
 
 
 @pytest.mark.parametrize("freedom, t", [(1, 12.7062), (2, 4.30265), (3, 3.18245), (10, 2.22814), (511, 1.96463)])
@@ -34,11 +34,15 @@ def test_an_interval_by_hand():
     one = paired(d[:1])
     assert one.seeds == 1 and one.high - one.mean == pytest.approx(3.18245 * np.std(d[0], ddof=1) / 2, rel=1e-4)
     assert not paired(d - 3).sure and paired(d + 9).sure and paired(d - 12).sure
-    assert str(one) == f"+3.0000 [{one.low:+.4f}, {one.high:+.4f}]"
+    assert str(one) == f"+3.0000 [{one.low:+.4f}, {one.high:+.4f}], 1 seed" and "seed" not in str(interval)
+    seeds = over_seeds([1.0, 2.0, 6.0])
+    assert seeds.mean == 3 and seeds.high - 3 == pytest.approx(4.30265 * np.std([1, 2, 6], ddof=1) / 3 ** 0.5, rel=1e-4)
+    assert seeds.low == pytest.approx(6 - seeds.high) and not over_seeds([1.0]).sure
 
 
 @pytest.mark.parametrize("a, b, expected", [
-    ("1100", "1010", (1, 1, 1.0)), ("111110", "000000", (5, 0, 2 / 32)), ("1010", "1010", (0, 0, 1.0)), ("11110", "00001", (4, 1, 12 / 32))])
+    ("1100", "1010", (1, 1, 1.0)), ("111110", "000000", (5, 0, 2 / 32)), ("1010", "1010", (0, 0, 1.0)),
+    ("11110", "00001", (4, 1, 12 / 32))])
 def test_mcnemar(a, b, expected):
     """The binomial's two tails, from what only one of them has right."""
     assert mcnemar([c == "1" for c in a], [c == "1" for c in b]) == expected
