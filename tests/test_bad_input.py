@@ -59,7 +59,7 @@ FLAGS = [
     ("train --method sara --threshold 1.5", "threshold 1.5", "above 0 and at most 1"),
     ("train --epochs 2", "--steps or --epochs", "not both"),
     ("train --epochs 1e308", "--epochs 1e+308", "give fewer"),
-    ("train --held-out 40", "--held-out 40", "leave nothing to train on: the data has 40 examples"),
+    ("train --held-out 40", "the 40 of --held-out and --report", "leave nothing to train on: the data has 40 examples"),
     ("train --answers equations --strip-annotations", "--strip-annotations removes", "give one of them"),
     ("train --max-tokens 5", "more than 5 tokens", "raise --max-tokens"),
     ("train --params 5k --rank 2", "--params chooses the rank", "give --params or --rank"),

@@ -1,7 +1,7 @@
 """RESULTS.md from the records: `python -m tools.page` writes its numbers anew, `--check` only looks if they are right.
 
 Between the comments <!-- NAME --> and <!-- end --> of the page stands what the function of that name makes of the
-records: no number is typed. What stands outside is text.
+records: no number is typed. What stands outside is text. README.md has such a place as well.
 """
 import support
 
@@ -20,7 +20,7 @@ from tools.study import (ACCURACY, ARMS, METHODS, RECORDS, SEEDS, WITH_SPECTRA, 
                          evaluations, losses_by_rate, reported, spectra)
 from weights.files import atomic_write
 
-PAGE = RECORDS.parent.parent / "RESULTS.md"
+ROOT = RECORDS.parent.parent
 NOT_YET = "not run yet"
 
 
@@ -281,22 +281,29 @@ def verdicts(records):
     return "\n".join(verdict(records) for verdict in VERDICTS)
 
 
+def summary(records):
+    """What README.md says."""
+    chosen = overall, rate_ratio, claim("SORSA ends at a lower loss than LoRA", "sorsa", "lora")
+    return "\n".join(verdict(records) for verdict in chosen)
+
+
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 BLOCKS = {"verdicts": verdicts, "methods": methods, "convergence": convergence, "rates": rates,
           "sorsa": arms_of("sorsa"), "movement": movement, "sara": arms_of("sara"), "mosara": arms_of("mosara"),
           "cora": arms_of("cora", "lora", "lora, r 8"), "cora-init": arms_of("cora-init", "lora"),
           "lotr": arms_of("lotr", "lora"), "depth": depth, "accuracy": accuracy, "made": made}
+PAGES = {"RESULTS.md": BLOCKS, "README.md": {"summary": summary}}
 
 
-def rewritten(page, records):
-    """The text of the page with every block made anew. ValueError for a block that nothing makes, or a missing one."""
+def rewritten(page, records, blocks=BLOCKS):
+    """The text of a page with every block made anew. ValueError for a block that nothing makes, or a missing one."""
     marks = re.findall(r"<!-- ([\w-]+) -->", page)
-    if sorted(marks[::2]) != sorted(BLOCKS) or marks[1::2] != ["end"] * len(BLOCKS):
-        odd = sorted({*marks} ^ {*BLOCKS, "end"})
+    if sorted(marks[::2]) != sorted(blocks) or marks[1::2] != ["end"] * len(blocks):
+        odd = sorted({*marks} ^ {*blocks, "end"})
         raise ValueError("the page's blocks are not those that tools.page makes: "
                          f"{', '.join(odd) or 'one is there twice, or has no end'}")
-    for name, block in BLOCKS.items():
+    for name, block in blocks.items():
         before, start, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         page = before + start + block(records) + "\n" + end + after
@@ -307,15 +314,17 @@ def main(argv):
     parser = Parser(prog="python -m tools.page", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, and fail where a number is not right")
     args = parser.parse_args(argv)
-    before = PAGE.read_text(encoding="utf-8")
-    after = rewritten(before, read_records(RECORDS))
-    if not args.check:
-        with atomic_write(PAGE) as file:
-            file.write(after.encode())
-    elif before != after:
-        lines = enumerate(itertools.zip_longest(before.split("\n"), after.split("\n")), 1)
-        line = next(number for number, (old, new) in lines if old != new)
-        raise ValueError(f"{PAGE.name}, line {line}, is not what {RECORDS.name} says: run python -m tools.page")
+    records = read_records(RECORDS)
+    for name, blocks in PAGES.items():
+        before = (ROOT / name).read_text(encoding="utf-8")
+        after = rewritten(before, records, blocks)
+        if not args.check:
+            with atomic_write(ROOT / name) as file:
+                file.write(after.encode())
+        elif before != after:
+            lines = enumerate(itertools.zip_longest(before.split("\n"), after.split("\n")), 1)
+            line = next(number for number, (old, new) in lines if old != new)
+            raise ValueError(f"{name}, line {line}, is not what {RECORDS.name} says: run python -m tools.page")
 
 
 if __name__ == "__main__":
