@@ -197,12 +197,13 @@ def run_all(jobs, data, results, folder):
                 add_record(results, record)
                 yield record
         except ValueError as error:
-            print(one_line(f"error: {error}"), file=sys.stderr)
+            print(one_line(f"failed: {error}"), flush=True)
             failed[job.key] = error
         finally:
             unlock(lock)
     if failed:
-        raise ValueError(f"{len(failed)} runs failed, of which there is no record: {next(iter(failed))}")
+        first, *others = failed.values()
+        raise ValueError(f"{first}" + f"; {len(others)} more runs failed" * bool(others))
 
 
 def taken(jobs, folder):

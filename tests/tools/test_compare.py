@@ -60,17 +60,17 @@ def test_two_comparisons_share_the_work(tmp_path, monkeypatch):
 def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     """The others are run and recorded, the failure is printed, and the end is an error; the same again takes it up again."""
     results = tmp_path / "results.jsonl"
-    jobs = [compare.Job(name, ("--seed", "0")) for name in ("a", "bad", "c")]
+    jobs = [compare.Job(name, ("--seed", "0")) for name in ("a", "bad", "c", "worse")]
 
     def run(job, data, folder):
-        if job.name == "bad":
-            raise ValueError("bad: killed")
+        if job.name in ("bad", "worse"):
+            raise ValueError(f"{job.name}: killed")
         return {"name": job.name, "flags": "--seed 0"}
     monkeypatch.setattr(compare, "run", run)
     for _ in range(2):
-        with pytest.raises(ValueError, match="1 runs failed, of which there is no record: bad: --seed 0"):
+        with pytest.raises(ValueError, match="^bad: killed; 1 more runs failed$"):
             list(compare.run_all(lambda records: jobs, "data", results, tmp_path))
-        assert capsys.readouterr().err == "error: bad: killed\n"
+        assert capsys.readouterr().out == "failed: bad: killed\nfailed: worse: killed\n"
     assert [record["name"] for record in compare.read_records(results)] == ["a", "c"]
 
 
