@@ -14,13 +14,12 @@ import sys
 from statistics import fmean, stdev
 
 from support.script import Parser, run_script
-from tools.compare import read_records
+from tools.compare import ROOT, read_records
 from tools.intervals import mcnemar, over_seeds
 from tools.study import (ACCURACY, ARMS, METHODS, RECORDS, SEEDS, WITH_SPECTRA, best_rate, difference, diverged,
                          evaluations, losses_by_rate, reported, spectra)
 from weights.files import atomic_write
 
-ROOT = RECORDS.parent.parent
 NOT_YET = "not run yet"
 
 

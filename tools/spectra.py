@@ -10,7 +10,6 @@ import support
 
 support.interruptible(__name__)  # before torch, which takes seconds to import
 
-import json
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from eval import SHOWN_EVERY, folder_of, load_run
 from support import run_folder, spectra
 from support.report import duration
 from support.script import Parser, check_folder, choose_device, one_line, run_script
+from tools.compare import add_record, rounded
 from weights import base_model
 from weights.files import read_json
 
@@ -75,16 +75,11 @@ def print_table(layers, per_layer):
                        + "".join(f"{text:>22}" for text in shown)))
 
 
-def rounded(number):
-    """To six digits."""
-    return float(f"{number:.6g}")
-
-
 def record(run, base, method, layers):
     """A run as a line of a results file; "layers" holds columns, their order that of the names."""
-    columns = {key: [rounded(numbers[key]) for numbers in layers.values()] for key in next(iter(layers.values()))}
-    means = {kind: {key: rounded(value) for key, value in spectra.means(rows).items()}
-             for kind, rows in by_projection(layers).items()}
+    rows = [rounded(numbers) for numbers in layers.values()]
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    means = {kind: rounded(spectra.means(some)) for kind, some in by_projection(layers).items()}
     return {"run": folder_of(run).resolve().name, "method": method, "model": base.name, **choices_of(run),
             "means": means, "layers": {"name": list(layers), **columns}}
 
@@ -111,8 +106,7 @@ def main(argv=None):
         print(flush=True)
         if args.results:
             args.results.parent.mkdir(parents=True, exist_ok=True)
-            with open(args.results, "a") as file:
-                file.write(json.dumps(record(run, base, method, layers)) + "\n")
+            add_record(args.results, record(run, base, method, layers))
 
 
 if __name__ == "__main__":

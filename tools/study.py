@@ -12,14 +12,13 @@ support.interruptible(__name__)  # before torch, which takes seconds to import
 import itertools
 import math
 import sys
-from pathlib import Path
 
 from data import prose
 from support.script import Parser, one_line, run_script
-from tools.compare import Job, key_of, read_records, run_all, table_row
+from tools.compare import ROOT, Job, key_of, read_records, run_all, table_row
 from tools.intervals import paired
 
-RECORDS = Path(__file__).parent.parent / "results" / "study.jsonl"
+RECORDS = ROOT / "results" / "study.jsonl"
 TARGETS = ("--targets", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
 BUDGET = ("--params", "1200000", *TARGETS)
 RUN = ("--steps", "64", "--batch", "8", "--held-out", "128", "--save-every", "64", "--forgetting", "--dtype",
@@ -207,7 +206,7 @@ def main(argv):
         done = {key_of(record) for record in read_records(RECORDS)}
         print("\n".join(planned.key for planned in jobs(read_records(RECORDS)) if planned.key not in done))
         return
-    for record in run_all(jobs, args.data, RECORDS, RECORDS.parent.parent / "runs" / "study"):
+    for record in run_all(jobs, args.data, RECORDS, ROOT / "runs" / "study"):
         print(one_line(table_row(record)), flush=True)
 
 

@@ -47,7 +47,7 @@ def study_of_all():
         records += [record(name, rates[0], seed, 0.8 + 0.01 * place) for seed in study.SEEDS]
     records += [diverged("lotr", "3e-1"), record("cora", "1e0", loss=5.0)]
     records += [arm(f"sorsa, gamma {gamma}", height=height, gamma=float(gamma)) for gamma, height in (("0", 1e-2), ("4e-5", 1e-6))]
-    return [*records, arm("sorsa, sum", gamma=4e-4), arm("pissa"), arm("lora"), {**record("sara", "3e-2", "1"), "name": "sara, q and v"}]
+    return [*records, arm("sorsa, sum", gamma=4e-4), arm("pissa"), arm("lora"), {**record("sara", RATES["sara"][0], "1"), "name": "sara, q and v"}]
 
 
 @pytest.fixture
