@@ -41,7 +41,8 @@ QUERIES = 64  # about so many of a row are looked at together
 # for CUDA graphs, which are recorded for every shape.
 CUDA_MULTIPLE, GRAPH_MULTIPLE = 16, 64
 plain_attention = decoder.attention  # kept, as switch_on puts another in its place
-CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 fp32 are 100 MB
+CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 bf16 are 50 MB
+PART = 128  # and as many of them as are widened to fp32 at once
 
 
 def switch_on(names=None, chosen=None, device="auto"):
@@ -224,9 +225,9 @@ class AttentionInPieces(torch.autograd.Function):
 
     The scores of a piece stay in the processor's cache, keys that come after all its queries are left out, and the
     weights P are computed again in the backward pass: nothing of size T x T outlives its piece. A piece is computed in
-    fp32, whatever q, k and v are. With g = dL/dy
+    fp32, whatever q, k and v are. With s = 1/sqrt(D), P = softmax(s q k^T) and g = dL/dy
 
-        dv = P^T g      dS = P * (g v^T - sum(g * y)) / sqrt(D)      dq = dS k      dk = dS^T q
+        dv = P^T g      dP = g v^T      dS = P * (dP - sum(dP * P))      dq = s dS k      dk = dS^T s q
     """
 
     @staticmethod
@@ -234,25 +235,25 @@ class AttentionInPieces(torch.autograd.Function):
         y = q.new_empty(q.shape)
         with torch.autocast("cpu", enabled=False):
             for queries, keys in pieces(q):
-                P = attention_weights(wide(q[queries]), wide(k[keys]))  # (b, K, H/K * t, S)
+                P = attention_weights(scaled(q[queries]), wide(k[keys]))  # (b, K, H/K * t, S)
                 y[queries] = (P @ wide(v[keys])).view(y[queries].shape)
-        ctx.save_for_backward(q, k, v, y)
+        ctx.save_for_backward(q, k, v)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        q, k, v, y = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         dq, dk, dv = q.new_empty(q.shape), torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
         for queries, keys in pieces(q):
-            k_piece, v_piece = wide(k[keys]), wide(v[keys])  # (b, K, S, D)
-            P = attention_weights(wide(q[queries]), k_piece)  # (b, K, H/K * t, S)
-            q_piece, g_piece, y_piece = (folded(wide(x[queries]), k) for x in (q, g, y))  # (b, K, H/K * t, D)
+            sq, k_piece = scaled(q[queries]), wide(k[keys])  # (b, H, t, D), (b, K, S, D)
+            P = attention_weights(sq, k_piece)  # (b, K, H/K * t, S)
+            g_piece = folded(wide(g[queries]), k)  # (b, K, H/K * t, D)
             dv[keys] += P.mT @ g_piece
-            dS = g_piece @ v_piece.mT  # (b, K, H/K * t, S)
-            dS.sub_((g_piece * y_piece).sum(-1, keepdim=True)).mul_(P).mul_(q.shape[-1] ** -0.5)
-            dq[queries] = (dS @ k_piece).view(dq[queries].shape)
-            dk[keys] += dS.mT @ q_piece
+            dP = g_piece @ wide(v[keys]).mT  # (b, K, H/K * t, S)
+            dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype)  # (b, K, H/K * t, S)
+            dq[queries] = (dS @ scaled(k_piece)).view(dq[queries].shape)
+            dk[keys] += dS.mT @ folded(sq, k)
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -272,13 +273,18 @@ def folded(q, k):
     return q.reshape(len(q), k.shape[1], -1, q.shape[-1])
 
 
-def attention_weights(q, k):
-    """softmax(q k^T / sqrt(D)) of the last t queries, q (b, H, t, D), on k (b, K, S, D), 0 where a key comes after its
-    query: (b, K, H/K * t, S)."""
-    t, S = q.shape[2], k.shape[2]
-    scores = folded(q * q.shape[-1] ** -0.5, k) @ k.mT  # (b, K, H/K * t, S)
-    by_head = scores.view(*q.shape[:2], t, S)
-    by_head.add_(q.new_full((t, S), -math.inf).triu_(1 + S - t))
+def scaled(x):
+    """x / sqrt(D), (..., D), in fp32."""
+    return wide(x) * x.shape[-1] ** -0.5
+
+
+def attention_weights(sq, k):
+    """softmax(sq k^T) of the last t queries, already scaled, sq (b, H, t, D), on k (b, K, S, D), 0 where a key comes
+    after its query: (b, K, H/K * t, S)."""
+    t, S = sq.shape[2], k.shape[2]
+    scores = folded(sq, k) @ k.mT  # (b, K, H/K * t, S)
+    by_head = scores.view(*sq.shape[:2], t, S)
+    by_head[..., S - t:].add_(sq.new_full((t, t), -math.inf).triu_(1))
     torch.softmax(by_head, dim=-1, out=by_head)
     return scores
 
@@ -300,20 +306,21 @@ class LeanRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        length = torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True)  # (..., 1)
+        h = wide(x)  # once, as arithmetic of bf16 with fp32 would each time
+        length = torch.linalg.vector_norm(h, dim=-1, keepdim=True)  # (..., 1)
         inverse = (length.square_() / x.shape[-1] + eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
-        y = (x * inverse).to(x.dtype).mul_(weight)
+        y = (h * inverse).to(x.dtype).mul_(weight)
         return y.view_as(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, weight, inverse = ctx.saved_tensors
-        u = wide(g * weight)
-        along = (u * x).sum(-1, keepdim=True).mul_(inverse ** 3 / x.shape[-1])  # (..., 1)
-        d_weight = (g * (x * inverse)).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return u.mul_(inverse).addcmul_(x, along, value=-1).to(x.dtype), d_weight, None
+        u, h = wide(g * weight), wide(x)
+        along = (u * h).sum(-1, keepdim=True).mul_(inverse ** 3 / x.shape[-1])  # (..., 1)
+        d_weight = (g * (h * inverse)).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return u.mul_(inverse).addcmul_(h, along, value=-1).to(x.dtype), d_weight, None
 
 
 def mlp_forward(self, x):
@@ -359,13 +366,16 @@ class FrozenHeadLoss(torch.autograd.Function):
         loss, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)  # (), (n, d)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = (hidden[rows] @ head.T).float()  # (chunk, V)
-            log_p, target = torch.log_softmax(logits, dim=1, out=logits), targets[rows, None]  # (chunk, V), (chunk, 1)
-            loss = loss - log_p.gather(1, target).sum()
+            logits = hidden[rows] @ head.T  # (chunk, V)
+            for part, target in zip(logits.split(PART), targets[rows, None].split(PART)):  # (part, V), (part, 1)
+                log_p = part.float()
+                torch.log_softmax(log_p, dim=1, out=log_p)
+                loss = loss - log_p.gather(1, target).sum()
+                if ctx.needs_input_grad[0]:
+                    p = log_p.exp_()
+                    part.copy_(p.scatter_add_(1, target, p.new_full(target.shape, -1.0)))
             if ctx.needs_input_grad[0]:
-                p = log_p.exp_()
-                p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
-                gradient[rows] = p.to(head.dtype) @ head
+                gradient[rows] = logits @ head
         ctx.save_for_backward(gradient)
         return loss
 
