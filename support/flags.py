@@ -85,8 +85,9 @@ def make_parser():
         "of each is measured at the end, into result.json")
     add("--forgetting", action="store_true", help="measure the loss on general English text beside every held-out "
         "loss: by how much it rises is what training has made the model forget")
-    add("--eval-every", type=positive, help="steps between held-out losses (default: a quarter of the run)")
-    add("--save-every", type=positive, help="steps between checkpoints for --resume (default: as --eval-every)")
+    add("--eval-every", type=positive, help="steps between held-out losses (default: half a run, on a GPU a quarter)")
+    add("--save-every", type=positive, help="steps between checkpoints for --resume (default: as --eval-every if that "
+        "is given, else a quarter of a run)")
     add("--log-every", type=positive, help="steps between log lines (default: 1 on a CPU, else 10)")
     add("--spectra-every", type=positive, metavar="N", help="measure how far the weights have moved in their SVD, at "
         "the start, every N steps and at the end (default: never); support/spectra.py says what the numbers are")
@@ -280,5 +281,5 @@ def choose_budget(args, device, examples):
         whole_epochs = max(1, round((args.epochs or 1) * (examples // args.batch)))
         args.steps = 40 if on_cpu and args.epochs is None else whole_epochs
     args.log_every = args.log_every or (1 if on_cpu else 10)
-    args.eval_every = args.eval_every or math.ceil(args.steps / 4)
-    args.save_every = args.save_every or args.eval_every
+    args.save_every = args.save_every or args.eval_every or math.ceil(args.steps / 4)
+    args.eval_every = args.eval_every or math.ceil(args.steps / (2 if on_cpu else 4))

@@ -16,8 +16,8 @@ from statistics import fmean, stdev
 from support.script import Parser, run_script
 from tools.compare import ROOT, read_records
 from tools.intervals import mcnemar, over_seeds
-from tools.study import (ACCURACY, ARMS, METHODS, RECORDS, SEEDS, WITH_SPECTRA, best_rate, difference, diverged,
-                         evaluations, losses_by_rate, reported, spectra)
+from tools.study import (ACCURACY, ARMS, METHODS, OWN_SIZE, RECORDS, SEEDS, WITH_SPECTRA, best_rate, difference,
+                         diverged, evaluations, losses_by_rate, reported, spectra)
 from weights.files import atomic_write
 
 NOT_YET = "not run yet"
@@ -72,9 +72,9 @@ def methods(records):
     return results_table(records, METHODS, "lora")
 
 
-def rates(records):
-    """The loss on the selection slice by learning rate, the best of each method in bold."""
-    found = {name: losses_by_rate(records, name) for name in METHODS}
+def rates_table(records, names):
+    """The loss on the selection slice by learning rate, the best of each name in bold."""
+    found = {name: losses_by_rate(records, name) for name in names}
     columns = sorted({rate for losses in found.values() for rate in losses}, key=float)
 
     def cell(losses, rate):
@@ -83,8 +83,18 @@ def rates(records):
         text = f"{losses[rate]:.4f}" if math.isfinite(losses[rate]) else "diverged"
         return f"**{text}**" if rate == best_rate(losses) else text
 
-    return table(["", *columns], [[f"`{name}`", *(cell(losses, rate) for rate in columns)]
+    return table(["", *columns], [[f"`{name.partition(',')[0]}`", *(cell(losses, rate) for rate in columns)]
                                   for name, losses in found.items()])
+
+
+def rates(records):
+    """Every method at the size that is reported."""
+    return rates_table(records, METHODS)
+
+
+def own_rates(records):
+    """Every method at its own size."""
+    return rates_table(records, OWN_SIZE)
 
 
 def arms_of(method, *others):
@@ -289,7 +299,7 @@ def summary(records):
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 
-BLOCKS = {"verdicts": verdicts, "methods": methods, "convergence": convergence, "rates": rates,
+BLOCKS = {"verdicts": verdicts, "methods": methods, "convergence": convergence, "rates": rates, "own-rates": own_rates,
           "sorsa": arms_of("sorsa"), "movement": movement, "sara": arms_of("sara"), "mosara": arms_of("mosara"),
           "cora": arms_of("cora", "lora", "lora, r 8"), "cora-init": arms_of("cora-init", "lora"),
           "lotr": arms_of("lotr", "lora"), "depth": depth, "accuracy": accuracy, "made": made}

@@ -2,8 +2,8 @@
 
 First every method at learning rates half a decade apart, with one seed: the best is the one with the lowest loss on 128
 held-out examples, and the rates go on where it would lie at an end. What is reported are other seeds at that rate, on
-other examples. Then the arms, which the claims of the papers call for, at the rate of the method that they vary, and
-longer runs for an accuracy.
+other examples. Then the rates of every method at its own size, the defaults of train.py; the arms, which the claims of
+the papers call for, at the rate of the method that they vary; and longer runs for an accuracy.
 """
 import support
 
@@ -23,7 +23,7 @@ TARGETS = ("--targets", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj
 BUDGET = ("--params", "1200000", *TARGETS)
 RUN = ("--steps", "64", "--batch", "8", "--held-out", "128", "--save-every", "64", "--forgetting", "--dtype",
        "bfloat16")
-CHOOSE, REPORT, SPECTRA = ("--eval-every", "64"), ("--eval-every", "16", "--report", "512"), ("--spectra-every", "16")
+REPORT, SPECTRA = ("--report", "512"), ("--spectra-every", "16")
 SEEDS = ("1", "2", "3")  # of what is reported; the rates are chosen with seed 0
 HALF_DECADES = [f"{digit}e{power}" for power in range(-8, 3) for digit in (1, 3)]
 
@@ -67,6 +67,8 @@ ARMS = {
     **{f"{method}, last {blocks}": (last(blocks, method), method) for blocks in (5, 10, 20, 30)
        for method in ("lotr", "lora")},
 }
+OWN_SIZE = {f"{name}, own size": (("--method", name), middle) for name, (_, middle) in METHODS.items()
+            if name != "full"}
 ONE_RATE = "3e-4"  # at which these are compared as well, each other's rates being equal
 WATCHED = ("full", "lora", "pissa", "sorsa")
 WITH_SPECTRA = {*WATCHED, *(f"{name}, rate {ONE_RATE}" for name in WATCHED),
@@ -83,8 +85,10 @@ ACCURACY = {
 
 def job(name, flags, rate, seed="0"):
     """A run of the study: to choose a rate by, or one that is reported."""
-    measured = CHOOSE if seed == "0" else REPORT + SPECTRA * (name in WITH_SPECTRA)
-    return Job(name, (*flags, "--lr", rate, "--seed", seed, *RUN, *measured))
+    reports = seed != "0"
+    eval_every = "16" if reports and name in METHODS else "64"
+    measured = REPORT * reports + SPECTRA * (reports and name in WITH_SPECTRA)
+    return Job(name, (*flags, "--lr", rate, "--seed", seed, *RUN, "--eval-every", eval_every, *measured))
 
 
 def accuracy_job(name, method, rate):
@@ -112,7 +116,7 @@ def rates_around(losses, middle, reach):
 def jobs(records):
     """The study's runs, as far as the records determine them, the most telling first."""
     near, settled = [], {}
-    losses = {name: losses_by_rate(records, name) for name in METHODS}
+    losses = {name: losses_by_rate(records, name) for name in (*METHODS, *OWN_SIZE)}
     for name, (flags, middle) in METHODS.items():
         rates = rates_around(losses[name], middle, 1)
         near.append([job(name, flags, rate) for rate in rates])
@@ -122,6 +126,8 @@ def jobs(records):
     found += [job(name, METHODS[name][0], rate, seed) for seed in SEEDS for name, rate in settled.items()]
     far = [job(name, flags, rate) for name, (flags, middle) in METHODS.items()
            for rate in rates_around(losses[name], middle, 2)]
+    far += [job(name, flags, rate) for name, (flags, middle) in OWN_SIZE.items()
+            for rate in rates_around(losses[name], middle, 1)]
     first, *others = [[job(name, flags, settled[of], seed) for name, (flags, of) in ARMS.items() if of in settled]
                       for seed in SEEDS]
     first += [job(f"{name}, rate {ONE_RATE}", METHODS[name][0], ONE_RATE, SEEDS[0]) for name in WATCHED

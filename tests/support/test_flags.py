@@ -25,16 +25,17 @@ def test_help_lists_a_flag_under_the_methods_that_take_it(capsys):
 
 
 @pytest.mark.parametrize("given, device, examples, expected", [
-    ([], "cpu", 100, (40, 8, 8, 1, 10)), ([], "cuda", 3200, (100, 32, 32, 10, 25)),
-    (["--epochs", "2.5", "--batch", "8"], "cpu", 100, (30, 8, 8, 1, 8)),
-    (["--steps", "7", "--batch", "16", "--micro-batch", "32"], "cpu", 10, (7, 10, 10, 1, 2))])
+    ([], "cpu", 100, (40, 8, 8, 1, 20, 10)), ([], "cuda", 3200, (100, 32, 32, 10, 25, 25)),
+    (["--epochs", "2.5", "--batch", "8"], "cpu", 100, (30, 8, 8, 1, 15, 8)),
+    (["--steps", "7", "--batch", "16", "--micro-batch", "32"], "cpu", 10, (7, 10, 10, 1, 4, 2)),
+    (["--eval-every", "5"], "cpu", 100, (40, 8, 8, 1, 5, 5))])
 def test_the_budget_by_what_is_there(given, device, examples, expected):
     """Minutes of work on a CPU, an epoch on a GPU, or what is given; a batch has no more examples than there are. The rate
     is the method's, whose name may be written in any case."""
     args = flags.parse_arguments(["--method", "LoRA", *given])
     flags.choose_budget(args, torch.device(device), examples)
-    assert (args.steps, args.batch, args.micro_batch, args.log_every, args.eval_every) == expected
-    assert args.save_every == args.eval_every and args.lr == METHODS["lora"].learning_rate
+    assert (args.steps, args.batch, args.micro_batch, args.log_every, args.eval_every, args.save_every) == expected
+    assert args.lr == METHODS["lora"].learning_rate
 
 
 RATES = {"sorsa": 3e-5, "pissa": 2e-5, "lora": 2e-5, "full": 2e-5}

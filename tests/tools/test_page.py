@@ -26,7 +26,7 @@ def record(planned, loss, report=None, **more):
     return {**found, **more}
 
 
-def study_of(loss_at, report_of=lambda planned: 10.0, rounds=200):
+def study_of(loss_at, report_of=lambda planned: 10.0, rounds=300):
     """The records of a whole study, run after run: loss_at(job) is the loss that chooses rates, infinite for a run that diverges;
     report_of(job) the loss of every reported example."""
     records, random = [], np.random.default_rng(0)
@@ -76,6 +76,9 @@ def test_the_plan_finds_each_best_rate_wherever_it_is():
         rates = {run["lr"] for run in study.reported(records, name).values()}
         assert rates == {float(study.best_rate(study.losses_by_rate(records, of)))}, name
     assert not any("report_losses" in found for found in records if study.flag(found, "--seed") == "0")
+    for name in study.OWN_SIZE:
+        losses = list(study.losses_by_rate(records, name).values())
+        assert len(losses) >= 3 and min(losses) not in (losses[0], losses[-1]), name
 
 
 def test_a_better_rate_found_late_is_what_counts():
