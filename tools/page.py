@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 from support.script import Parser, run_script
 from tools.compare import ROOT, read_records
 from tools.intervals import mcnemar, over_seeds
-from tools.study import (ACCURACY, ARMS, METHODS, OWN_SIZE, RECORDS, SEEDS, WITH_SPECTRA, best_rate, difference,
+from tools.study import (ACCURACY, ALPHA, ARMS, METHODS, OWN_SIZE, RECORDS, SEEDS, WITH_SPECTRA, best_rate, difference,
                          diverged, evaluations, losses_by_rate, reported, spectra)
 from weights.files import atomic_write
 
@@ -83,13 +83,13 @@ def rates_table(records, names):
         text = f"{losses[rate]:.4f}" if math.isfinite(losses[rate]) else "diverged"
         return f"**{text}**" if rate == best_rate(losses) else text
 
-    return table(["", *columns], [[f"`{name.partition(',')[0]}`", *(cell(losses, rate) for rate in columns)]
+    return table(["", *columns], [[f"`{name.removesuffix(', own size')}`", *(cell(losses, rate) for rate in columns)]
                                   for name, losses in found.items()])
 
 
 def rates(records):
-    """Every method at the size that is reported."""
-    return rates_table(records, METHODS)
+    """Every method at the size that is reported, and LoRA at another scale."""
+    return rates_table(records, (*METHODS, *ALPHA))
 
 
 def own_rates(records):

@@ -69,6 +69,7 @@ ARMS = {
 }
 OWN_SIZE = {f"{name}, own size": (("--method", name), middle) for name, (_, middle) in METHODS.items()
             if name != "full"}
+ALPHA = {"lora, alpha 32": ((*METHODS["lora"][0], "--alpha", "32"), "1e-3")}  # does the best rate follow the scale?
 ONE_RATE = "3e-4"  # at which these are compared as well, each other's rates being equal
 WATCHED = ("full", "lora", "pissa", "sorsa")
 WITH_SPECTRA = {*WATCHED, *(f"{name}, rate {ONE_RATE}" for name in WATCHED),
@@ -116,7 +117,7 @@ def rates_around(losses, middle, reach):
 def jobs(records):
     """The study's runs, as far as the records determine them, the most telling first."""
     near, settled = [], {}
-    losses = {name: losses_by_rate(records, name) for name in (*METHODS, *OWN_SIZE)}
+    losses = {name: losses_by_rate(records, name) for name in (*METHODS, *ALPHA, *OWN_SIZE)}
     for name, (flags, middle) in METHODS.items():
         rates = rates_around(losses[name], middle, 1)
         near.append([job(name, flags, rate) for rate in rates])
@@ -126,7 +127,7 @@ def jobs(records):
     found += [job(name, METHODS[name][0], rate, seed) for seed in SEEDS for name, rate in settled.items()]
     far = [job(name, flags, rate) for name, (flags, middle) in METHODS.items()
            for rate in rates_around(losses[name], middle, 2)]
-    far += [job(name, flags, rate) for name, (flags, middle) in OWN_SIZE.items()
+    far += [job(name, flags, rate) for name, (flags, middle) in (ALPHA | OWN_SIZE).items()
             for rate in rates_around(losses[name], middle, 1)]
     first, *others = [[job(name, flags, settled[of], seed) for name, (flags, of) in ARMS.items() if of in settled]
                       for seed in SEEDS]
