@@ -124,7 +124,7 @@ def jobs(records):
         if all(rate in losses[name] for rate in rates):
             settled[name] = best_rate(losses[name])
     found = [planned for some in itertools.zip_longest(*near) for planned in some if planned]  # the middles first
-    found += [job(name, METHODS[name][0], rate, seed) for seed in SEEDS for name, rate in settled.items()]
+    found += [job(name, METHODS[name][0], rate, seed) for name, rate in settled.items() for seed in SEEDS]
     far = [job(name, flags, rate) for name, (flags, middle) in METHODS.items()
            for rate in rates_around(losses[name], middle, 2)]
     far += [job(name, flags, rate) for name, (flags, middle) in (ALPHA | OWN_SIZE).items()
