@@ -174,7 +174,7 @@ def arm_in_words(_, gamma, name, rate):
 
 def seeds(some):
     """How many seeds' records these are, where some are lacking."""
-    return f", {len(some)} of {len(study.SEEDS)} seeds" * (len(some) != len(study.SEEDS))
+    return f", {len(some)}/{len(study.SEEDS)} seeds" * (len(some) != len(study.SEEDS))
 
 
 def at_rate(some):
@@ -307,10 +307,11 @@ def spectra_by_step(records):
         for arm, line in curves.items():
             axes.plot(list(line), list(line.values()), color=looks[arm][0], marker=looks[arm][1],
                       linestyle=LOOKS[list(LOOKS)[arm[0]]][1])
-        positive = [value for line in curves.values() for value in line.values() if value > 0]
-        if positive and max(positive) > 30 * min(positive):
+        moved = [value for line in curves.values() for step, value in line.items() if step and value > 0]
+        if moved and max(moved) > 30 * min(moved):
             axes.set_yscale("log", nonpositive="mask")
             axes.yaxis.set_major_formatter(power)
+            axes.set_ylim(min(moved) / 3, max(moved) * 3)  # the start is zero, to rounding
         axes.autoscale_view()
         if curves:
             label(axes, [(arm_in_words(*arm), *list(line.items())[-1], looks[arm][0]) for arm, line in curves.items()])

@@ -142,7 +142,7 @@ def test_losses_are_means_over_the_seeds(panels):
     falling = [0.0765, 0.0665, 0.0565, 0.0465, 0.0365]
     assert lines(axes) == [(list(range(8, 13)), [round(0.7 + y, 6) for y in falling]),
                            (list(range(8, 13)), [round(0.9 + y, 6) for y in falling])]
-    assert axes.get_title("right") == "at 1e-2, 2 of 3 seeds"
+    assert axes.get_title("right") == "at 1e-2, 2/3 seeds"
     (zero, lead) = lines(panels(plot.lead_by_step, records)["SARA"])
     assert zero[1] == [0, 0] and lead == (list(range(8, 13)), [0.2] * 5)
 
@@ -172,7 +172,7 @@ def test_ranks_spectra_and_sizes_are_those_of_the_records(panels):
     assert {text.get_text() for text in distance.texts} == {"SORSA, γ 0, 1e-4", "SORSA, γ 4e-5, 1e-4", "SORSA, sum, 1e-4"}
     (axes,) = plot.loss_by_parameters(records)[0].axes
     rows = [text.get_text() for text in axes.get_yticklabels()]
-    assert rows[-1] == "Full: 100M" and "SARA, q and v, 1 of 3 seeds: 1.2M" in rows and len(rows) == 10
+    assert rows[-1] == "Full: 100M" and "SARA, q and v, 1/3 seeds: 1.2M" in rows and len(rows) == 10
     assert ([round(0.8 + 0.022, 6)], [9]) in lines(axes)  # Full: of 0.821, 0.822, 0.823
 
 
