@@ -38,7 +38,7 @@ def size(record):
 
 def spread(values, form=".4f"):
     """0.7612 ± 0.0021: mean and standard deviation over seeds; how many these are, where some are lacking."""
-    text = f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+    text = f"{fmean(values):{form}}" + (f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else "")
     return text + (f" ({len(values)} of {len(SEEDS)} seeds)" if len(values) < len(SEEDS) else "")
 
 
