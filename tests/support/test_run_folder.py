@@ -81,7 +81,8 @@ def test_a_run_that_goes_on_is_left_alone(place, whole, tmp_path, monkeypatch, c
     run = tmp_path / "runs" / "lora"
     monkeypatch.chdir(tmp_path)
     process = forked([*place.lora, "--out", run], tmp_path / "said", (signal.SIGSTOP, "os", "replace", 5))
-    while not (run / resume.FILE).exists() or not list(run.glob(f".{run_folder.ADAPTER}.*")):
+    size = (whole / run_folder.ADAPTER).stat().st_size
+    while not any(written.stat().st_size == size for written in run.glob(f".{run_folder.ADAPTER}.*")):  # and not yet in place
         time.sleep(0.01)
     before, words = contents(run), f"error: {run}: process {process.pid} writes its run there: wait until it has ended, or give "
     for function, arguments in ((go_on, (run,)), (begin, (place.lora, run, "--overwrite"))):
