@@ -372,7 +372,7 @@ class FrozenHeadLoss(torch.autograd.Function):
                 torch.log_softmax(log_p, dim=1, out=log_p)
                 loss = loss - log_p.gather(1, target).sum()
                 if ctx.needs_input_grad[0]:
-                    p = log_p.exp_()
+                    p = log_p.exp_()  # in fp32 it is `part` itself
                     part.copy_(p.scatter_add_(1, target, p.new_full(target.shape, -1.0)))
             if ctx.needs_input_grad[0]:
                 gradient[rows] = logits @ head

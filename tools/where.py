@@ -24,7 +24,7 @@ ROOT = str(Path(__file__).parent.parent)
 PRODUCTS = torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm
 PLACES = {"LeanRMSNorm": "norms", "Rotation": "rotation", "SwiGLU": "activation",
           "FrozenHeadLoss": "loss on the logits",
-          **dict.fromkeys(("attention", "AttentionInPieces", "attention_weights", "folded", "wide"),
+          **dict.fromkeys(("attention", "AttentionInPieces", "attention_weights", "folded", "scaled", "wide"),
                           "attention: softmax and sums")}
 
 
