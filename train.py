@@ -144,8 +144,9 @@ def losses_one_by_one(args, model, data):
     device = model.lm_head.weight.device
     measured = {"report_losses": data.report, "prose_losses": data.prose if data.report else []}
     with fast.eagerly(args.compile), mixed_precision(args, device):
-        return {name: [round(loss, 4) for loss in example_losses(model, examples, device, args.multiple)]
-                for name, examples in measured.items() if examples}
+        losses = {name: example_losses(model, examples, args.micro_batch, device, args.multiple)
+                  for name, examples in measured.items() if examples}
+    return {name: [round(loss, 4) for loss in some] for name, some in losses.items()}
 
 
 def print_sample(args, base, example, when):

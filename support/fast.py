@@ -42,7 +42,7 @@ QUERIES = 64  # about so many of a row are looked at together
 CUDA_MULTIPLE, GRAPH_MULTIPLE = 16, 64
 plain_attention = decoder.attention  # kept, as switch_on puts another in its place
 CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 bf16 are 50 MB
-PART = 128  # and as many of them as are widened to fp32 at once
+PART = 128  # and as many of them as a CPU widens to fp32 at once
 
 
 def switch_on(names=None, chosen=None, device="auto"):
@@ -364,10 +364,12 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets):
         loss, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)  # (), (n, d)
+        size = PART if hidden.device.type == "cpu" else CHUNK
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
             logits = hidden[rows] @ head.T  # (chunk, V)
-            for part, target in zip(logits.split(PART), targets[rows, None].split(PART)):  # (part, V), (part, 1)
+            parts = zip(logits.split(size), targets[rows, None].split(size))
+            for part, target in parts:  # (size, V), (size, 1)
                 log_p = part.float()
                 torch.log_softmax(log_p, dim=1, out=log_p)
                 loss = loss - log_p.gather(1, target).sum()

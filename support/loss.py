@@ -21,9 +21,19 @@ def head_loss(hidden, head, targets):
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-def example_losses(model, encoded, device, multiple=1):
+@torch.no_grad()
+def example_losses(model, encoded, batch, device, multiple=1):
     """The summed loss of each example, in their order: what two models may be compared by, example by example."""
-    return [mean_loss(model, [example], 1, device, multiple) * answer_tokens([example]) for example in encoded]
+    by_length, losses = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0])), {}
+    for start in range(0, len(encoded), batch):
+        places = by_length[start:start + batch]
+        tokens, targets = collate([encoded[i] for i in places], device, multiple)
+        found = []
+        for hidden, target in zip(model.model(tokens), targets):  # (T, d), (T,)
+            answer = (target != IGNORE).nonzero()[:, 0]  # (n,)
+            found.append(head_loss(hidden[sent(answer, device)], model.lm_head, sent(target[answer], device)))
+        losses.update(zip(places, torch.stack(found).tolist()))
+    return [losses[i] for i in range(len(encoded))]
 
 
 @torch.no_grad()

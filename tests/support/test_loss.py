@@ -27,6 +27,15 @@ def test_the_mean_loss_is_that_of_every_answer_token(batch):
     assert loss.mean_loss(model, encoded, batch, "cpu") == pytest.approx(total / batching.answer_tokens(encoded), rel=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_the_losses_of_examples_are_those_of_each_alone(batch):
+    """In the order that they are given in, whatever batch they are in; and nothing of them is kept for a gradient."""
+    model, encoded = perturb(attach(toy_model(), "lora")), toy_examples(8)
+    expected = [loss.answer_loss(model, *batching.collate([example], "cpu")).item() for example in encoded]
+    found = loss.example_losses(model, encoded, batch, "cpu", multiple=4)
+    assert found == pytest.approx(expected, rel=1e-5) and len({len(ids) for ids, _ in encoded}) > 1
+
+
 @pytest.mark.parametrize("method, targets, changes", [
     ("full", None, {}), ("lora", adapter.TARGETS, {}), ("lora", ["lm_head"], {"tie_word_embeddings": False})])
 def test_gradients_are_those_of_plain_cross_entropy(method, targets, changes):
