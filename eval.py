@@ -246,7 +246,7 @@ def evaluate_loss(args, base, run, described):
     print(f"data      {one_line(source)}; {batching.answer_tokens(encoded):,} answer tokens, prompt "
           f"{args.template}{base.tokenizer.chat_text}, answers {args.answers}")
     device, context = base.model.lm_head.weight.device, base.model.config.max_position_embeddings
-    loss = mean_loss(base.model, encoded, min(args.batch, 8), device, fast.row_multiple(device, None, context))
+    loss = mean_loss(base.model, encoded, min(args.batch, 8), device, fast.row_multiple(device, False, context))
     print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and "
           "MATH's answers are scored)")
     return {**described, "source": source, "n": len(encoded), "loss": loss, "template": args.template,
@@ -256,7 +256,7 @@ def evaluate_loss(args, base, run, described):
 def evaluate_forgetting(args, base, device, dtype, described):
     """The loss on general text, of a run beside that of its base, printed: its summary."""
     def loss_of(model):
-        multiple = fast.row_multiple(device, None, model.config.max_position_embeddings)
+        multiple = fast.row_multiple(device, False, model.config.max_position_embeddings)
         return mean_loss(model, pieces, min(args.batch, 8), device, multiple)
 
     pieces = prose.pieces(base.tokenizer)

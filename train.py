@@ -20,7 +20,7 @@ import adapter
 from data import prompting
 from data.batching import answer_tokens, collate, data_name, encode_data, endless_batches, load_examples
 from methods import METHODS
-from support import fast, report, resume, run_folder, spectra
+from support import fast, graphs, report, resume, run_folder, spectra
 from support.flags import choose_budget, complete_options, flags_of, method_options, parse_arguments
 from support.generate import complete
 from support.loss import answer_loss, example_losses, mean_loss
@@ -93,8 +93,9 @@ def decay_groups(model, weight_decay):
 
 
 def mixed_precision(args, device):
-    """A context in which products are taken in bf16 where args.autocast says so: full fine-tuning in bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.autocast is not None)
+    """A context in which products are taken in bf16 where args.autocast says so: full fine-tuning in bf16. Nothing is
+    cached: each weight is used once, and a recorded pass has to round it anew."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.autocast is not None, cache_enabled=False)
 
 
 # ---- what is shown of a run -----------------------------------------------------------------------------------------
@@ -182,7 +183,8 @@ def main(argv=None):
     base = base_model.load(args.model, weights, device)
     model = base.model
     model.model.recompute = args.recompute
-    args.multiple = fast.row_multiple(device, args.compile, model.config.max_position_embeddings)
+    args.recorded = not args.plain and graphs.wanted(args.graphs, model)
+    args.multiple = fast.row_multiple(device, args.recorded, model.config.max_position_embeddings)
     data = encode_data(args, examples, base)
     originals = None
     if args.spectra_every and args.method == "full":  # whose W_0 is nowhere else
@@ -199,7 +201,7 @@ def main(argv=None):
     if args.spectra_every and (why := spectra.unmeasurable(model, originals)):
         raise ValueError(f"--spectra-every: {why}: leave it out")
     if args.compile:
-        fast.compile_blocks(model, args.compile)
+        fast.compile_blocks(model)
     choose_budget(args, device, len(data.train))
     command = " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])
     with run_folder.claimed(args):  # args.out
@@ -249,6 +251,8 @@ def carry_out(args, base, data, source, regularizer, originals, device, began, c
                 look(0)
                 expected += math.ceil(args.steps / every) * (time.perf_counter() - started)
             print(f"expecting about {report.duration(expected)} of training", flush=True)
+        if args.recorded:
+            graphs.RecordedDecoder(model)
         with resume.noted_signals() as signals:
             train(args, model, optimizer, data.train,
                   Monitor(args, model, optimizer, data, gflop[1], progress, measures, save, log, signals),

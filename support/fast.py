@@ -38,7 +38,7 @@ from support import loss
 CACHED = 1 << 21  # numbers, 8 MB of fp32: so much stays in a processor's cache from one pass to the next
 QUERIES = 64  # about so many of a row are looked at together
 # Rows are padded to a multiple of so many tokens: on a GPU, where attention may set itself up anew for every shape, and
-# for CUDA graphs, which are recorded for every shape.
+# where its work is recorded (graphs.py), once for every shape.
 CUDA_MULTIPLE, GRAPH_MULTIPLE = 16, 64
 plain_attention = decoder.attention  # kept, as switch_on puts another in its place
 CHUNK = 512  # answer tokens whose logits live at once: 512 x 49,152 bf16 are 50 MB
@@ -217,7 +217,7 @@ def attention(q, k, v, seen=None):
     if seen.shape[2] > 1:
         seen = seen.repeat(1, 1, q.shape[1] // k.shape[1], 1)  # (B, 1, H/K * T, S)
     with onednn("ieee") if onednn_multiplies(q) else contextlib.nullcontext():
-        return F.scaled_dot_product_attention(folded(q, k), k, v, attn_mask=seen).view(q.shape)
+        return F.scaled_dot_product_attention(folded(q, k), k, v, attn_mask=seen).reshape(q.shape)
 
 
 class AttentionInPieces(torch.autograd.Function):
@@ -395,18 +395,18 @@ FORMS = {name: (owner, attribute, getattr(owner, attribute), fast) for name, own
 NAMES = (*FORMS, "malloc", "onednn")
 
 
-def row_multiple(device, compiled, context):
+def row_multiple(device, recorded, context):
     """What the length of rows is padded to a multiple of; rows never get longer than the context."""
-    multiple = GRAPH_MULTIPLE if compiled == "reduce-overhead" else CUDA_MULTIPLE if device.type == "cuda" else 1
+    multiple = GRAPH_MULTIPLE if recorded else CUDA_MULTIPLE if device.type == "cuda" else 1
     return math.gcd(multiple, context)
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
 
-def compile_blocks(model, mode):
+def compile_blocks(model):
     """torch.compile every block of the decoder, in place: one compilation serves all, whatever the ranks of layers.
 
-    A first one is for the shapes of the first batch, a second one for any; mode "reduce-overhead" records CUDA graphs.
+    A first one is for the shapes of the first batch, a second one for any.
     The rest of a step stays as it is: the head's loss depends on how many answer tokens there are. Raises ValueError
     where a CPU has no C++ compiler.
     """
@@ -417,9 +417,7 @@ def compile_blocks(model, mode):
     torch._dynamo.config.force_parameter_static_shapes = False  # else SARA's layers would each be compiled
     torch._dynamo.config.force_nn_module_property_static_shapes = False
     for block in model.model.layers:
-        block.compile(mode=mode)
-    if mode == "reduce-overhead":  # graphs write their results to the same memory again: say where a pass begins
-        model.model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+        block.compile()
 
 
 def eagerly(compiled):

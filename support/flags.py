@@ -25,8 +25,8 @@ HELP = {"rank": "r",
         "targets": "linear layers by the end of their names, with commas, as in q_proj or layers.2[0-9].* (default: "
                    "all seven; sara, mosara q_proj,v_proj; full every parameter)"}
 # Flags that may change when a run goes on: not its mathematics, or they name what is known by its checksum.
-FREE = ("resume", "out", "overwrite", "dry_run", "model", "data", "micro_batch", "recompute", "compile", "plain",
-        "eval_every", "save_every", "log_every", "spectra_every", "no_sample", "device")
+FREE = ("resume", "out", "overwrite", "dry_run", "model", "data", "micro_batch", "recompute", "compile", "graphs",
+        "plain", "eval_every", "save_every", "log_every", "spectra_every", "no_sample", "device")
 NOT_SAVED = ("resume", "out", "overwrite", "dry_run")  # flags that belong to one command, not to the run
 
 
@@ -76,8 +76,9 @@ def make_parser():
                                                  "backward pass: less memory, about 1.3 times the work")
     add("--plain", action="store_true", help="leave off what makes it fast (support/fast.py): the same losses to "
                                              "rounding")
-    add("--compile", choices=("default", "reduce-overhead"), metavar="MODE", help="torch.compile every block, MODE "
-        "default or reduce-overhead (CUDA graphs: for a small model on a GPU); a minute or two at the start")
+    add("--compile", action="store_true", help="torch.compile every block: a minute or two at the start")
+    add("--graphs", choices=("auto", "on", "off"), default="auto", help="record what a GPU does, once per shape of a "
+        "batch, and replay it (support/graphs.py); auto: on a GPU, for models of less than 2 billion weights")
 
     add = parser.add_argument_group("reporting").add_argument
     add("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")
@@ -173,7 +174,8 @@ def settled(parser, argv):
 
 def flags_of(args):
     """The flags of a run, all that was chosen included, as a command line for --resume."""
-    left_out = {*NOT_SAVED, "saved", "recipe_set", "autocast", "multiple", *(["steps"] if args.epochs else [])}
+    left_out = {*NOT_SAVED, "saved", "recipe_set", "autocast", "recorded", "multiple"}
+    left_out |= {"steps"} if args.epochs else set()
     return [flag_text(name, value, "=") for name, value in vars(args).items()
             if name not in left_out and value is not None and value is not False]
 

@@ -58,7 +58,7 @@ def _prefill(model, prompts, cache):
     """Read the prompts into the cache, as many rows at a time as PREFILL_TOKENS allow; returns every row's choice for
     its first token, (B,)."""
     device, first, chosen = model.lm_head.weight.device, 0, []
-    multiple = row_multiple(device, None, model.config.max_position_embeddings)
+    multiple = row_multiple(device, False, model.config.max_position_embeddings)
     cache.slots(max(map(len, prompts)))  # clears them, before the windows write
     while first < len(prompts):
         last, longest = first + 1, len(prompts[first])

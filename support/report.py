@@ -6,11 +6,13 @@ import statistics
 import sys
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import adapter
 from data.batching import answer_tokens, endless_batches, examples_sha256, token_count
 from methods import METHODS
+from model import Decoder
 from support.fast import CHUNK, eagerly, onednn_multiplies
 from support.script import has_bf16_units, one_line
 from weights.files import printable
@@ -63,7 +65,7 @@ def describe(args, base, optimizer, regularizer, device, source, data, gflop):
     epochs = args.steps * args.batch / len(encoded)
     print(f"plan      {args.steps} steps of {args.batch} examples ({epochs:.2f} epochs), "
           f"{args.micro_batch} per forward pass{', blocks recomputed' * args.recompute}"
-          f"{f', compiled ({args.compile})' if args.compile else ''}; "
+          f"{', compiled' * args.compile}{', recorded as CUDA graphs' * args.recorded}; "
           f"{gflop:.2f} GFLOP per token")
     print(f"          {type(optimizer).__name__}, peak lr {args.lr:g}, {args.schedule}, warm-up {args.warmup:g}, "
           f"weight decay {args.weight_decay:g}, clip {args.clip:g}, seed {args.seed}")
@@ -160,11 +162,11 @@ def gflop_per_token(model, encoded, compiled=None):
     """
     tokens = torch.zeros(1, 8, dtype=torch.long, device=model.lm_head.weight.device)
     recompute, model.model.recompute = model.model.recompute, False
-    with eagerly(compiled):
+    with eagerly(compiled), sdpa_kernel(SDPBackend.MATH):  # of a GPU's kernels torch counts none with grouped queries
         with FlopCounterMode(display=False) as forward, torch.no_grad():
             model.model(tokens)
         with FlopCounterMode(display=False) as both:
-            hidden = model.model(tokens)
+            hidden = Decoder.forward(model.model, tokens)  # as written, also where graphs.py has another in its place
             if hidden.requires_grad:  # else the head alone trains
                 hidden.sum().backward()
     model.model.recompute = recompute

@@ -29,9 +29,10 @@ import adapter
 import eval as evaluation
 import train
 from methods import METHODS
-from support import fast
+from support import fast, graphs
 from support.monitor import Monitor
 from tests import tiny
+from tests.again import Again
 from tests.runs import Place, Stopped, begin, go_on, stopping
 from tests.toy import attach, toy_examples, toy_model
 from weights import base_model
@@ -324,6 +325,7 @@ def main(methods):
     as_parts()
     with tempfile.TemporaryDirectory() as folder, simulated_cuda():
         fast.switch_on(device=CUDA)
+        graphs.Side = Again  # what is recorded runs again
         place = Place(Path(folder), tiny.write_gguf(Path(folder) / "tiny.gguf", tiny.tiny_metadata(), tiny.tiny_tensors()))
         for method in methods:
             with contextlib.redirect_stdout(sys.stderr):

@@ -37,7 +37,7 @@ import train
 from data import batching, gsm8k, prompting
 from methods import METHODS, arguments
 from model import Config
-from support import fast, report
+from support import fast, graphs, report
 from support.generate import complete, generate
 from support.script import Parser, amount, choose_device, positive, run_script
 from weights import base_model, child
@@ -145,9 +145,12 @@ def our_steps(args, model, encoded):
     attach(model, args)
     model.model.recompute = args.recompute
     if args.compile:
-        fast.compile_blocks(model, args.compile)
+        fast.compile_blocks(model)
+    recorded = graphs.wanted(args.graphs, model)
+    if recorded:
+        graphs.RecordedDecoder(model)
     args.autocast = "bfloat16" if args.side == "full" and args.dtype == "bfloat16" else None
-    args.multiple = fast.row_multiple(DEVICE, args.compile, model.config.max_position_embeddings)
+    args.multiple = fast.row_multiple(DEVICE, recorded, model.config.max_position_embeddings)
     args.micro_batch = args.batch
     parameters = list(adapter.trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
@@ -358,7 +361,7 @@ DEFAULTS = {  # of the flags that mean something else in some commands
     "cost": {"batch": 8, "width": 576, "layers": 4}}
 COMMON = ("model", "data", "max_new")
 OPTIONS = (*COMMON, "dtype", "rank", "params", "batch", "steps", "problems", "width", "layers", "length", "compile",
-           "recompute", "leave_out")
+           "graphs", "recompute", "leave_out")
 
 
 def side_arguments(what, side, options):
@@ -469,7 +472,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--layers", type=positive, help="of that Llama (default: 16)")
     parser.add_argument("--length", type=positive, help="tokens of a row of memory, and of a random Llama "
                                                         "(default: 256)")
-    parser.add_argument("--compile", choices=("default", "reduce-overhead"), help="train, memory: as in train.py")
+    parser.add_argument("--compile", action="store_true", help="train, memory: as in train.py")
+    parser.add_argument("--graphs", choices=("auto", "on", "off"), default="auto", help="the same")
     parser.add_argument("--recompute", action="store_true", help="train, memory: as in train.py, the peers too")
     parser.add_argument("--leave-out", choices=[*fast.NAMES, "all"], help="one of support/fast.py's forms, or all")
     parser.add_argument("--rounds", type=positive, help="(default: train, generate 3; else 1)")

@@ -73,6 +73,7 @@ def measure(args):
     fast.switch_on()
     args.side, args.rank, args.steps = args.method, 16, 3  # and one step before these
     args.params = args.compile = args.width = args.recompute = None
+    args.graphs = "off"
     model, tokenizer = bench.loaded_model(args)
     encoded = bench.batches(args, bench.training_examples(args, model, tokenizer))[-1]  # every step: the same batch
     limit = bench.matmul_rate(bench.DEVICE, getattr(torch, args.dtype))

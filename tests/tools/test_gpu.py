@@ -5,7 +5,8 @@ import pytest
 
 import eval as evaluation
 import train
-from support import fast
+from support import fast, graphs
+from tests.again import Again
 from tests.toy import write_sums
 from tools import bench, gpu
 
@@ -15,7 +16,7 @@ SCRIPTS = {"train.py": train.main, "eval.py": evaluation.main, "-m": lambda word
 @pytest.fixture
 def rehearse(tmp_path, monkeypatch, capsys):
     """Run `bench gpu --tiny`, its parts in this process, compiling nothing: what it printed, its records."""
-    modes = []
+    compiled = []
 
     def here(words, limit):
         try:
@@ -24,7 +25,9 @@ def rehearse(tmp_path, monkeypatch, capsys):
             return str(error)
     monkeypatch.setattr(gpu, "run", here)
     monkeypatch.setattr(gpu, "matmul_rate", lambda *_: 100.0)
-    monkeypatch.setattr(fast, "compile_blocks", lambda model, mode: modes.append(mode))
+    monkeypatch.setattr(fast, "compile_blocks", compiled.append)
+    monkeypatch.setattr(graphs, "Side", Again)
+    monkeypatch.setattr(graphs, "wanted", lambda choice, model: choice != "off")
 
     def run(*arguments):
         results = tmp_path / "facts.jsonl"
@@ -32,19 +35,21 @@ def rehearse(tmp_path, monkeypatch, capsys):
         bench.main()
         facts = [json.loads(line) for line in results.read_text().splitlines()]
         assert all(fact["device"].startswith("cpu") and "--tiny" in fact["command"] for fact in facts)
-        return capsys.readouterr().out, facts, modes
+        return capsys.readouterr().out, facts, compiled
     return run
 
 
 def test_every_part_leaves_its_facts(rehearse):
     """With random weights, which the data's name says; each method is sound; every target stands with what was found."""
-    out, facts, modes = rehearse()
+    out, facts, compiled = rehearse()
     assert list(dict.fromkeys(fact["part"] for fact in facts)) == list(gpu.PARTS)
     assert not [fact for fact in facts if "failed" in fact] and {fact["data"] for fact in facts} == {gpu.DATA}
     assert [fact["method"] for fact in facts if fact.get("sound")] == list(gpu.METHODS)
     sides = {(fact["side"], fact["batch"]) for fact in facts if fact["part"] in ("as_written", "others")}
     assert {side for side, _ in sides} == set(gpu.METHODS) and {("lora", 2), ("lora", 3)} <= sides
-    assert set(modes) == {"default", "reduce-overhead"} and all("gradient_error" in f for f in facts if "mode" in f)
+    assert len(compiled) == 3 and all(f["gradient_error"] < 1e-3 for f in facts if "gradient_error" in f)
+    assert [f["method"] for f in facts if f["part"] == "recorded" and "gradient_error" in f] == list(gpu.METHODS)
+    assert {f["graphs"] for f in facts if "graphs" in f} == {"on", "off", "auto"}
     found = out.partition("targets, for one H100")[2]
     assert found.count("met  ") == 6 - ("not installed" in out) and "answer, at least 9: 9\n" in found
 

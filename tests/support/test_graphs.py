@@ -1,0 +1,70 @@
+"""The decoder recorded and replayed, on a CPU: a recording that runs the same again stands in for a CUDA graph."""
+import copy
+import types
+
+import pytest
+import torch
+
+import adapter
+import train
+from methods import METHODS
+from model import KVCache
+from support import graphs
+from tests.again import Again
+from tests.toy import attach, perturb, tokens, toy_examples, toy_model
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    monkeypatch.setattr(graphs, "Side", Again)
+    monkeypatch.setattr(Again, "recorded", 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_is_the_same(method):
+    """Steps of two micro-batches each, of shapes that come again: every loss and every weight; each shape is recorded once,
+    forward and backward."""
+    plain = perturb(attach(toy_model(), method))
+    replayed = copy.deepcopy(plain)
+    graphs.RecordedDecoder(replayed)
+    args = types.SimpleNamespace(micro_batch=3, multiple=8, autocast=None)
+    batches = [toy_examples(6, seed=seed) for seed in (1, 2, 1, 3, 2)]
+    losses, shapes = [], set()
+    for model in (plain, replayed):
+        model.model.register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape))
+        optimizer = torch.optim.AdamW(train.decay_groups(model, 0.01), lr=1e-2)
+        for batch in batches:
+            losses.append(train.accumulate_gradients(args, model, batch).item())
+            if METHODS[method].regularize:
+                METHODS[method].regularize(model, 1e-2)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    assert losses[:5] == pytest.approx(losses[5:], rel=1e-5)
+    for one, other in zip(adapter.trainable(plain).values(), adapter.trainable(replayed).values()):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+    assert Again.recorded == 2 * len(shapes) > 2
+
+
+def test_only_training_passes_are_replayed():
+    """Without gradients, or over a cache, the decoder does what it did."""
+    model = attach(toy_model(), "lora")
+    graphs.RecordedDecoder(model)
+    with torch.no_grad():
+        model(tokens())
+    model(tokens(), KVCache(model.config, 2, 64, torch.float32, "cpu"))
+    assert Again.recorded == 0
+    model(tokens())
+    assert Again.recorded == 2
+
+
+def test_what_is_recorded_by_default(monkeypatch):
+    """On a GPU, models that are not large; on a CPU nothing, and to ask for it there is an error that says so."""
+    model = toy_model()
+    assert not graphs.wanted("auto", model) and not graphs.wanted("off", model)
+    with pytest.raises(ValueError, match="--graphs on: only a CUDA GPU .*: leave it out"):
+        graphs.wanted("on", model)
+    weight = types.SimpleNamespace(device=torch.device("cuda"), numel=lambda: 10 ** 9)
+    large = types.SimpleNamespace(lm_head=types.SimpleNamespace(weight=weight), parameters=lambda: [weight] * 2)
+    small = types.SimpleNamespace(lm_head=types.SimpleNamespace(weight=weight), parameters=lambda: [weight])
+    assert [graphs.wanted("auto", m) for m in (small, large)] == [True, False]
+    assert graphs.wanted("on", large) and not graphs.wanted("off", small)
