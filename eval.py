@@ -25,7 +25,7 @@ import torch
 import adapter
 from data import batching, gsm8k, hendrycks_math, instructions, prompting, prose
 from support import fast, run_folder
-from support.generate import complete
+from support.generate import complete, usual_batch
 from support.loss import mean_loss
 from support.report import duration, per_second
 from support.script import Parser, check_folder, choose_device, one_line, positive, run_script, whole, write_json
@@ -88,7 +88,8 @@ def parse_arguments(argv):
     parser.add_argument("--answers", choices=batching.ANSWERS, help="as in train.py: in what --shots shows and a loss "
                         "is taken on, and said of the accuracy (default: the run's)")
     parser.add_argument("--limit", type=whole, help="first N test problems, 0 for all (default: 128 on a CPU, else 0)")
-    parser.add_argument("--batch", type=positive, help="rows generated together (default: 128 on a CPU, else 512)")
+    parser.add_argument("--batch", type=positive, help="rows generated together (default: 128 on a CPU, on a "
+                        "CUDA GPU as many as half of its free memory has room for)")
     parser.add_argument("--max-new", type=positive, help="most new tokens per answer (default: 256, math: 1024)")
     parser.add_argument("--shots", type=whole, default=0, help="worked training problems in front of every question")
     parser.add_argument("--calculator", action="store_true", help="compute what follows '=' inside << >>")
@@ -181,7 +182,6 @@ def settle(args, on_cpu):
     args.answers = args.answers or run.get("answers", "full")
     args.max_new = args.max_new or (1024 if args.benchmark == "math" else 256)
     args.limit = args.limit if args.limit is not None else 128 if on_cpu else 0
-    args.batch = args.batch or (128 if on_cpu else 512)
     args.out = args.out or (folder_of(args.run) if args.run else None)
     if args.ask is None:
         check_folder(args.out or Path("runs"), "--out")
@@ -338,6 +338,7 @@ def main(argv=None):
     device, dtype = choose_device(args.device, args.dtype, args.plain)
     run = settle(args, device.type == "cpu")
     base, method = load_for_eval(args, device, dtype)
+    args.batch = args.batch or usual_batch(base.model)
     precision = str(dtype).removeprefix("torch.")
     shown = f"{base.name}, method {method}, {precision} on {device}"
     if args.ask is not None:

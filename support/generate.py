@@ -7,6 +7,9 @@ from model import KVCache
 from support.fast import row_multiple
 
 CHECK_EVERY = 8  # decode steps between two looks, on a GPU, at which rows have finished: each look waits for it
+# Rows that have finished leave as soon as so small a share of the batch is left: copying what a GPU's cache holds, and
+# setting attention up for a new shape, cost more than rows that nobody needs.
+LEFT = {"cpu": 1, "cuda": 0.5}
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 65536}  # of prompts read at once: few, of similar length, need little padding
 
 
@@ -17,7 +20,7 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
 
     The right-padded prompts are read first, some rows at a time, then comes one token per row and step from a static KV
     cache; rows do not see each other, so a row's text does not depend on its neighbours. Rows that have finished leave
-    the batch.
+    the batch (see LEFT).
     `is_done(ids)` may end a row early, `force(ids)` may return tokens to be taken instead of the next choices; both are
     given the row's new tokens so far. `progress(finished, tokens)` hears now and then how many rows have finished and
     how many tokens were made. Returns a list of token lists in the order of `prompts`.
@@ -28,24 +31,28 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
     ends = torch.tensor(eos_id, device=device).reshape(-1)  # (ends,)
     new = ends[0].repeat(len(prompts), max_new)  # (B, max_new)
     alive = torch.arange(len(prompts), device=device)  # the prompt that each row of the cache belongs to
-    forced, tokens = [[] for _ in prompts], 0
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # when it was last looked at
+    forced, running, tokens = [[] for _ in prompts], len(prompts), 0
     for step in range(max_new):
         if force is not None:
             chosen = _forced_choice(chosen, new, alive.tolist(), step, forced, force)
         new[alive, step] = chosen
-        tokens += len(alive)
+        tokens += running
         if step + 1 == max_new:
             break
         if progress is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
-            progress(len(prompts) - len(alive), tokens)
+            progress(len(prompts) - running, tokens)
         if device.type == "cpu" or step % CHECK_EVERY == CHECK_EVERY - 1:
-            unfinished = ~torch.isin(new[alive, :step + 1], ends).any(dim=1)  # (rows alive,)
+            looked_at = alive[~finished[alive]]
+            finished[looked_at] = torch.isin(new[looked_at, :step + 1], ends).any(dim=1)
             if is_done is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
-                texts_done = [is_done(ids) for ids in new[alive, :step + 1].tolist()]
-                unfinished &= ~torch.tensor(texts_done, device=device)
-            if not unfinished.any():
+                texts_done = [is_done(ids) for ids in new[looked_at, :step + 1].tolist()]
+                finished[looked_at] |= torch.tensor(texts_done, device=device)
+            unfinished = ~finished[alive]  # (rows alive,)
+            running = int(unfinished.sum())
+            if not running:
                 break
-            if not unfinished.all():
+            if running < len(alive) and running <= LEFT.get(device.type, 1) * len(alive):
                 order = cache.keep(unfinished)
                 alive, chosen = alive[order], chosen[order]
         hidden = model.model(chosen[:, None], cache)  # (rows alive, 1, d)
@@ -119,6 +126,17 @@ def generate(model, prompts, eos_id, max_new=256, batch=64, is_done=None, force=
         if progress is not None:
             progress(start + len(indices), tokens)
     return outputs
+
+
+def usual_batch(model):
+    """How many rows to generate together: 128 on a CPU; on a CUDA GPU as many as can keep 1024 tokens each in half of
+    its free memory, 2048 at most."""
+    weight, config = model.lm_head.weight, model.config
+    if weight.device.type != "cuda":
+        return 128
+    row = 1024 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+    free, _ = torch.cuda.mem_get_info(weight.device)
+    return max(1, min(2048, free // 2 // row))
 
 
 def complete(model, tokenizer, texts, max_new=256, batch=64, calculator=False, progress=None, template="plain"):

@@ -1,8 +1,11 @@
 """Batched, cached generation against a loop without a cache."""
+import types
+
 import pytest
 import torch
 
 from data import prompting
+from model import KVCache
 from support import fast, generate
 from tests.toy import tokens, toy_model
 from weights import base_model
@@ -54,6 +57,34 @@ def test_rows_that_ended_leave_at_once(case, rows):
     model, prompts, eos, expected = case
     generate.generate_batch(model, prompts, eos, max_new=40)
     assert rows[-39:] == [sum(len(ids) > step for ids in expected) for step in range(1, 40)]
+
+
+def test_on_a_gpu_rows_leave_when_half_have_finished(case, rows, monkeypatch):
+    """Or another share, as here: the texts are the same; the batch takes few sizes, each at most that share of the one before; what is told counts rows that have
+    finished, wherever they are."""
+    monkeypatch.setitem(generate.LEFT, "cpu", 0.8)
+    model, prompts, eos, expected = case
+    told = []
+    assert generate.generate_batch(model, prompts, eos, max_new=40, progress=lambda *numbers: told.append(numbers)) == expected
+    sizes = list(dict.fromkeys(rows[-39:]))
+    running = [sum(len(ids) > step for ids in expected) for step in range(1, 40)]
+    assert sizes[0] == 13 and all(after <= 0.8 * before for before, after in zip(sizes, sizes[1:]))
+    assert all(left <= size and 0.8 * size < max(left, 1) for left, size in zip(running, rows[-39:]))
+    assert 1 < len(sizes) < len(set(running))
+    assert [finished for finished, _ in told] == [13 - running[step - 1] for step in range(7, 39, 8)]
+
+
+def test_the_usual_batch_fits_half_of_a_gpus_memory(case, monkeypatch):
+    """By what the cache of a row of 1024 tokens takes; on a CPU it is 128."""
+    model = case[0]
+    assert generate.usual_batch(model) == 128
+    weight = types.SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2)
+    on_gpu = types.SimpleNamespace(lm_head=types.SimpleNamespace(weight=weight), config=model.config)
+    cached = KVCache(model.config, 1, 1024, torch.bfloat16, "cpu")
+    row = 2 * (cached.k.numel() + cached.v.numel())
+    for free, rows_that_fit in ((10 * row, 5), (row, 1), (10 ** 6 * row, 2048)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2 * free))
+        assert generate.usual_batch(on_gpu) == rows_that_fit
 
 
 def test_rows_that_are_done_leave_too(case, rows):
