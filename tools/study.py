@@ -2,8 +2,8 @@
 
 First every method at learning rates half a decade apart, with one seed: the best is the one with the lowest loss on 128
 held-out examples, and the rates go on where it would lie at an end. What is reported are other seeds at that rate, on
-other examples. Then the rates of every method at its own size, the defaults of train.py; the arms, which the claims of
-the papers call for, at the rate of the method that they vary; and longer runs for an accuracy.
+other examples. Then the arms, which the claims of the papers call for, at the rate of the method that they vary; the
+rates of every method at its own size, the defaults of train.py; and longer runs for an accuracy.
 """
 import support
 
@@ -49,21 +49,21 @@ def last(blocks, method):
 
 # name: (flags, the method whose rate it takes)
 ARMS = {
-    "sorsa, gamma 0": ((*METHODS["sorsa"][0], "--gamma", "0"), "sorsa"),
-    "sorsa, gamma 4e-5": ((*METHODS["sorsa"][0], "--gamma", "4e-5"), "sorsa"),
-    "sorsa, gamma 4e-3": ((*METHODS["sorsa"][0], "--gamma", "4e-3"), "sorsa"),
-    "sorsa, sum": ((*METHODS["sorsa"][0], "--reduction", "sum"), "sorsa"),
     "sara, even": ((*METHODS["sara"][0], "--ranks", "even"), "sara"),
-    "sara, q and v": (("--method", "sara"), "sara"),
     "mosara, one set": ((*METHODS["mosara"][0], "--sets", "1"), "mosara"),
     "mosara, no router": ((*METHODS["mosara"][0], "--equal-gates"), "mosara"),
-    "mosara, router of rank 2": ((*METHODS["mosara"][0], "--router-rank", "2"), "mosara"),
-    "mosara, q and v": (("--method", "mosara"), "mosara"),
     "cora, random basis": ((*METHODS["cora"][0], "--basis", "random"), "cora"),
-    "cora-init, random basis": ((*METHODS["cora-init"][0], "--basis", "random"), "cora-init"),
     "lora, r 8": (("--method", "lora", "--rank", "8", *TARGETS), "lora"),
-    "lotr, by name": ((*METHODS["lotr"][0], "--group-by", "name"), "lotr"),
+    "sorsa, gamma 0": ((*METHODS["sorsa"][0], "--gamma", "0"), "sorsa"),
+    "sorsa, gamma 4e-3": ((*METHODS["sorsa"][0], "--gamma", "4e-3"), "sorsa"),
+    "cora-init, random basis": ((*METHODS["cora-init"][0], "--basis", "random"), "cora-init"),
     "lotr, cores only": ((*METHODS["lotr"][0], "--core-only"), "lotr"),
+    "lotr, by name": ((*METHODS["lotr"][0], "--group-by", "name"), "lotr"),
+    "sorsa, sum": ((*METHODS["sorsa"][0], "--reduction", "sum"), "sorsa"),
+    "sorsa, gamma 4e-5": ((*METHODS["sorsa"][0], "--gamma", "4e-5"), "sorsa"),
+    "mosara, router of rank 2": ((*METHODS["mosara"][0], "--router-rank", "2"), "mosara"),
+    "sara, q and v": (("--method", "sara"), "sara"),
+    "mosara, q and v": (("--method", "mosara"), "mosara"),
     **{f"{method}, last {blocks}": (last(blocks, method), method) for blocks in (5, 10, 20, 30)
        for method in ("lotr", "lora")},
 }
@@ -127,14 +127,14 @@ def jobs(records):
     found += [job(name, METHODS[name][0], rate, seed) for name, rate in settled.items() for seed in SEEDS]
     far = [job(name, flags, rate) for name, (flags, middle) in METHODS.items()
            for rate in rates_around(losses[name], middle, 2)]
-    far += [job(name, flags, rate) for name, (flags, middle) in (ALPHA | OWN_SIZE).items()
-            for rate in rates_around(losses[name], middle, 1)]
-    first, *others = [[job(name, flags, settled[of], seed) for name, (flags, of) in ARMS.items() if of in settled]
-                      for seed in SEEDS]
-    first += [job(f"{name}, rate {ONE_RATE}", METHODS[name][0], ONE_RATE, SEEDS[0]) for name in WATCHED
-              if settled.get(name, ONE_RATE) != ONE_RATE]
+    own = [job(name, flags, rate) for name, (flags, middle) in (ALPHA | OWN_SIZE).items()
+           for rate in rates_around(losses[name], middle, 1)]
+    arms = [job(name, flags, settled[of], seed) for name, (flags, of) in ARMS.items() if of in settled
+            for seed in SEEDS]
+    arms += [job(f"{name}, rate {ONE_RATE}", METHODS[name][0], ONE_RATE, SEEDS[0]) for name in WATCHED
+             if settled.get(name, ONE_RATE) != ONE_RATE]
     counted = [accuracy_job(name, method, rate) for name in ACCURACY for method, rate in settled.items()]
-    return found + far + first + counted + sum(others, [])
+    return found + far + arms + own + counted
 
 
 # ---- what the records say -------------------------------------------------------------------------------------------
