@@ -15,11 +15,13 @@ LARGEST = 2e9  # weights: the kernels of larger models run for longer than it ta
 
 
 def wanted(graphs, model):
-    """Whether --graphs, auto, on or off, means to record this model. ValueError for `on` without a CUDA GPU."""
+    """Whether --graphs, auto, on or off, means to record this model: by default on a CUDA GPU, if the model is not
+    large, nor memory short enough for --recompute. ValueError for `on` without such a GPU."""
     on_gpu = model.lm_head.weight.device.type == "cuda"
     if graphs == "on" and not on_gpu:
         raise ValueError("--graphs on: only a CUDA GPU can record what it does: leave it out")
-    return graphs == "on" or graphs == "auto" and on_gpu and sum(p.numel() for p in model.parameters()) < LARGEST
+    small = on_gpu and not model.model.recompute and sum(p.numel() for p in model.parameters()) < LARGEST
+    return graphs == "on" or graphs == "auto" and small
 
 
 class RecordedDecoder:

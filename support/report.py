@@ -137,6 +137,8 @@ def describe_first_step(args, base, data, step):
     activations = activation_bytes(model, args.micro_batch * longest, args.recompute) + head
     if model.lm_head.weight.device.type == "cpu":
         activations *= 1.25  # measured: so much more lies between tensors, where malloc finds no use for it
+    if args.recorded:
+        activations *= 1.5  # measured
     total = weights + 3 * trained + activations
     print(f"memory    about {total / 1e9:.1f} GB and the program itself: {weights / 1e9:.2f} weights, "
           f"{3 * trained / 1e9:.2f} gradients and moments, {activations / 1e9:.2f} activations of {args.micro_batch} "

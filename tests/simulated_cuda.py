@@ -245,7 +245,8 @@ def on_the_way(make):
 def simulated_cuda():
     """From here on there is a GPU in this process; inside the block its operators are seen."""
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "simulated", "_lazy_init": None,
-               "get_device_capability": (9, 0), "is_bf16_supported": True, "max_memory_allocated": 0, "mem_get_info": (10 ** 9, 10 ** 9), "is_initialized": False,
+               "get_device_capability": (9, 0), "is_bf16_supported": True, "max_memory_allocated": 0, "is_initialized": False,
+               "mem_get_info": (10 ** 9, 10 ** 9),
                "reset_peak_memory_stats": None, "set_rng_state": None, "is_current_stream_capturing": False}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

@@ -60,8 +60,8 @@ def test_rows_that_ended_leave_at_once(case, rows):
 
 
 def test_on_a_gpu_rows_leave_when_half_have_finished(case, rows, monkeypatch):
-    """Or another share, as here: the texts are the same; the batch takes few sizes, each at most that share of the one before; what is told counts rows that have
-    finished, wherever they are."""
+    """Or another share, as here: the texts are the same; the batch takes few sizes, each at most that share of the one before;
+    what is told counts rows that have finished, wherever they are."""
     monkeypatch.setitem(generate.LEFT, "cpu", 0.8)
     model, prompts, eos, expected = case
     told = []

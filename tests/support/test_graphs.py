@@ -57,14 +57,15 @@ def test_only_training_passes_are_replayed():
     assert Again.recorded == 2
 
 
-def test_what_is_recorded_by_default(monkeypatch):
-    """On a GPU, models that are not large; on a CPU nothing, and to ask for it there is an error that says so."""
+def test_what_is_recorded_by_default():
+    """On a GPU, models that are not large where memory is not short; on a CPU nothing, and to ask for it there is an error that says so."""
     model = toy_model()
     assert not graphs.wanted("auto", model) and not graphs.wanted("off", model)
     with pytest.raises(ValueError, match="--graphs on: only a CUDA GPU .*: leave it out"):
         graphs.wanted("on", model)
     weight = types.SimpleNamespace(device=torch.device("cuda"), numel=lambda: 10 ** 9)
-    large = types.SimpleNamespace(lm_head=types.SimpleNamespace(weight=weight), parameters=lambda: [weight] * 2)
-    small = types.SimpleNamespace(lm_head=types.SimpleNamespace(weight=weight), parameters=lambda: [weight])
-    assert [graphs.wanted("auto", m) for m in (small, large)] == [True, False]
+    small, large, short = [types.SimpleNamespace(lm_head=types.SimpleNamespace(weight=weight), parameters=lambda n=n: [weight] * n,
+                                                 model=types.SimpleNamespace(recompute=recompute))
+                           for n, recompute in ((1, False), (2, False), (1, True))]
+    assert [graphs.wanted("auto", m) for m in (small, large, short)] == [True, False, False]
     assert graphs.wanted("on", large) and not graphs.wanted("off", small)
