@@ -40,14 +40,11 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
         tokens += running
         if step + 1 == max_new:
             break
-        if progress is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
+        at_check = step % CHECK_EVERY == CHECK_EVERY - 1
+        if progress is not None and at_check:
             progress(len(prompts) - running, tokens)
-        if device.type == "cpu" or step % CHECK_EVERY == CHECK_EVERY - 1:
-            looked_at = alive[~finished[alive]]
-            finished[looked_at] = torch.isin(new[looked_at, :step + 1], ends).any(dim=1)
-            if is_done is not None and step % CHECK_EVERY == CHECK_EVERY - 1:
-                texts_done = [is_done(ids) for ids in new[looked_at, :step + 1].tolist()]
-                finished[looked_at] |= torch.tensor(texts_done, device=device)
+        if device.type == "cpu" or at_check:
+            _mark(finished, alive[~finished[alive]], new[:, :step + 1], ends, is_done if at_check else None)
             unfinished = ~finished[alive]  # (rows alive,)
             running = int(unfinished.sum())
             if not running:
@@ -59,6 +56,13 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
         cache.advance(1, 1)
         chosen = model.lm_head(hidden[:, 0]).max(-1).indices  # (rows alive,)
     return [_through_first(ids, ends.tolist()) for ids in new[:, :step + 1].tolist()]
+
+
+def _mark(finished, rows, new, ends, is_done):
+    """Mark in `finished` those of `rows` that have one of `ends` among their new tokens, or are done by them."""
+    finished[rows] = torch.isin(new[rows], ends).any(dim=1)
+    if is_done is not None:
+        finished[rows] |= torch.tensor([is_done(ids) for ids in new[rows].tolist()], device=finished.device)
 
 
 def _prefill(model, prompts, cache):
