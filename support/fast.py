@@ -8,15 +8,18 @@ What each buys, by `python -m tools.bench fast --steps 2 --data gsm8k`, one roun
 r = 16, fp32, batch 16 (records in results/bench.jsonl; two runs of one thing differ by 5 % and more):
 
     left out             real tokens/s      peak GB
-    nothing              562                4.46
-    rotate               529                4.45
-    attention            399                4.52
-    norm                 508                4.58
-    swiglu               554                4.76
-    head                 542                5.56
-    malloc               509                4.25
-    onednn               299                4.65
-    all of it            263                6.13
+    nothing              594                4.32
+    rotate               608                4.29
+    attention            470                4.44
+    norm                 602                4.50
+    swiglu               598                4.79
+    head                 579                5.61
+    malloc               593                4.27
+    onednn               311                4.82
+    all of it            269                6.48
+
+`rotate`, `norm` and `swiglu` save memory, and kernels where a GPU waits for them; what `malloc` saves differs from day
+to day (0 to 10 %).
 
 Shapes: B rows, T tokens, S cached slots, H query heads, K key/value heads, D head_dim, d hidden_size, V vocab_size.
 """

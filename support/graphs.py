@@ -32,8 +32,9 @@ class RecordedDecoder:
         self.plain, model.model.forward = model.model.forward, self.forward
         self.parameters = list(adapter.trainable(model).values())
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
-        self.followed = torch.zeros((), device=self.gradients[0].device, requires_grad=True)  # leads autograd to Replay
-        self.recordings, self.side = {}, Side()
+        device = self.gradients[0].device
+        self.followed = torch.zeros((), device=device, requires_grad=True)  # leads autograd to Replay
+        self.recordings, self.side = {}, Side(device)
 
     def forward(self, tokens, cache=None):
         if cache is not None or not torch.is_grad_enabled():
@@ -69,16 +70,17 @@ class Side:
     """The stream on which passes are recorded, and the memory that all recordings share: each is used up before the
     next begins."""
 
-    def __init__(self):
-        self.stream, self.memory = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    def __init__(self, device):
+        self.stream, self.memory = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def run(self, *passes):
         """Make passes here without recording them: what is set up by the first call of a kernel is no part of it."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        before = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(before)
         with torch.cuda.stream(self.stream):
             for one in passes:
                 one()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        before.wait_stream(self.stream)
 
     def record(self, work):
         """A function that starts all the kernels that `work` starts; now none of them runs."""

@@ -6,6 +6,9 @@ class Again:
     """graphs.Side without a GPU: it counts what is recorded, and does it again."""
     recorded = 0
 
+    def __init__(self, device):
+        assert device.index is not None or device.type == "cpu"  # "cuda" alone would be whichever is current
+
     def run(self, *passes):
         for one in passes:
             one()
