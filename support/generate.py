@@ -135,12 +135,12 @@ def generate(model, prompts, eos_id, max_new=256, batch=64, is_done=None, force=
 def usual_batch(model):
     """How many rows to generate together: 128 on a CPU; on a CUDA GPU as many as can keep 1024 tokens each in half of
     its free memory, 2048 at most."""
-    weight, config = model.lm_head.weight, model.config
+    weight = model.lm_head.weight
     if weight.device.type != "cuda":
         return 128
-    row = 1024 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+    row = KVCache(model.config, 1, 1024, weight.dtype, "meta")
     free, _ = torch.cuda.mem_get_info(weight.device)
-    return max(1, min(2048, free // 2 // row))
+    return max(1, min(2048, free // 2 // (row.k.nbytes + row.v.nbytes)))
 
 
 def complete(model, tokenizer, texts, max_new=256, batch=64, calculator=False, progress=None, template="plain"):

@@ -10,10 +10,14 @@ def answer_loss(model, tokens, targets):
 
     Their number decides shapes. Counted on a GPU it would make the host wait, so targets may stay on the CPU.
     """
-    answers = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (n,)
-    targets = targets.flatten()[answers]  # (n,)
-    hidden = model.model(tokens).flatten(0, 1).index_select(0, sent(answers, tokens.device))  # (n, d)
-    return head_loss(hidden, model.lm_head, sent(targets, tokens.device))
+    return loss_where_told(model.model(tokens).flatten(0, 1), model.lm_head, targets.flatten())
+
+
+def loss_where_told(hidden, head, targets):
+    """Summed cross entropy of hidden (N, d) over the n of the N targets that are not IGNORE."""
+    answers = (targets != IGNORE).nonzero()[:, 0]  # (n,)
+    chosen = hidden.index_select(0, sent(answers, hidden.device))  # (n, d)
+    return head_loss(chosen, head, sent(targets[answers], hidden.device))
 
 
 def head_loss(hidden, head, targets):
@@ -28,10 +32,7 @@ def example_losses(model, encoded, batch, device, multiple=1):
     for start in range(0, len(encoded), batch):
         places = by_length[start:start + batch]
         tokens, targets = collate([encoded[i] for i in places], device, multiple)
-        found = []
-        for hidden, target in zip(model.model(tokens), targets):  # (T, d), (T,)
-            answer = (target != IGNORE).nonzero()[:, 0]  # (n,)
-            found.append(head_loss(hidden[sent(answer, device)], model.lm_head, sent(target[answer], device)))
+        found = [loss_where_told(hidden, model.lm_head, told) for hidden, told in zip(model.model(tokens), targets)]
         losses.update(zip(places, torch.stack(found).tolist()))
     return [losses[i] for i in range(len(encoded))]
 

@@ -239,9 +239,9 @@ def step(task):
 
 
 def as_written(task):
-    """Some steps of LoRA and SORSA at several batches, an epoch of LoRA at the largest."""
+    """Some steps of LoRA and SORSA at several batches, an epoch at the largest."""
     cases(task, ("lora", "sorsa"), task.batches[:-1], 20)
-    cases(task, ("lora",), task.batches[-1:], EPOCH)
+    cases(task, ("lora", "sorsa"), task.batches[-1:], EPOCH)
 
 
 def recorded(task):
@@ -367,11 +367,11 @@ def targets(facts):
 
     ours, theirs = (dict(zip(found("batch", part, side=side), found("tokens_per_second", part, side=side)))
                     for part, side in (("recorded", "lora"), ("peers", "peer")))
+    epochs = [*found("epoch_seconds", "recorded", "compiled"), *found("seconds_in_steps", "lora epoch", "sorsa epoch")]
     sound = found("sound", "correct")
     rows = [("methods that train, save, load, merge and answer", sum(sound) if sound else None, len(METHODS), 1),
             ("seconds for an epoch as written", min(found("epoch_seconds", "as_written"), default=None), 8, -1),
-            ("seconds for an epoch recorded or compiled",
-             min(found("epoch_seconds", "recorded", "compiled"), default=None), 5, -1),
+            ("seconds for an epoch recorded or compiled", min(epochs, default=None), 5, -1),
             ("seconds for all test problems", min(found("seconds", "answers", "sorsa answers"), default=None), 10, -1),
             ("share of the bf16 matrix speed at 7B's shape", max(found("share", "large"), default=None), 0.55, 1),
             ("times transformers + peft, at every batch",

@@ -78,7 +78,7 @@ def test_the_usual_batch_fits_half_of_a_gpus_memory(case, monkeypatch):
     """By what the cache of a row of 1024 tokens takes; on a CPU it is 128."""
     model = case[0]
     assert generate.usual_batch(model) == 128
-    weight = types.SimpleNamespace(device=torch.device("cuda"), element_size=lambda: 2)
+    weight = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     on_gpu = types.SimpleNamespace(lm_head=types.SimpleNamespace(weight=weight), config=model.config)
     cached = KVCache(model.config, 1, 1024, torch.bfloat16, "cpu")
     row = 2 * (cached.k.numel() + cached.v.numel())
