@@ -142,14 +142,18 @@ def rounded(numbers):
     return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in numbers.items()}
 
 
+def size(record):
+    """The size of a method, as its paper counts it."""
+    config = record["adapter"]
+    return f"r {config['rank']}" if "rank" in config else f"m {config['threshold']:g}" if "threshold" in config else "-"
+
+
 def table_row(record):
     """One line of a Markdown table."""
     if "error" in record:
         return f"| `{record['name']}` | - | `{record['flags']}` | - | - | diverged | - | - |"
-    config = record["adapter"]
-    size = f"r {config['rank']}" if "rank" in config else f"m {config['threshold']}" if "threshold" in config else "-"
     memory = "-" if record.get("memory_gb") is None else f"{record['memory_gb']:.2f}"
-    return (f"| `{record['name']}` | {size} | {record['lr']:g} | {record['trainable_parameters']:,} "
+    return (f"| `{record['name']}` | {size(record)} | {record['lr']:g} | {record['trainable_parameters']:,} "
             f"| {record['held_out_before']:.4f} | {record['held_out_after']:.4f} "
             f"| {record['seconds_in_steps'] / record['steps']:.2f} | {memory} |")
 

@@ -34,13 +34,15 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def paired(d):
-    """The Interval of the mean of differences d (seeds, examples)."""
+def paired(d, comparisons=1):
+    """The Interval of the mean of differences d (seeds, examples). As one of several comparisons (Bonferroni): with
+    their number, all the intervals together cover the truth 95 times in 100."""
     d = np.asarray(d, dtype=float)
     S, N = d.shape
-    square = t_quantile(0.975, N - 1) ** 2 * d.mean(0).var(ddof=1) / N
+    p = 1 - 0.025 / comparisons
+    square = t_quantile(p, N - 1) ** 2 * d.mean(0).var(ddof=1) / N
     if S > 1:
-        square += t_quantile(0.975, S - 1) ** 2 * d.mean(1).var(ddof=1) / S
+        square += t_quantile(p, S - 1) ** 2 * d.mean(1).var(ddof=1) / S
     reach = math.sqrt(square)
     return Interval(d.mean(), d.mean() - reach, d.mean() + reach, S)
 

@@ -11,16 +11,17 @@ import itertools
 import math
 import re
 import sys
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from support.script import Parser, run_script
-from tools.compare import ROOT, read_records
+from tools.compare import ROOT, read_records, size
 from tools.intervals import mcnemar, over_seeds
-from tools.study import (ACCURACY, ALPHA, ARMS, METHODS, OWN_SIZE, RECORDS, SEEDS, WITH_SPECTRA, best_rate, difference,
-                         diverged, evaluations, losses_by_rate, reported, spectra)
+from tools.study import (ACCURACY, ALPHA, ARMS, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS, STEPS, WITH_SPECTRA,
+                         best_rate, by_rate, difference, diverged, evaluations, losses_by_rate, reported, spectra)
 from weights.files import atomic_write
 
 NOT_YET = "not run yet"
+LEVELS = 0.8, 0.77  # losses on the selection slice that most methods pass on the way and near the end
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -30,32 +31,36 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
-def size(record):
-    """The size of a method, as its paper counts it."""
-    config = record["adapter"]
-    return f"r {config['rank']}" if "rank" in config else f"m {config['threshold']:g}" if "threshold" in config else "-"
-
-
 def spread(values, form=".4f"):
     """0.7612 ± 0.0021: mean and standard deviation over seeds; how many these are, where some are lacking."""
     text = f"{fmean(values):{form}}" + (f" ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else "")
     return text + (f" ({len(values)} of {len(SEEDS)} seeds)" if len(values) < len(SEEDS) else "")
 
 
-def absent(records, name):
-    """Why nothing of a method or an arm is reported."""
-    return "diverged" if diverged(records, name) else NOT_YET
+def absent(records, *names):
+    """Why nothing is reported of methods or arms."""
+    gone = [f"`{name}` diverged" for name in names if diverged(records, name)]
+    return gone[0] if gone else NOT_YET
+
+
+def over_runs(records, name, number, form=".4f"):
+    """The `spread` of number(record) over the reported runs of a method or an arm; why there is none."""
+    runs = reported(records, name).values()
+    lost = len(diverged(records, name))
+    if not runs:
+        return "diverged" if lost else NOT_YET
+    return spread([number(run) for run in runs], form) + f", {lost} diverged" * bool(lost)
 
 
 def line_of(records, name, other):
     """The cells of what is reported of a method or arm beside another."""
-    runs = list(reported(records, name).values())
-    if not runs:
-        return [f"`{name}`", "-", "-", "-", absent(records, name), "-", "-"]
+    run = next(iter(reported(records, name).values()), None)
+    loss = over_runs(records, name, lambda run: run["report_loss"])
+    if run is None:
+        return [f"`{name}`", "-", "-", "-", loss, "-", "-"]
     beside = difference(records, name, other) if name != other else None
-    return [f"`{name}`", size(runs[0]), f"{runs[0]['trainable_parameters']:,}", f"{runs[0]['lr']:g}",
-            spread([run["report_loss"] for run in runs]), str(beside or "-"),
-            spread([run["forgot"] for run in runs], "+.4f")]
+    return [f"`{name}`", size(run), f"{run['trainable_parameters']:,}", f"{run['lr']:g}", loss, str(beside or "-"),
+            over_runs(records, name, lambda run: run["forgot"], "+.4f")]
 
 
 def results_table(records, names, other):
@@ -72,24 +77,25 @@ def methods(records):
     return results_table(records, METHODS, "lora")
 
 
-def rates_table(records, names):
-    """The loss on the selection slice by learning rate, the best of each name in bold."""
-    found = {name: losses_by_rate(records, name) for name in names}
-    columns = sorted({rate for losses in found.values() for rate in losses}, key=float)
+def rates_table(records, names, key="held_out_after", form=".4f"):
+    """A number of the runs that choose the rates by learning rate, that at the best rate of each name in bold."""
+    found = {name: by_rate(records, name, key) for name in names}
+    columns = sorted({rate for numbers in found.values() for rate in numbers}, key=float)
 
-    def cell(losses, rate):
-        if rate not in losses:
+    def cell(name, rate):
+        if rate not in found[name]:
             return ""
-        text = f"{losses[rate]:.4f}" if math.isfinite(losses[rate]) else "diverged"
-        return f"**{text}**" if rate == best_rate(losses) else text
+        text = f"{found[name][rate]:{form}}" if math.isfinite(found[name][rate]) else "diverged"
+        return f"**{text}**" if rate == best_rate(losses_by_rate(records, name)) else text
 
-    return table(["", *columns], [[f"`{name.removesuffix(', own size')}`", *(cell(losses, rate) for rate in columns)]
-                                  for name, losses in found.items()])
+    return table(["", *columns], [[f"`{name.removesuffix(', own size')}`", *(cell(name, rate) for rate in columns)]
+                                  for name in names])
 
 
 def rates(records):
-    """Every method at the size that is reported, and LoRA at another scale."""
-    return rates_table(records, (*METHODS, *ALPHA))
+    """Every method at the size that is reported, LoRA at another scale, and what else has rates of its own."""
+    tried = [name for name in OTHER_RANK if losses_by_rate(records, name)]
+    return rates_table(records, (*METHODS, *ALPHA, *tried))
 
 
 def own_rates(records):
@@ -97,22 +103,43 @@ def own_rates(records):
     return rates_table(records, OWN_SIZE)
 
 
+def forgetting(records):
+    """What every method forgets at each rate."""
+    return rates_table(records, METHODS, "forgot", "+.4f")
+
+
 def arms_of(method, *others):
     """A block: a method with its arms, and others, beside it."""
-    names = [method, *(name for name, (_, of) in ARMS.items() if of == method and "last" not in name), *others]
-    return lambda records: results_table(records, names, method)
+    arms = [name for name in ARMS if name.startswith(f"{method}, ") and "last" not in name]
+    return lambda records: results_table(records, [method, *arms, *others], method)
+
+
+def steps_to(record, loss):
+    """After how many steps the loss on the selection slice has come down to `loss`, by a straight line between two
+    measurements; None if it never has."""
+    points = sorted((int(step), measured) for step, measured in record["held_out_loss"].items())
+    for (before, higher), (after, lower) in itertools.pairwise(points):
+        if lower <= loss:
+            return before + (after - before) * (higher - loss) / (higher - lower)
+    return None
 
 
 def convergence(records):
-    """Loss on the selection slice over the steps of the reported runs."""
+    """Loss on the selection slice over the steps of the reported runs, and the steps that two losses take."""
     steps = sorted({int(step) for name in METHODS for run in reported(records, name).values()
                     for step in run["held_out_loss"]})
-    rows = []
-    for name in METHODS:
-        runs = list(reported(records, name).values())
-        rows.append([f"`{name}`", *(spread([run["held_out_loss"][str(step)] for run in runs]) if runs else
-                                    absent(records, name) for step in steps)])
-    return table(["after steps", *map(str, steps)], rows)
+
+    def reached(name, loss):
+        found = [steps_to(run, loss) for run in reported(records, name).values()]
+        there = [number for number in found if number is not None]
+        return spread(there, ".1f") if there else "never" if found else ""
+
+    def measured(name, step):
+        return over_runs(records, name, lambda run: run["held_out_loss"][str(step)])
+
+    header = ["", *(f"after {step} steps" for step in steps), *(f"{loss:.2f} after" for loss in LEVELS)]
+    return table(header, [[f"`{name}`", *(measured(name, step) for step in steps),
+                           *(reached(name, loss) for loss in LEVELS)] for name in METHODS])
 
 
 def movement(records):
@@ -120,7 +147,7 @@ def movement(records):
     def cells(name):
         found = list(spectra(records, name).values())
         if not found:
-            return [absent(records, name), "", "", "", ""]
+            return ["diverged" if diverged(records, name) else NOT_YET, "", "", "", ""]
         mean = {key: fmean([numbers[key] for numbers in found]) for key in found[0]}
         return [f"{mean['delta_sigma']:.2e}", f"{mean['delta_d']:.2e}", f"{mean['change']:.2e}",
                 f"{mean['kappa_start']:.4f} → {mean['kappa']:.4f}" if "kappa" in mean else "-",
@@ -137,8 +164,7 @@ def depth(records):
     rows = []
     for blocks in (5, 10, 20, 30):
         lotr, lora = f"lotr, last {blocks}", f"lora, last {blocks}"
-        losses = [spread([run["report_loss"] for run in reported(records, name).values()])
-                  if reported(records, name) else absent(records, name) for name in (lotr, lora)]
+        losses = [over_runs(records, name, lambda run: run["report_loss"]) for name in (lotr, lora)]
         rows.append([str(blocks), *losses, str(difference(records, lotr, lora) or "-")])
     return table(["last blocks", "`lotr`", "`lora`", "difference [95 % interval]"], rows)
 
@@ -172,9 +198,17 @@ def p_value(one, other):
 
 def made(records):
     """With what the records were made: all that differs between them is named."""
-    keys = {"Python": "python", "torch": "torch", "threads": "threads", "model": "model"}
-    return "; ".join(f"{words} {', '.join(sorted({str(record[key]) for record in records if key in record}))}"
-                     for words, key in keys.items()) + f"; {len(records)} runs."
+    keys = {"Python": "python", "torch": "torch", "threads": "threads", "device": "device", "model": "model"}
+    said = [f"{words} {', '.join(sorted({str(record[key]) for record in records if key in record}))}"
+            for words, key in keys.items()]
+    runs = [record for record in records if record.get("steps") == int(STEPS) and "tokens" in record]
+    if runs:
+        tokens = [record["tokens"] for record in runs]
+        said.append(f"{min(tokens):,} to {max(tokens):,} tokens in {STEPS} steps")
+    for words, reports in (("chooses a rate", False), ("is reported", True)):
+        if seconds := [record["seconds"] for record in runs if ("report_losses" in record) == reports]:
+            said.append(f"a run that {words} takes {median(seconds) / 60:.0f} minutes")
+    return f"{'; '.join(said)}; {len(records)} runs."
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
@@ -193,53 +227,63 @@ def claim(text, name, other, unseen="not seen here", losses="report_losses"):
     def verdict(records):
         interval = difference(records, name, other, losses)
         if interval is None:
-            gone = [which for which in (name, other) if diverged(records, which)]
-            return f"- {text}: {f'`{gone[0]}` diverged' if gone else NOT_YET}."
+            return f"- {text}: {absent(records, name, other)}."
         return f"- {text}: **{judged(interval, unseen)}**; difference to `{other}` {interval}."
     return verdict
 
 
-def moved_less(text, number, name, other):
-    """A verdict on the claim that a number of `tools.spectra` is lower for `name` than for `other`, seed by seed."""
+def moved_less(text, number, name, other=None):
+    """A verdict on the claim that a number of `tools.spectra` is lower for `name` than for `other`, seed by seed, or
+    without another lower than 1."""
     def verdict(records):
-        a, b = spectra(records, name), spectra(records, other)
-        seeds = sorted(a.keys() & b.keys())
+        mine = spectra(records, name)
+        its = spectra(records, other) if other else dict.fromkeys(mine, dict.fromkeys(("kappa", "kappa_start"), 1.0))
+        seeds = sorted(mine.keys() & its.keys())
         if not seeds:
-            return f"- {text}: {NOT_YET}."
-        mine, its = ([number(found[seed]) for seed in seeds] for found in (a, b))
+            return f"- {text}: {absent(records, *filter(None, (name, other)))}."
+        mine, its = ([number(found[seed]) for seed in seeds] for found in (mine, its))
         interval = over_seeds([x - y for x, y in zip(mine, its)])
         reach = f" [{interval.low:+.2e}, {interval.high:+.2e}]" if interval.seeds > 1 else ""
-        return (f"- {text}: **{judged(interval, 'not seen here')}**; {fmean(mine):.6g}, and {fmean(its):.6g} for "
-                f"`{other}`: {interval.mean:+.2e}{reach}.")
+        beside = f", and {fmean(its):.6g} for `{other}`" if other else ""
+        return (f"- {text}: **{judged(interval, 'not seen here')}**; {fmean(mine):.6g}{beside}: "
+                f"{interval.mean:+.2e}{reach}.")
     return verdict
 
 
-def faster(records, other):
-    """A verdict on the claim that SORSA converges faster: at how many of the points on the way, seeds and steps, its
-    loss is lower."""
-    a, b = reported(records, "sorsa"), reported(records, other)
-    text = f"- SORSA is ahead of `{other}` on the way"
-    if not set(SEEDS) <= a.keys() & b.keys():  # fewer decide nothing
-        return f"{text}: {NOT_YET}."
-    steps = sorted(map(int, a[SEEDS[0]]["held_out_loss"]))[1:-1]  # before the first all are equal, the last is reported
-    points = [a[seed]["held_out_loss"][str(step)] < b[seed]["held_out_loss"][str(step)]
-              for seed in SEEDS for step in steps]
-    verdict = "holds here" if all(points) else "not seen here" if any(points) else "contradicted here"
-    return (f"{text}: **{verdict}**; its loss on the 128 examples that choose rates is the lower one at {sum(points)} "
-            f"of {len(points)} points.")
+def sooner(loss, other):
+    """A verdict on the claim that SORSA converges faster than another: reaches a loss in fewer steps, seed by seed."""
+    def verdict(records):
+        text = f"- SORSA reaches a loss of {loss:.2f} in fewer steps than `{other}`"
+        mine, its = (reported(records, name) for name in ("sorsa", other))
+        steps = [(steps_to(mine[seed], loss), steps_to(its[seed], loss)) for seed in sorted(mine.keys() & its.keys())]
+        both = [pair for pair in steps if None not in pair]
+        if not both:
+            return f"{text}: {'never reached' if steps else absent(records, 'sorsa', other)}."
+        interval = over_seeds([a - b for a, b in both])
+        reach = f" [{interval.low:+.1f}, {interval.high:+.1f}]" if interval.seeds > 1 else ""
+        a, b = map(fmean, zip(*both))
+        return (f"{text}: **{judged(interval, 'not seen here')}**; after {a:.1f} and {b:.1f}: "
+                f"{interval.mean:+.1f}{reach}.")
+    return verdict
 
 
 def overall(records):
-    """How far the methods lie apart, each at its best rate."""
+    """How far the methods lie apart, each at its best rate, and which of them can be told from LoRA."""
     losses = {name: fmean([run["report_loss"] for run in runs.values()])
               for name in METHODS if len(runs := reported(records, name)) == len(SEEDS)}
     if len(losses) < len(METHODS):
-        return f"- All methods at their own best rate: {NOT_YET}."
+        return f"- All methods at their own best rate: {absent(records, *METHODS)}."
     order = sorted(losses, key=losses.get)
-    apart = [name for name in order if name != "lora" and difference(records, name, "lora").sure]
-    told = f"`{'`, `'.join(apart)}` can be told from `lora`" if apart else "none can be told from `lora`"
+
+    def apart(sign, comparisons):
+        names = [name for name in order if name != "lora" and (
+            beside := difference(records, name, "lora", comparisons=comparisons)).sure and sign * beside.mean > 0]
+        return f"`{'`, `'.join(names)}`" if names else "none"
+
+    several = len(METHODS) - 1
     return (f"- Each at its own best rate, the nine methods lie between {losses[order[0]]:.4f} (`{order[0]}`) and "
-            f"{losses[order[-1]]:.4f} (`{order[-1]}`); {told}.")
+            f"{losses[order[-1]]:.4f} (`{order[-1]}`). Worse than `lora`, each interval by itself: {apart(1, 1)}; "
+            f"with intervals for {several} comparisons at once: {apart(1, several)}. Better: {apart(-1, 1)}.")
 
 
 def rate_ratio(records):
@@ -252,14 +296,21 @@ def rate_ratio(records):
             "rate for all would measure the rate.")
 
 
+def growth_of_kappa(found):
+    """W_p's condition number at the end of a run against that at its start."""
+    return found["kappa"] / found["kappa_start"]
+
+
+SORSA_BELOW_LORA = claim("SORSA ends at a lower loss than LoRA", "sorsa", "lora")
 VERDICTS = (
     overall, rate_ratio,
-    lambda records: faster(records, "lora"), lambda records: faster(records, "pissa"),
-    claim("SORSA ends at a lower loss than LoRA", "sorsa", "lora"),
+    *(sooner(loss, other) for other in ("lora", "pissa") for loss in LEVELS),
+    SORSA_BELOW_LORA,
     claim("SORSA ends at a lower loss than PiSSA", "sorsa", "pissa"),
     claim("SORSA's regularizer lowers its loss", "sorsa", "sorsa, gamma 0"),
-    moved_less("SORSA's regularizer lowers the condition number of W_p (κ after / κ before)",
-               lambda found: found["kappa"] / found["kappa_start"], "sorsa", "sorsa, gamma 0"),
+    moved_less("SORSA's training lowers the condition number of W_p (κ after / κ before)", growth_of_kappa, "sorsa"),
+    moved_less("SORSA's regularizer keeps it lower than without (κ after / κ before)", growth_of_kappa, "sorsa",
+               "sorsa, gamma 0"),
     moved_less("SORSA's regularizer keeps W's singular vectors in place (ΔD)", lambda found: found["delta_d"], "sorsa",
                "sorsa, gamma 0"),
     moved_less("SORSA's regularizer keeps W's singular values in place (ΔΣ)", lambda found: found["delta_sigma"],
@@ -292,14 +343,14 @@ def verdicts(records):
 
 def summary(records):
     """What README.md says: of a few verdicts those that are there."""
-    chosen = overall, rate_ratio, claim("SORSA ends at a lower loss than LoRA", "sorsa", "lora")
-    said = [verdict(records) for verdict in chosen]
+    said = [verdict(records) for verdict in (overall, rate_ratio, SORSA_BELOW_LORA)]
     return "\n".join(line for line in said if NOT_YET not in line)
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 BLOCKS = {"verdicts": verdicts, "methods": methods, "convergence": convergence, "rates": rates, "own-rates": own_rates,
+          "forgetting": forgetting,
           "sorsa": arms_of("sorsa"), "movement": movement, "sara": arms_of("sara"), "mosara": arms_of("mosara"),
           "cora": arms_of("cora", "lora", "lora, r 8"), "cora-init": arms_of("cora-init", "lora"),
           "lotr": arms_of("lotr", "lora"), "depth": depth, "accuracy": accuracy, "made": made}

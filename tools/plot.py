@@ -28,13 +28,14 @@ DASHED, DOTTED = (0, (4, 2)), (0, (2.5, 1.2))
 LOOKS = {"full": ("#000000", "-", "s"), "lora": (SOFT, DASHED, "o"), "pissa": ("#0072b2", "-", "^"),
          "sorsa": ("#d55e00", "-", "D"), "sara": ("#009e73", "-", "v"), "mosara": ("#009e73", DOTTED, "P"),
          "cora": ("#b0568c", "-", "X"), "cora-init": ("#b0568c", DOTTED, "<"), "lotr": ("#b87700", "-", ">")}
-# SORSA's arms, by gamma.
-SHADES = [("#f0a878", "D"), ("#e5803c", "s"), ("#d55e00", "X"), ("#8a3d00", "P"), ("#4f2300", "*")]
+# SORSA's arms: the stronger the regularizer, the darker.
+SHADES = {"sorsa, gamma 0": ("#e5803c", "s"), "sorsa, gamma 4e-5": ("#dd6f1f", "X"),
+          "sorsa, gamma 4e-3": ("#8a3d00", "P"), "sorsa, sum": ("#4f2300", "*")}
 NAMES = {name: PANELS[name].name.removesuffix(" fine-tuning") for name in LOOKS}
 OTHER_SIZES = ("lora, r 8", "sara, q and v", "mosara, q and v")  # the study's arms that are a method at another size
 # {what is measured: which numbers of a record's spectra, whose mean is drawn}
 SPECTRA = {"change of the singular values, ΔΣ": ("delta_sigma",), "turn of the singular vectors, ΔD": ("delta_d",),
-           "condition number of W_p": ("kappa",), "distance of U and V from orthonormal": ("u_error", "v_error")}
+           "condition κ(W_p), rise in %": ("kappa",), "distance of U and V from orthonormal": ("u_error", "v_error")}
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "study", "font.family": "DejaVu Sans", "font.size": 12,
          "text.color": INK, "axes.facecolor": "none", "axes.edgecolor": FAINT, "axes.titlesize": 13, "axes.grid": True,
          "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": PALE,
@@ -133,13 +134,13 @@ def label(axes, points):
     they lie, with a thin line to its point."""
     heights = axes.transAxes.inverted().transform(axes.transData.transform([point[1:3] for point in points]))[:, 1]
     gap = 15 / 72 / (axes.get_position().height * axes.figure.get_figheight())
-    for (text, x, y, colour), height in zip(points, spread(heights.tolist(), gap)):
+    for (text, x, y, colour), height in zip(points, apart(heights.tolist(), gap)):
         axes.annotate(text, (x, y), (1.08, height), textcoords="axes fraction", va="center", annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5,
                                   "relpos": (0, 0.5)})
 
 
-def spread(heights, gap):
+def apart(heights, gap):
     """The same heights moved, as little as leaves `gap` between any two, in the same order."""
     order, blocks = sorted(range(len(heights)), key=heights.__getitem__), []
     for place, i in enumerate(order):
@@ -169,7 +170,7 @@ def in_words(name):
 def arm_in_words(_, gamma, name, rate):
     """An arm of `arms`, with gamma where its name does not say it."""
     arm = in_words(name.partition(", rate")[0])  # the rate stands at the end
-    return f"{arm}{f', γ {power(gamma)}' * (arm == NAMES['sorsa'])}, {power(rate)}"
+    return f"{arm}{f', γ {power(gamma)}' * (arm == NAMES['sorsa'])}, lr {power(rate)}"
 
 
 def seeds(some):
@@ -199,18 +200,19 @@ def smooth(losses):
 
 def forgetting(records, name):
     """{rate: (rise of the loss on general text, held-out loss)} of seed 0, in the order of the rates."""
-    found = {study.flag(record, "--lr"): (record["forgot"], record["held_out_after"]) for record in records
-             if record["name"] == name and "forgot" in record and study.flag(record, "--seed") == "0"}
-    return dict(sorted(found.items(), key=lambda item: float(item[0])))
+    losses = study.losses_by_rate(records, name)
+    return {rate: (forgot, losses[rate]) for rate, forgot in study.by_rate(records, name, "forgot").items()
+            if math.isfinite(forgot)}
 
 
 def arms(records):
     """{(place of the method among LOOKS, SORSA's gamma, name, rate): [{step: spectra}, one of each seed]}."""
     found = {}
-    for record in records:
-        if "spectra" in record:
-            arm = list(LOOKS).index(record["method"]), record.get("gamma", 0), record["name"], record["lr"]
-            found.setdefault(arm, []).append({int(step): numbers for step, numbers in record["spectra"].items()})
+    for name in study.WITH_SPECTRA:
+        for record in study.reported(records, name).values():
+            if "spectra" in record:
+                arm = list(LOOKS).index(record["method"]), record.get("gamma", 0), name, record["lr"]
+                found.setdefault(arm, []).append({int(step): numbers for step, numbers in record["spectra"].items()})
     return dict(sorted(found.items()))
 
 
@@ -267,7 +269,7 @@ def loss_by_rate(records):
 def loss_by_forgetting(records):
     """Held-out loss after training against what the loss on general English text has risen by, at each rate."""
     return rate_panels("What each method learns and what it forgets",
-                       "Held-out examples, one seed, a point per learning rate. Filled: the best",
+                       "A point per learning rate, one seed, filled: the best; at the top: higher; x is linear to 0.01",
                        of_each(records, forgetting), "{0:+.4f}",
                        "forgotten: rise of the loss on general English text (nats per token)",
                        {"value": "symlog", "linthresh": 0.01}, "{x:g}")
@@ -296,22 +298,23 @@ def spectra_by_step(records):
     found = arms(records)
     if not found:
         raise Missing("no record with spectra is there yet")
-    shades = iter(SHADES * len(found))
-    looks = {arm: next(shades) if arm[2].startswith("sorsa") else LOOKS[list(LOOKS)[arm[0]]][::2] for arm in found}
+    looks = {arm: SHADES.get(arm[2], LOOKS[list(LOOKS)[arm[0]]][::2]) for arm in found}
     figure, grid = panels("What training does to the singular values and vectors of the weights",
-                          "Means over the adapted matrices, by method, SORSA's γ, and peak learning rate",
-                          len(SPECTRA), "step", "", columns=2, height=200, right=160, between=225, share=False)
+                          "Means over the adapted matrices and seeds, by method, SORSA's γ, and peak learning rate",
+                          len(SPECTRA), "step", "", columns=2, height=200, right=190, between=255, share=False)
     for axes, (words, keys) in zip(grid, SPECTRA.items()):
         head(axes, words)
         curves = {arm: line for arm, some in found.items() if (line := curve(some, keys))}
+        if keys == ("kappa",):
+            curves = {arm: {step: 100 * (kappa / line[0] - 1) for step, kappa in line.items()}
+                      for arm, line in curves.items()}
+        else:  # these begin at zero, or at its rounding, which a logarithm would show
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(power)
+            curves = {arm: {step: value for step, value in line.items() if step} for arm, line in curves.items()}
         for arm, line in curves.items():
             axes.plot(list(line), list(line.values()), color=looks[arm][0], marker=looks[arm][1],
                       linestyle=LOOKS[list(LOOKS)[arm[0]]][1])
-        moved = [value for line in curves.values() for step, value in line.items() if step and value > 0]
-        if moved and max(moved) > 30 * min(moved):
-            axes.set_yscale("log", nonpositive="mask")
-            axes.yaxis.set_major_formatter(power)
-            axes.set_ylim(min(moved) / 3, max(moved) * 3)  # the start is zero, to rounding
         axes.autoscale_view()
         if curves:
             label(axes, [(arm_in_words(*arm), *list(line.items())[-1], looks[arm][0]) for arm, line in curves.items()])
@@ -324,15 +327,16 @@ def loss_by_parameters(records):
     rows = sorted(found, key=lambda name: found[name][0]["trainable_parameters"])
     losses = {name: [record["report_loss"] for record in some] for name, some in found.items()}
     figure, (axes,) = panels(
-        "The loss after training, from many trained parameters to few", "Examples kept for the report, each method at "
-        "its best learning rate: mean and range of the seeds. Dashed: LoRA", 1, LOSS, "", height=24 * len(rows),
-        left=230, right=80)
+        "The loss after training, from many trained parameters to few", "Examples kept for the report, best learning "
+        "rates, mean of the seeds. Bar: 95 % interval of the difference to LoRA (dashed)", 1, LOSS, "",
+        height=24 * len(rows), left=230, right=80)
     axes.set_yticks(range(len(rows)), [
         f"{in_words(name)}{seeds(found[name])}: {amount(found[name][0]['trainable_parameters'])}" for name in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     for row, name in enumerate(rows):
         colour, _, marker = LOOKS[name.partition(",")[0]]
-        axes.plot([min(losses[name]), max(losses[name])], [row, row], color=colour)
+        if "lora" in found and name != "lora" and (beside := study.difference(records, name, "lora")):
+            axes.plot([mean(losses["lora"]) + end for end in (beside.low, beside.high)], [row, row], color=colour)
         axes.plot(mean(losses[name]), row, color=colour, marker=marker, markersize=7)
         axes.text(1.02, row, f"{mean(losses[name]):.4f}", transform=axes.get_yaxis_transform(), va="center")
     if "lora" in found:

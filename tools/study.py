@@ -2,8 +2,9 @@
 
 First every method at learning rates half a decade apart, with one seed: the best is the one with the lowest loss on 128
 held-out examples, and the rates go on where it would lie at an end. What is reported are other seeds at that rate, on
-other examples. Then the arms, which the claims of the papers call for, at the rate of the method that they vary; the
-rates of every method at its own size, the defaults of train.py; and longer runs for an accuracy.
+other examples. Then the rates of every method at its own size, the defaults of train.py; the arms, which the claims of
+the papers call for, at the rate of the method that they vary, or one chosen in the same way where their rank is
+another; and longer runs for an accuracy.
 """
 import support
 
@@ -21,7 +22,8 @@ from tools.intervals import paired
 RECORDS = ROOT / "results" / "study.jsonl"
 TARGETS = ("--targets", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj")
 BUDGET = ("--params", "1200000", *TARGETS)
-RUN = ("--steps", "64", "--batch", "8", "--held-out", "128", "--save-every", "64", "--forgetting", "--dtype",
+STEPS = "64"
+RUN = ("--steps", STEPS, "--batch", "8", "--held-out", "128", "--save-every", STEPS, "--forgetting", "--dtype",
        "bfloat16")
 REPORT, SPECTRA = ("--report", "512"), ("--spectra-every", "16")
 SEEDS = ("1", "2", "3")  # of what is reported; the rates are chosen with seed 0
@@ -47,29 +49,32 @@ def last(blocks, method):
     return ("--method", method, "--params", "610560", "--targets", pattern)
 
 
-# name: (flags, the method whose rate it takes)
+ALPHA = {"lora, alpha 32": ((*METHODS["lora"][0], "--alpha", "32"), "1e-3")}  # does the best rate follow the scale?
+OWN_SIZE = {f"{name}, own size": (("--method", name), middle) for name, (_, middle) in METHODS.items()
+            if name != "full"}
+# Arms of another rank than their method's above: the best rate moves with it, so each has rates of its own.
+OTHER_RANK = {"lora, r 8": (("--method", "lora", "--rank", "8", *TARGETS), "3e-3"),
+              **{f"{method}, last {blocks}": (last(blocks, method), middle) for blocks, middle in (
+                  (5, "3e-3"), (30, "1e-2"), (10, "3e-3"), (20, "1e-2")) for method in ("lotr", "lora")}}
+WITH_RATES = METHODS | ALPHA | OWN_SIZE | OTHER_RANK  # those that rates are tried for
+# name: (flags, whose best rate it takes)
 ARMS = {
     "sara, even": ((*METHODS["sara"][0], "--ranks", "even"), "sara"),
     "mosara, one set": ((*METHODS["mosara"][0], "--sets", "1"), "mosara"),
     "mosara, no router": ((*METHODS["mosara"][0], "--equal-gates"), "mosara"),
     "cora, random basis": ((*METHODS["cora"][0], "--basis", "random"), "cora"),
-    "lora, r 8": (("--method", "lora", "--rank", "8", *TARGETS), "lora"),
     "sorsa, gamma 0": ((*METHODS["sorsa"][0], "--gamma", "0"), "sorsa"),
     "sorsa, gamma 4e-3": ((*METHODS["sorsa"][0], "--gamma", "4e-3"), "sorsa"),
     "cora-init, random basis": ((*METHODS["cora-init"][0], "--basis", "random"), "cora-init"),
     "lotr, cores only": ((*METHODS["lotr"][0], "--core-only"), "lotr"),
     "lotr, by name": ((*METHODS["lotr"][0], "--group-by", "name"), "lotr"),
+    **{name: (flags, name) for name, (flags, _) in OTHER_RANK.items()},
+    "mosara, router of rank 2": ((*METHODS["mosara"][0], "--router-rank", "2"), "mosara"),
+    "sara, q and v": (OWN_SIZE["sara, own size"][0], "sara, own size"),
+    "mosara, q and v": (OWN_SIZE["mosara, own size"][0], "mosara, own size"),
     "sorsa, sum": ((*METHODS["sorsa"][0], "--reduction", "sum"), "sorsa"),
     "sorsa, gamma 4e-5": ((*METHODS["sorsa"][0], "--gamma", "4e-5"), "sorsa"),
-    "mosara, router of rank 2": ((*METHODS["mosara"][0], "--router-rank", "2"), "mosara"),
-    "sara, q and v": (("--method", "sara"), "sara"),
-    "mosara, q and v": (("--method", "mosara"), "mosara"),
-    **{f"{method}, last {blocks}": (last(blocks, method), method) for blocks in (5, 10, 20, 30)
-       for method in ("lotr", "lora")},
 }
-OWN_SIZE = {f"{name}, own size": (("--method", name), middle) for name, (_, middle) in METHODS.items()
-            if name != "full"}
-ALPHA = {"lora, alpha 32": ((*METHODS["lora"][0], "--alpha", "32"), "1e-3")}  # does the best rate follow the scale?
 ONE_RATE = "3e-4"  # at which these are compared as well, each other's rates being equal
 WATCHED = ("full", "lora", "pissa", "sorsa")
 WITH_SPECTRA = {*WATCHED, *(f"{name}, rate {ONE_RATE}" for name in WATCHED),
@@ -87,7 +92,7 @@ ACCURACY = {
 def job(name, flags, rate, seed="0"):
     """A run of the study: to choose a rate by, or one that is reported."""
     reports = seed != "0"
-    eval_every = "16" if reports and name in METHODS else "64"
+    eval_every = "16" if reports and name in METHODS else STEPS
     measured = REPORT * reports + SPECTRA * (reports and name in WITH_SPECTRA)
     return Job(name, (*flags, "--lr", rate, "--seed", seed, *RUN, "--eval-every", eval_every, *measured))
 
@@ -116,25 +121,26 @@ def rates_around(losses, middle, reach):
 
 def jobs(records):
     """The study's runs, as far as the records determine them, the most telling first."""
-    near, settled = [], {}
-    losses = {name: losses_by_rate(records, name) for name in (*METHODS, *ALPHA, *OWN_SIZE)}
-    for name, (flags, middle) in METHODS.items():
-        rates = rates_around(losses[name], middle, 1)
-        near.append([job(name, flags, rate) for rate in rates])
-        if all(rate in losses[name] for rate in rates):
-            settled[name] = best_rate(losses[name])
-    found = [planned for some in itertools.zip_longest(*near) for planned in some if planned]  # the middles first
-    found += [job(name, METHODS[name][0], rate, seed) for name, rate in settled.items() for seed in SEEDS]
+    losses = {name: losses_by_rate(records, name) for name in WITH_RATES}
+    rates = {name: rates_around(losses[name], middle, 1) for name, (_, middle) in WITH_RATES.items()}
+    near = {name: [job(name, flags, rate) for rate in rates[name]] for name, (flags, _) in WITH_RATES.items()}
+    settled = {name: best_rate(losses[name]) for name in rates if all(rate in losses[name] for rate in rates[name])}
+    ordered = itertools.zip_longest(*(near[name] for name in METHODS))
+    found = [planned for some in ordered for planned in some if planned]  # the middles first
+    found += [job(name, flags, settled[name], seed) for name, (flags, _) in METHODS.items() if name in settled
+              for seed in SEEDS]
     far = [job(name, flags, rate) for name, (flags, middle) in METHODS.items()
            for rate in rates_around(losses[name], middle, 2)]
-    own = [job(name, flags, rate) for name, (flags, middle) in (ALPHA | OWN_SIZE).items()
-           for rate in rates_around(losses[name], middle, 1)]
-    arms = [job(name, flags, settled[of], seed) for name, (flags, of) in ARMS.items() if of in settled
-            for seed in SEEDS]
+    own = [planned for name in (*ALPHA, *OWN_SIZE) for planned in near[name]]
+    arms = []
+    for name, (flags, of) in ARMS.items():
+        arms += near.get(name, [])
+        arms += [job(name, flags, settled[of], seed) for seed in SEEDS if of in settled]
     arms += [job(f"{name}, rate {ONE_RATE}", METHODS[name][0], ONE_RATE, SEEDS[0]) for name in WATCHED
              if settled.get(name, ONE_RATE) != ONE_RATE]
-    counted = [accuracy_job(name, method, rate) for name in ACCURACY for method, rate in settled.items()]
-    return found + far + arms + own + counted
+    counted = [accuracy_job(name, method, settled[method]) for name in ACCURACY for method in METHODS
+               if method in settled]
+    return found + far + own + arms + counted
 
 
 # ---- what the records say -------------------------------------------------------------------------------------------
@@ -145,11 +151,16 @@ def flag(record, name):
     return words[words.index(name) + 1]
 
 
-def losses_by_rate(records, name):
-    """{rate as in the flags: selection loss with seed 0, infinite for a run that diverged}, in the order of rates."""
-    found = {flag(record, "--lr"): record.get("held_out_after", math.inf)
+def by_rate(records, name, key):
+    """{rate as in the flags: a number of the run with seed 0, infinite where it diverged}, in the order of rates."""
+    found = {flag(record, "--lr"): record.get(key, math.inf)
              for record in records if record["name"] == name and flag(record, "--seed") == "0"}
     return dict(sorted(found.items(), key=lambda item: float(item[0])))
+
+
+def losses_by_rate(records, name):
+    """The same of the loss on the selection slice, which chooses the rate."""
+    return by_rate(records, name, "held_out_after")
 
 
 def spectra(records, name):
@@ -189,9 +200,9 @@ def diverged(records, name):
             and (seed := flag(record, "--seed")) in SEEDS]
 
 
-def difference(records, name, other, losses="report_losses"):
+def difference(records, name, other, losses="report_losses", comparisons=1):
     """The Interval of the loss per token of `name` less that of `other`, on the report's examples or on general text
-    ("prose_losses"), over the seeds that both have; None without."""
+    ("prose_losses"), over the seeds that both have; None without. comparisons: as of intervals.paired."""
     a, b = ({seed: record for seed, record in reported(records, which).items() if losses in record}
             for which in (name, other))
     seeds = sorted(a.keys() & b.keys())
@@ -201,7 +212,8 @@ def difference(records, name, other, losses="report_losses"):
     def per_token(record):  # its mean over examples is the loss per token
         tokens = record["report_tokens"] if losses == "report_losses" else [prose.LENGTH - 1] * prose.PIECES
         return [loss * len(tokens) / sum(tokens) for loss in record[losses]]
-    return paired([[x - y for x, y in zip(per_token(a[seed]), per_token(b[seed]), strict=True)] for seed in seeds])
+    return paired([[x - y for x, y in zip(per_token(a[seed]), per_token(b[seed]), strict=True)] for seed in seeds],
+                  comparisons)
 
 
 def main(argv):
@@ -210,8 +222,9 @@ def main(argv):
     parser.add_argument("--plan", action="store_true", help="print the runs that are left, and stop")
     args = parser.parse_args(argv)
     if args.plan:
-        done = {key_of(record) for record in read_records(RECORDS)}
-        print("\n".join(planned.key for planned in jobs(read_records(RECORDS)) if planned.key not in done))
+        records = read_records(RECORDS)
+        done = {key_of(record) for record in records}
+        print("\n".join(planned.key for planned in jobs(records) if planned.key not in done))
         return
     for record in run_all(jobs, args.data, RECORDS, ROOT / "runs" / "study"):
         print(one_line(table_row(record)), flush=True)

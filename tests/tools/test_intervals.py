@@ -35,6 +35,8 @@ def test_an_interval_by_hand():
     assert one.seeds == 1 and one.high - one.mean == pytest.approx(3.18245 * np.std(d[0], ddof=1) / 2, rel=1e-4)
     assert not paired(d - 3).sure and paired(d + 9).sure and paired(d - 12).sure
     assert str(one) == f"+3.0000 [{one.low:+.4f}, {one.high:+.4f}], 1 seed" and "seed" not in str(interval)
+    several = paired(d[:1], comparisons=5)  # t for 99 %, of three degrees of freedom
+    assert several.high - several.mean == pytest.approx(5.84091 * np.std(d[0], ddof=1) / 2, rel=1e-4)
     seeds = over_seeds([1.0, 2.0, 6.0])
     assert seeds.mean == 3 and seeds.high - 3 == pytest.approx(4.30265 * np.std([1, 2, 6], ddof=1) / 3 ** 0.5, rel=1e-4)
     assert seeds.low == pytest.approx(6 - seeds.high) and not over_seeds([1.0]).sure

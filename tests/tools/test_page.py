@@ -76,7 +76,7 @@ def test_the_plan_finds_each_best_rate_wherever_it_is():
         rates = {run["lr"] for run in study.reported(records, name).values()}
         assert rates == {float(study.best_rate(study.losses_by_rate(records, of)))}, name
     assert not any("report_losses" in found for found in records if study.flag(found, "--seed") == "0")
-    for name in study.OWN_SIZE:
+    for name in (*study.OWN_SIZE, *study.OTHER_RANK):
         losses = list(study.losses_by_rate(records, name).values())
         assert len(losses) >= 3 and min(losses) not in (losses[0], losses[-1]), name
 
@@ -86,7 +86,8 @@ def test_a_better_rate_found_late_is_what_counts():
     records = study_of(valley({}))
     flags = study.METHODS["lora"][0]
     records.append(record(study.job("lora", flags, "1e-6"), 0.1))
-    assert not any(study.reported(records, name) for name in ("lora", "lora, r 8", "lora, last 5"))
+    assert not study.reported(records, "lora")
+    assert study.reported(records, "lora, r 8").keys() == {*study.SEEDS}  # whose rate is its own
     assert not study.evaluations(records, "lora, practice") and study.reported(records, "lora, rate 3e-4")
     records.append(record(study.job("lora", flags, "1e-6", "2"), 0.1, [3.0, 4.0]))
     assert study.reported(records, "lora").keys() == {"2"}
@@ -105,13 +106,27 @@ def test_differences_and_verdicts():
     said = page.verdicts(records)
     assert "SORSA ends at a lower loss than LoRA: **holds here**; difference to `lora` -0.5000 [-0.5000, -0.5000]." in said
     assert "at twice the rank, is better than LoRA of as many parameters: **contradicted here**; difference to `lora` +0.2000" in said
-    assert "SORSA is ahead of `lora` on the way: **holds here**" in said and "is the lower one at 3 of 3 points." in said
+    assert "SORSA reaches a loss of 0.80 in fewer steps than `lora`: **not seen here**; after 64.0 and 64.0: +0.0 [+0.0, +0.0]." in said
+    assert "SORSA reaches a loss of 0.77 in fewer steps than `pissa`: never reached." in said
     assert "SORSA forgets less than LoRA: **holds here**; difference to `lora` -1.0000" in said
     assert "LoRA forgets less than full fine-tuning: **contradicted here**" in said and "SORSA forgets less than PiSSA: **not seen" in said
     assert "CoRA's basis is a better start for LoRA: **not seen here**" in said and "not run yet" not in said
-    assert "between 0.4817 (`sorsa`) and 1.1817 (`cora`); `sorsa`, `cora` can be told from `lora`." in said
+    assert ("between 0.4817 (`sorsa`) and 1.1817 (`cora`). Worse than `lora`, each interval by itself: `cora`; with intervals for 8 "
+            "comparisons at once: `cora`. Better: `sorsa`.") in said
+    assert "lowers the condition number of W_p (κ after / κ before): **holds here**; 0.866667: -1.33e-01 [-1.33e-01, -1.33e-01]." in said
     assert "(κ after / κ before): **holds here**; 0.866667, and 0.933333 for `sorsa, gamma 0`: -6.67e-02 [-6.67e-02, -6.67e-02]." in said
     assert "(ΔD): **contradicted here**; 2e-05, and 1e-05 for" in said and "(ΔΣ): **not seen here**; 1e-05, and 1e-05 for" in said
+
+
+def test_steps_to_a_loss():
+    """By hand, on straight lines between the measurements; reached at once, at a measurement, or never."""
+    run = {"held_out_loss": {"0": 1.4, "32": 0.8, "16": 1.0, "64": 0.9}}
+    assert [page.steps_to(run, loss) for loss in (1.2, 1.0, 0.85, 0.8, 0.7)] == pytest.approx([8, 16, 28, 32, None])
+    ways = {"0": 2.4, "16": 0.8, "32": 0.8}, {"0": 2.4, "16": 1.6, "32": 0.8}, {"0": 2.4, "16": 1.6, "32": 0.9}
+    runs = [{**record(study.job("lora", study.METHODS["lora"][0], "1e-3", seed), 0.8, [1.0]), "held_out_loss": way}
+            for seed, way in zip(study.SEEDS, ways)]
+    (line,) = [line for line in page.convergence(runs).splitlines() if "`lora`" in line]
+    assert line.endswith("| 24.0 ± 11.3 (2 of 3 seeds) | never |")
 
 
 def test_few_seeds_decide_nothing():
@@ -122,7 +137,7 @@ def test_few_seeds_decide_nothing():
         for verdict in page.VERDICTS:
             said = verdict(records)
             assert not any(word in said for word in ("holds", "contradicted", "seen")), said
-            assert "not run yet" in said or "**not decided yet**" in said or verdict is page.rate_ratio
+            assert "not run yet" in said or "**not decided yet**" in said or "never reached" in said or verdict is page.rate_ratio
         assert ("-0.5000 [-0.5000, -0.5000], 1 seed." in page.verdicts(records)) == (len(left_out) == 2)
     assert "(2 of 3 seeds)" in page.methods([found for found in whole if study.flag(found, "--seed") != "3"])
 
@@ -136,9 +151,9 @@ def test_what_diverges_is_said():
     records = study_of(loss_at)
     sorsa, lora = (next(line for line in block(records).splitlines() if f"| `{name}`" in line) for block, name in
                    ((page.arms_of("sorsa"), "sorsa, sum"), (page.methods, "lora")))
-    assert "diverged" in sorsa and "(2 of 3 seeds)" in lora and "| diverged |" in page.movement(records)
+    assert "diverged" in sorsa and "(2 of 3 seeds), 1 diverged" in lora and "| diverged |" in page.movement(records)
     assert "SORSA ends at a lower loss than LoRA: **not decided yet**" in page.verdicts(records)
-    assert "the nine methods" not in page.verdicts(records)
+    assert "All methods at their own best rate: `lora` diverged." in page.verdicts(records)
 
 
 def test_the_whole_page_of_a_finished_study():

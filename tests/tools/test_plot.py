@@ -16,11 +16,11 @@ drawn = pytest.mark.peers  # needs matplotlib
 def record(name, rate, seed="0", loss=0.8, **more):
     """A record of the study: its losses fall by 0.01 a step to `loss`, its first seed's."""
     losses = [round(loss + 0.01 * left + 0.001 * int(seed), 5) for left in range(11, -1, -1)]
-    report = {"report_loss": losses[-1] + 0.02, "report_losses": []} if seed != "0" else {}
+    report = {"report_loss": losses[-1] + 0.02, "report_tokens": [1, 1], "report_losses": [losses[-1], losses[-1] + 0.04]}
     return {"name": name, "flags": " ".join(study.job(name, study.METHODS[name][0], rate, seed).flags), "method": name,
             "lr": float(rate), "seed": int(seed), "held_out_before": 1.4, "held_out_after": losses[-1], "losses": losses,
             "forgot": float(rate) / 2, "trainable_parameters": 10**8 if name == "full" else 1_200_000,
-            "adapter": {"threshold": 0.018} if name == "sara" else {}, **report, **more}
+            "adapter": {"threshold": 0.018} if name == "sara" else {}, **(report if seed != "0" else {}), **more}
 
 
 def diverged(name, rate):
@@ -47,7 +47,8 @@ def study_of_all():
         records += [record(name, rates[0], seed, 0.8 + 0.01 * place) for seed in study.SEEDS]
     records += [diverged("lotr", "3e-1"), record("cora", "1e0", loss=5.0)]
     records += [arm(f"sorsa, gamma {gamma}", height=height, gamma=float(gamma)) for gamma, height in (("0", 1e-2), ("4e-5", 1e-6))]
-    return [*records, arm("sorsa, sum", gamma=4e-4), arm("pissa"), arm("lora"), {**record("sara", RATES["sara"][0], "1"), "name": "sara, q and v"}]
+    records += [arm("sorsa, sum", gamma=4e-4), arm("pissa"), arm("lora", "1e-3")]
+    return [*records, {**record("sara", RATES["sara"][0], "1"), "name": "sara, q and v"}]
 
 
 @pytest.fixture
@@ -165,15 +166,24 @@ def test_ranks_spectra_and_sizes_are_those_of_the_records(panels):
     records = study_of_all()
     q = panels(plot.sara_ranks, records)["q_proj"]
     assert [bar.get_height() for bar in q.patches] == [1, 2, 6] and lines(q)[0][1] == [3, 3]
-    grid = panels(plot.spectra_by_step, [*records, arm("full"), {**arm("full", height=3e-3), "seed": 2}])
+    second = arm("full", height=3e-3)
+    second["flags"] = second["flags"].replace("--seed 1", "--seed 2")
+    grid = panels(plot.spectra_by_step, [*records, arm("full"), second])
     turn, kappa, distance = [grid[words] for words in list(plot.SPECTRA)[1:]]
-    assert ([0, 8, 16], [0.002, 0.018, 0.034]) in lines(turn)  # full: seeds of 1e-3 and 3e-3
+    assert ([8, 16], [0.018, 0.034]) in lines(turn)  # full: seeds of 1e-3 and 3e-3
+    assert ([0, 8, 16], [0, 800, 1600]) in lines(kappa)  # in %
     assert [len(lines(axes)) for axes in (turn, kappa, distance)] == [6, 4, 3]
-    assert {text.get_text() for text in distance.texts} == {"SORSA, γ 0, 1e-4", "SORSA, γ 4e-5, 1e-4", "SORSA, sum, 1e-4"}
+    assert {text.get_text() for text in distance.texts} == {"SORSA, γ 0, lr 1e-4", "SORSA, γ 4e-5, lr 1e-4",
+                                                        "SORSA, sum, lr 1e-4"}
     (axes,) = plot.loss_by_parameters(records)[0].axes
     rows = [text.get_text() for text in axes.get_yticklabels()]
     assert rows[-1] == "Full: 100M" and "SARA, q and v, 1/3 seeds: 1.2M" in rows and len(rows) == 10
     assert ([round(0.8 + 0.022, 6)], [9]) in lines(axes)  # Full: of 0.821, 0.822, 0.823
+    interval = study.difference(records, "full", "lora")
+    lora = (0.8 + 0.81 + 0.81) / 3 + 0.002 + 0.02  # the first seed's is that of the arm
+    assert ([round(lora + interval.low, 5), round(lora + interval.high, 5)], [9, 9]) in [
+        ([round(x, 5) for x in xs], ys) for xs, ys in lines(axes)]
+    assert sum(len(xs) == 2 for xs, _ in lines(axes)) == 10  # nine bars, of all but LoRA, and its own dashed line
 
 
 @drawn
@@ -192,4 +202,4 @@ def test_what_the_records_lack_is_named_and_not_fatal(draw, capsys):
 @pytest.mark.parametrize("heights, moved", [([], []), ([5], [5]), ([0, 3], [0, 3]), ([1, 1], [0.5, 1.5]), ([3, 0.1, 0], [3, 0.55, -0.45])])
 def test_labels_are_moved_as_little_as_it_takes(heights, moved):
     """Those that are apart stay where they are."""
-    assert plot.spread(heights, 1) == pytest.approx(moved)
+    assert plot.apart(heights, 1) == pytest.approx(moved)
