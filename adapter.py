@@ -3,7 +3,7 @@
 A method is `attach(model, ...)`: it replaces `nn.Linear` layers of any torch model, in place, and leaves
 `requires_grad` True exactly on what the method trains. The layers it puts in derive from `AdaptedLinear`. The frozen
 `weight` and `bias` stay under their old names, so the base model's state dict keeps its keys (PiSSA and SORSA take a
-part out of `weight`; its original value is the one before), and
+part out of `weight`: at step 0 the original is weight + delta()), and
 
     layer.forward(x)       the paper's equation, which never builds delta() while training
     layer.delta()          (out, in), what forward adds to `weight`
@@ -11,7 +11,7 @@ part out of `weight`; its original value is the one before), and
     layer.unmergeable      None, or why no matrix equals the change (Mo-SARA); delta() and lora_factors() then raise
 
 A method whose change has no low rank leaves lora_factors out. To use a method elsewhere, copy its file and this one
-(for PiSSA and cora-init lora.py too).
+(for PiSSA and CoRA lora.py too).
 """
 import contextlib
 import copy
@@ -77,7 +77,7 @@ class Method(NamedTuple):
 
     attach         its signature says which flags there are: their kinds (annotations), choices (Literal) and defaults
     learning_rate  the peak rate to start from
-    help           {argument: what its flag says}, for the arguments that no other method has
+    help           {argument: what its flag says}, for the arguments that support/flags.py does not know
     fit            fit(model, params, ...) -> {argument: value}: the size that comes nearest to a budget of parameters
     regularize     regularize(model, peak_lr, ...) adds to the gradients once per step, after clipping, and returns the
                    penalty R; the arguments behind the first two are flags too
@@ -95,21 +95,27 @@ class Method(NamedTuple):
 
 # ---- attaching ------------------------------------------------------------------------------------------------------
 
-def find_linears(model, targets, rank=None):
-    """[(name, nn.Linear)] in module order: those whose name, or what comes behind one of its dots, is one of `targets`,
-    where * and [0-9] stand for what they do in file names: q_proj, layers.2[0-9].mlp.*
-
-    The default TARGETS stand for those of the seven that the model has (GPT-2 has no gate_proj).
-
-    Raises ValueError, before anything has changed, if a method is already attached, if a target matches nothing or a
-    weight that another module uses too (a head tied to the embedding) or that is no matrix of usable numbers, or if
-    `rank` is given and is not in 1 .. min(out, in) of every match.
-    """
+def refuse_a_second(model):
+    """ValueError if a method is already attached."""
     if hasattr(model, "adapter_config") or adapted_layers(model):
         method = getattr(model, "adapter_config", {}).get("method", "a method")
         raise ValueError(f"{method} is already attached to this model: "
                          "merge it with adapter.merge(model), or start from a fresh base")
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def find_linears(model, targets, rank=1):
+    """[(name, nn.Linear)] in module order: those whose name, or the end of it behind one of its dots, is one of
+    `targets`, where * and [0-9] stand for what they do in file names: q_proj, layers.2[0-9].mlp.*
+
+    The default TARGETS stand for those of the seven that the model has (GPT-2 has no gate_proj). What derives from
+    nn.Linear is left out: its parent may read the weight past its forward (nn.MultiheadAttention does).
+
+    Raises ValueError, before anything has changed, if a method is already attached, if there is no target, if one
+    matches nothing or a weight that another module uses too (a head tied to the embedding, one linear at two places) or
+    that is no matrix of usable numbers, or if `rank` is not in 1 .. min(out, in) of every match.
+    """
+    refuse_a_second(model)
+    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     names = [name.rpartition(".")[2] for name, _ in linears]
     if tuple(targets) == TARGETS and set(TARGETS) & set(names):
         targets = [target for target in TARGETS if target in names]
@@ -121,17 +127,16 @@ def find_linears(model, targets, rank=None):
             raise ValueError(f"target {target!r} matches no linear layer: this model has "
                              f"{', '.join(dict.fromkeys(names))}")
     found = [(name, linear) for name, linear in linears if any(matches(name, target) for target in targets)]
-    users = Counter(id(getattr(module, "weight", None)) for module in model.modules())
+    users = Counter(id(getattr(module, "weight", None)) for _, module in model.named_modules(remove_duplicate=False))
     for name, linear in found:
         if users[id(linear.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
         check_numbers(name, linear.weight)
-    if rank is not None:
-        if not found:
-            raise ValueError("no targets given: name the linear layers to adapt, as in targets=['q_proj', 'v_proj']")
-        name, smallest = min(((n, min(m.weight.shape)) for n, m in found), key=lambda pair: pair[1])
-        if not 1 <= rank <= smallest:
-            raise ValueError(f"rank {rank} is out of range: it must be 1 .. {smallest}, the smaller side of {name}")
+    if not found:
+        raise ValueError("no targets given: name the linear layers to adapt, as in targets=['q_proj', 'v_proj']")
+    name, smallest = min(((n, min(m.weight.shape)) for n, m in found), key=lambda pair: pair[1])
+    if not 1 <= rank <= smallest:
+        raise ValueError(f"rank {rank} is out of range: it must be 1 .. {smallest}, the smaller side of {name}")
     return found
 
 
@@ -185,8 +190,7 @@ def grouped(linears, key):
 
 
 def scaling(alpha, rank):
-    """alpha / r, by which a change is scaled: 1 for alpha=None, which stands for alpha = r. ValueError unless it is
-    above 0."""
+    """alpha / r, by which a change is scaled, or 1 for alpha=None. ValueError unless it is above 0."""
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha {alpha:g} is out of range: it must be above 0")
     return 1.0 if alpha is None else alpha / rank
@@ -233,36 +237,37 @@ def principal_triplets(weight, rank, svd="gram"):
     """The `rank` leading singular triplets of weight (out, in): U (out, r), S (r,) descending, Vt (r, in), all fp32.
 
     svd="exact"  economy SVD in fp32.
-    svd="gram"   the same to fp32's accuracy, several times faster, by eigenvectors of the smaller of W W^T and W^T W. A
-                 numerically rank-deficient W falls back to "exact".
+    svd="gram"   the same to fp32's accuracy, several times faster, by eigenvectors of the smaller of W W^T and W^T W.
     The sign that an SVD leaves free is fixed: the entry of largest magnitude in each row of Vt is positive.
     """
     if svd not in ("exact", "gram"):
         raise ValueError(f"unknown svd {svd!r}: choose exact or gram")
     device, weight = weight.device, with_fp64(weight)
     with full_precision(weight.device.type):
-        U = S = Vt = None
-        if svd == "gram":
-            wide = weight.shape[0] <= weight.shape[1]
-            U, S, Vt = _triplets_from_gram(weight if wide else weight.T, rank)
-            U, Vt = (U, Vt) if wide else (Vt.T, U.T)
-        if U is None or not S[-1] > 1e-5 * S[0]:
+        if svd == "exact":
             U, S, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
             U, S, Vt = U[:, :rank], S[:rank], Vt[:rank]
+        else:
+            U, S, Vt = triplets_from_gram(weight, rank, torch.float32)
+            if S[-1] < 0.03 * S[0]:  # in W W^T a thousandth: what is smaller drowns in its fp32 rounding
+                U, S, Vt = triplets_from_gram(weight, rank, torch.float64)
     Vt, sign = fix_signs(Vt)
     return tuple(factor.float().contiguous().to(device) for factor in (U * sign.T, S, Vt))
 
 
-def _triplets_from_gram(W, rank):
-    """U, S, Vt in fp64 of a W (rows, columns) that is not tall: W W^T = U S^2 U^T.
+def triplets_from_gram(W, rank, dtype):
+    """U, S, Vt in fp64 of W (out, in), from W W^T = U S^2 U^T, or where W is tall, from W^T W.
 
-    The eigenvectors are found in fp32, 8 more than asked for, so that the wanted ones lie in the space that they span.
-    In it the SVD of W is a small one, done in fp64: the singular values are then right to the square of the space's
-    error (Rayleigh-Ritz).
+    The eigenvectors are found in `dtype`, 8 more than asked for, so that the wanted ones lie in the space that they
+    span. In it the SVD of W is a small one, done in fp64: the singular values are then right to the square of the
+    space's error (Rayleigh-Ritz).
     """
-    _, vectors = torch.linalg.eigh(W.float() @ W.float().T)  # ascending
-    Q = torch.linalg.qr(vectors[:, -(rank + 8):].double()).Q  # (rows, r + 8)
-    U, S, Vt = torch.linalg.svd(Q.T @ W.double(), full_matrices=False)  # (r + 8, r + 8), (r + 8,), (r + 8, columns)
+    if W.shape[0] > W.shape[1]:
+        U, S, Vt = triplets_from_gram(W.T, rank, dtype)
+        return Vt.T, S, U.T
+    _, vectors = torch.linalg.eigh(W.to(dtype) @ W.to(dtype).T)  # ascending
+    Q = torch.linalg.qr(vectors[:, -(rank + 8):].double()).Q  # (out, r + 8), or all out
+    U, S, Vt = torch.linalg.svd(Q.T @ W.double(), full_matrices=False)  # (r + 8, r + 8), (r + 8,), (r + 8, in)
     return Q @ U[:, :rank], S[:rank], Vt[:rank]
 
 

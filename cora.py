@@ -13,10 +13,10 @@ projections, which share it, and A starts at zero instead:
     B           B           (out, r)   the group's basis                no, shared      yes, each layer its own
     alpha / r   scale       a number   1                                no              no
 
-Trainable parameters: r in per adapted linear (about half of LoRA's; the file holds each group's B beside them, r out
-numbers), cora-init r (in + out). Merge: W_i + (alpha / r) B A_i.
-First step (dX is dL/dX, dW that of the weight with its change): dA = scale B^T dW is not zero. In cora-init
-dB = scale dW A^T is zero at first, because A = 0; from step 2 on both move. In cora B never moves: every column of the
+Trainable parameters: r * in per adapted linear (about half of LoRA's; the file holds each group's B beside them,
+r * out numbers), cora-init r (in + out). Merge: W_i + (alpha / r) B A_i.
+First step (dA means dL/dA; dW is that of W_i with its change, (out, in)): dA = scale B^T dW is not zero. In cora-init
+dB = scale dW A^T is, because A = 0; from the second step on both move. In cora B never moves: every column of the
 change stays in its span, and what lies outside of it cannot be learned. cora-init is a LoRALinear (lora.py) with
 another start.
 
@@ -34,13 +34,13 @@ What is open, and what we chose:
 - B is part of the adapter file, once per group: A is useless without the exact B it was trained with;
 - control arms: basis="random" (orthonormal, seeded), a_init="random" (LoRA's A: the output then moves at step 0).
 """
-import importlib.util
 from typing import Literal
 
 import torch
 import torch.nn as nn
 
 import adapter
+import lora
 
 ROLES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "query": "qkv", "key": "qkv", "value": "qkv",
          "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -58,16 +58,16 @@ class CoRABasis(nn.Module):
 class CoRALinear(adapter.AdaptedLinear):
     """weight + scale B A, for one `nn.Linear`: B is read from the group's CoRABasis, A is the layer's own."""
 
-    def __init__(self, linear, basis, A, scale=1.0):
+    def __init__(self, linear, shared, A, scale=1.0):
         super().__init__(linear)
-        self.basis = (basis,)  # in a tuple, so that it is not registered here again: see adapter.Shared
+        self.shared = (shared,)  # in a tuple, so that it is not registered here again: see adapter.Shared
         self.A = self.factor(A)  # (r, in)
         self.scale = scale  # alpha / r
 
     @property
     def B(self):
         """(out, r), the group's."""
-        return self.basis[0].B
+        return self.shared[0].B
 
     def forward(self, x):
         A, B = self.A.to(x), self.B.to(x)
@@ -89,8 +89,9 @@ def attach(model, rank: int = 16, alpha: float | None = None, targets: list = ad
     """CoRA: replace every target linear by a CoRALinear, in place, and register the groups' bases as `model.cora`.
 
     `alpha=None` means alpha = rank. `basis` is "weights", "input" or "random", `a_init` "zeros" or "random". `extra` is
-    {name: state dict} of further models of the same architecture and pretraining; what is recorded, and given beside
-    `saved`, is the names. `seed` draws what is random, on the CPU. `saved`, an `adapter.state`, gives B without an SVD.
+    {name: state dict} of further models of the same architecture and pretraining. `seed` draws what is random, on the
+    CPU. `saved`, an `adapter.state`, gives B without an SVD; `extra` is then their names alone, which is all that is
+    recorded of them.
     Raises ValueError on an unknown target or choice, a rank outside 1 .. min(out, in), basis="input" where out != in,
     an `extra` that does not fit or is not used, or a second attach.
     """
@@ -108,13 +109,12 @@ def attach_init(model, rank: int = 16, alpha: float | None = None, targets: list
                 basis: Basis = "weights", a_init: AInit = "zeros", extra: list = (), seed: int = 0, saved=None):
     """cora-init: replace every target linear by a LoRALinear whose B starts as the group's basis, and trains.
 
-    The arguments and errors are those of `attach`; after `saved`, which here only gives shapes, comes `adapter.fill`.
+    The arguments and errors are those of `attach`. With `saved` no SVD is made: `adapter.fill` is to set A and B.
     """
-    from lora import LoRALinear  # here, so that CoRA itself is this file and adapter.py
     layers, bases, scale = prepare(model, rank, alpha, targets, basis, a_init, extra, seed, saved)
     adapter.freeze(model)
     for name, linear, key, A in layers:
-        adapter.replace(model, name, LoRALinear(linear, A, bases[key], scale))
+        adapter.replace(model, name, lora.LoRALinear(linear, A, bases[key], scale))
     adapter.record(model, "cora-init", rank=rank, alpha=alpha, targets=list(targets), basis=basis, a_init=a_init,
                    extra=list(extra), seed=seed)
 
@@ -157,14 +157,14 @@ def common_basis(members, rank, basis, extra, generator):
     """B (out, r) of one group, fp32: orthonormal columns, in each the entry of largest magnitude positive."""
     first = members[0][1].weight
     if basis == "random":
-        Q = torch.linalg.qr(torch.randn(first.shape[0], rank, generator=generator))[0]  # (out, r)
-        return adapter.fix_signs(Q.T)[0].T.contiguous().to(first.device)
+        B = torch.linalg.qr(torch.randn(first.shape[0], rank, generator=generator)).Q.to(first.device)  # (out, r)
+        return adapter.fix_signs(B.T)[0].T.contiguous()
     weights = [linear.weight for _, linear in members]
     for other, state in dict(extra).items():
         weights += [further_weight(other, state, f"{name}.weight", linear.weight) for name, linear in members]
     if basis == "weights":
-        J = torch.cat(weights, dim=1)  # (out, sum in)
-        return adapter.principal_triplets(J.T, rank)[2].T.contiguous()  # of J^T, as signs are fixed in right vectors
+        B = adapter.principal_triplets(torch.cat(weights, dim=1), rank)[0]  # of J (out, sum in)
+        return adapter.fix_signs(B.T)[0].T.contiguous()
     for name, linear in members:
         if linear.in_features != linear.out_features:
             raise ValueError(f"basis='input' needs square weights: {name} is {linear.out_features} x "
@@ -192,22 +192,16 @@ def saved_basis(saved, key, members, rank):
 
 
 def fit(model, params, targets=adapter.TARGETS):
-    """{"rank": r}: the rank whose r in parameters per linear come nearest to `params` in all."""
-    linears = adapter.find_linears(model, targets, rank=1)
+    """{"rank": r}: the rank whose r * in parameters per linear come nearest to `params` in all."""
+    linears = adapter.find_linears(model, targets)
     return adapter.nearest_rank(linears, params, lambda rank: rank * sum(m.in_features for _, m in linears))
-
-
-def fit_init(model, params, targets=adapter.TARGETS):
-    """The same for cora-init's r (in + out), which is LoRA's count."""
-    import lora
-    return lora.fit(model, params, targets)
 
 
 HELP = {"basis": "where B comes from", "a_init": "start of A; random moves the output at step 0",
         "extra": "further models, with commas, whose weights join the basis: same architecture and pretraining (all "
                  "are in memory at once while it is computed)"}
 METHODS = {"cora": adapter.Method(attach, learning_rate=3e-3, fit=fit, help=HELP),
-           "cora-init": adapter.Method(attach_init, learning_rate=3e-3, fit=fit_init, help=HELP)}
+           "cora-init": adapter.Method(attach_init, learning_rate=3e-3, fit=lora.fit, help=HELP)}
 
 if __name__ == "__main__":
     def facts(q, k, v, later):
@@ -217,6 +211,5 @@ if __name__ == "__main__":
                 "there cannot be learned"]
 
     adapter.demonstrate(attach, facts, rank=4)
-    if importlib.util.find_spec("lora"):
-        adapter.demonstrate(attach_init, lambda q, k, v, later: [
-            f"B^T B of k_proj is no longer I: off by {(k.B.T @ k.B - torch.eye(4)).norm():.2f}"], rank=4)
+    adapter.demonstrate(attach_init, lambda q, k, v, later: [
+        f"B^T B of k_proj is no longer I: off by {(k.B.T @ k.B - torch.eye(4)).norm():.2f}"], rank=4)

@@ -14,10 +14,11 @@ def attach(model, targets: list | None = None):
 
     Raises ValueError on an unknown target or a second attach.
     """
-    linears = adapter.find_linears(model, targets or ())
+    adapter.refuse_a_second(model)
+    trained = [linear.weight for _, linear in adapter.find_linears(model, targets)] if targets else model.parameters()
     adapter.freeze(model)
-    for trained in [linear for _, linear in linears] if targets else [model]:
-        trained.requires_grad_(True)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     adapter.record(model, "full", targets=list(targets) if targets else None)
 
 

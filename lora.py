@@ -11,8 +11,8 @@ The change of a weight is learned as a product of two thin matrices; the weight 
     alpha / r   scale       a number   1                                no
 
 Trainable parameters: r (in + out) per adapted linear. Merge: W + (alpha / r) B A.
-First step (dX is dL/dX, dW that of the weight with its change): B = 0 makes dA = scale B^T dW = 0, while
-dB = scale dW A^T is not; then both move.
+First step (dA means dL/dA; dW is that of W with its change, (out, in)): B = 0 makes dA = scale B^T dW = 0, while
+dB = scale dW A^T is not; from the second step on both move.
 
 What is left open, and what we chose: the paper draws A from a Gaussian, implementations use the uniform distribution
 above (Kaiming with a = sqrt 5) and so do we; alpha = r unless given; no dropout.
@@ -65,8 +65,9 @@ def attach(model, rank: int = 16, alpha: float | None = None, targets: list = ad
 
 def fit(model, params, targets=adapter.TARGETS):
     """{"rank": r}: the rank whose r (in + out) parameters per linear come nearest to `params` in all."""
-    linears = adapter.find_linears(model, targets, rank=1)
-    return adapter.nearest_rank(linears, params, lambda rank: rank * sum(sum(m.weight.shape) for _, m in linears))
+    linears = adapter.find_linears(model, targets)
+    return adapter.nearest_rank(
+        linears, params, lambda rank: rank * sum(m.in_features + m.out_features for _, m in linears))
 
 
 METHODS = {"lora": adapter.Method(attach, learning_rate=3e-3, fit=fit)}

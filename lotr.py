@@ -18,9 +18,9 @@ factor B, and each linear owns only a small r x r core between them (s is its nu
 Trainable parameters of a group of M linears: r (in + out) + M r^2, core only M r^2. In the default model the groups are
 q,o (M = 60), k,v (60), gate,up (60) and down (30). Merge: W_s + (alpha / r) B G_s^T A^T. Exported as a LoRA, each
 linear has a pair of its own of rank r: r (in + out) numbers each.
-First step (dX is dL/dX, dW that of the weight with its change): G = 0 makes dA = dB = 0, while
-dG_s = scale A^T dW_s^T B is not; then all three move. The factors are not unique (A P, B Q and P^-1 G_s Q^-T give the
-same change): compare delta() between runs, never the factors.
+First step (dA means dL/dA; dW_s is that of W_s with its change, (out, in)): G = 0 makes dA = dB = 0, while
+dG_s = scale A^T dW_s^T B is not; from the second step on all three move. The factors are not unique (A P, B Q and
+P^-1 G_s Q^-T give the same change): compare delta() between runs, never the factors.
 
 Sources: the paper's abstract, the first author's slides and the official code; the paper's text was not at hand.
 What that leaves open, and what we chose:
@@ -55,12 +55,11 @@ class LoTRFactors(nn.Module):
 class LoTRLinear(adapter.AdaptedLinear):
     """weight + scale B G^T A^T, for one `nn.Linear`: A and B are the group's, in its LoTRFactors; G is the layer's."""
 
-    def __init__(self, linear, shared, alpha):
+    def __init__(self, linear, shared, G, scale):
         super().__init__(linear)
         self.shared = (shared,)  # in a tuple, so that it is not registered here again: see adapter.Shared
-        rank = shared.A.shape[1]
-        self.G = self.factor(torch.zeros(rank, rank))  # (r, r)
-        self.scale = alpha / rank
+        self.G = self.factor(G)  # (r, r)
+        self.scale = scale  # alpha / r
 
     @property
     def A(self):
@@ -75,7 +74,7 @@ class LoTRLinear(adapter.AdaptedLinear):
     def forward(self, x):
         A, B, G = self.A.to(x), self.B.to(x), self.G.to(x)
         h = self.base(x)  # (..., out)
-        h.add_((x @ (A @ G)) @ B.T, alpha=self.scale)  # A G (in, r) is the same for all tokens
+        h.add_(((x @ A) @ G) @ B.T, alpha=self.scale)
         return h
 
     def delta(self):
@@ -97,18 +96,20 @@ def attach(model, rank: int = 64, alpha: float | None = None, targets: list = ad
     all one shape, or a second attach.
     """
     groups = make_groups(adapter.find_linears(model, targets, rank), group_by)
-    adapter.scaling(alpha, rank)  # ValueError for an alpha that is not above 0
-    generator, shared = torch.Generator().manual_seed(seed), {}
+    generator, shared, scales = torch.Generator().manual_seed(seed), {}, {}
     for key, members in groups.items():
-        weight = members[0][1].weight
-        A, B = (torch.randn(size, rank, generator=generator) for size in weight.T.shape)  # (in, r), (out, r)
-        shared[key] = LoTRFactors(A.float().to(weight.device), B.float().to(weight.device))
+        out, inner = members[0][1].weight.shape
+        scales[key] = adapter.scaling(3 / inner ** 0.5 if alpha is None else alpha, rank)
+        A = torch.randn(inner, rank, generator=generator)  # (in, r)
+        B = torch.randn(out, rank, generator=generator)  # (out, r)
+        device = members[0][1].weight.device
+        shared[key] = LoTRFactors(A.to(device, torch.float32), B.to(device, torch.float32))
     adapter.freeze(model)
     model.lotr = adapter.Shared(shared).requires_grad_(not core_only)
     for key, members in groups.items():
-        group_alpha = 3 / len(shared[key].A) ** 0.5 if alpha is None else alpha
         for name, linear in members:
-            adapter.replace(model, name, LoTRLinear(linear, shared[key], group_alpha))
+            G = torch.zeros(rank, rank)  # (r, r)
+            adapter.replace(model, name, LoTRLinear(linear, shared[key], G, scales[key]))
     adapter.record(model, "lotr", rank=rank, alpha=alpha, targets=list(targets), group_by=group_by,
                    core_only=core_only, seed=seed)
 
@@ -132,9 +133,9 @@ def make_groups(linears, group_by):
 
 def fit(model, params, targets=adapter.TARGETS, group_by="shape", core_only=False):
     """{"rank": r}: the rank whose r (in + out) + M r^2 parameters per group of M come nearest to `params` in all."""
-    linears = adapter.find_linears(model, targets, rank=1)
+    linears = adapter.find_linears(model, targets)
     groups = make_groups(linears, group_by).values()
-    ends = 0 if core_only else sum(sum(members[0][1].weight.shape) for members in groups)
+    ends = 0 if core_only else sum(linear.in_features + linear.out_features for (_, linear), *_ in groups)
     return adapter.nearest_rank(linears, params, lambda rank: ends * rank + len(linears) * rank ** 2)
 
 

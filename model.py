@@ -104,12 +104,14 @@ class KVCache:
 
     def slots(self, T):
         """How many slots attention must look at once T more tokens are in, a multiple of 64."""
-        slots = -(-(self.longest + T) // 64) * 64
+        return -(-(self.longest + T) // 64) * 64
+
+    def clear(self, slots):
+        """Zero those of the first `slots` slots that nothing was written to."""
         if slots > self.cleared:
             for cached in (self.k, self.v):
                 cached[:, :, :, self.cleared:slots] = 0
             self.cleared = slots
-        return slots
 
     def write(self, layer, positions, k, v):
         """Put k, v (B, K, T, D) at `positions` (B, T)."""
@@ -141,7 +143,10 @@ class KVCache:
         return order
 
     def window(self, first, last):
-        """The same cache, seen through a window on rows first .. last - 1: what is written there is in this one too."""
+        """The same cache, seen through a window on rows first .. last - 1: what is written there is in this one too.
+
+        `cleared` and `longest` are numbers, and the window's own: `clear` this one before, set its `longest` after.
+        """
         part = copy.copy(self)
         part.k, part.v, part.lengths = self.k[:, first:last], self.v[:, first:last], self.lengths[first:last]
         return part
@@ -269,9 +274,10 @@ class Decoder(nn.Module):
             positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
         else:
             positions = cache.positions(T)  # (B, T)
-            slots = torch.arange(cache.slots(T), device=tokens.device)  # (S,)
+            S = cache.slots(T)
+            cache.clear(S)
             if cache.longest:  # else nothing is there to be seen but the T tokens themselves
-                seen = (slots <= positions[:, :, None])[:, None]  # (B, 1, T, S)
+                seen = (torch.arange(S, device=tokens.device) <= positions[:, :, None])[:, None]  # (B, 1, T, S)
         x = self.embed_tokens(tokens)  # (B, T, d)
         if self.config.gpt2:
             x, cos, sin = x + self.embed_positions(positions), None, None

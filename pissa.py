@@ -2,8 +2,8 @@
 
 LoRA with another start. The leading r singular triplets of W become the trainable factors, the rest stays frozen:
 
-    W = U diag(S) V^T + (the remaining triplets)
-    h = W_res x + B A x,        A = diag(sqrt S) V^T,   B = U diag(sqrt S),   W_res = W - B A
+    W = U diag(S) V^T + W_res                 the leading r triplets, and the residual of all others
+    h = W_res x + B A x,                      B A = U diag(S) V^T at the start: A = diag(sqrt S) V^T, B = U diag(sqrt S)
 
     letter   attribute   shape      start                 trains
     W_res    weight      (out, in)  W - B A               no

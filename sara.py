@@ -7,7 +7,7 @@ values that make up the share m (`threshold`) of the sum of all p = min(out, in)
 
 SARA adds a product with a diagonal in the middle. W0 stays whole, nothing is subtracted from it:
 
-    y = W0 x + B diag(lam) A x        (times alpha / k if alpha is given)
+    h = W0 x + B diag(lam) A x        (times alpha / k if alpha is given)
 
     letter   attribute   shape      start: init="lam"   init="lora"             trains
     W0       weight      (out, in)  pretrained          pretrained              no
@@ -15,15 +15,15 @@ SARA adds a product with a diagonal in the middle. W0 stays whole, nothing is su
     lam      lam         (k,)       zeros               ones                    yes
     B        B           (out, k)   N(0, 0.02^2)        zeros                   yes
 
-Trainable parameters: k (in + out + 1) per adapted linear. Merge: W0 + B diag(lam) A. At step 0 only the tensor of
-zeros has a gradient, from step 1 on all have; two tensors of zeros would stay so for ever, so no start has two.
+Trainable parameters: k (in + out + 1) per adapted linear. Merge: W0 + B diag(lam) A. At the first step only the tensor
+of zeros has a gradient, from the second on all have; two tensors of zeros would stay so for ever, so no start has two.
 
 Mo-SARA freezes the k leading singular vectors of W0. Between them, where the singular values stood (these are not
 used), it trains n vectors, its `sets`, which a router mixes for each token (* is elementwise):
 
-    h = V^T x                              the token in k coordinates
-    g = softmax(W_g2^T W_g1^T h)           its n gates
-    y = W0 x + v * (U ((Lam^T g) * h))
+    z = V^T x                              the token in k coordinates
+    g = softmax(W_g2^T W_g1^T z)           its n gates
+    h = W0 x + v * (U ((Lam^T g) * z))
 
     letter   attribute   shape      start                          trains
     U        U           (out, k)   left singular vectors of W0    no
@@ -34,11 +34,11 @@ used), it trains n vectors, its `sets`, which a router mixes for each token (* i
     W_g2     W_g2        (q, n)     N(0, 1/q) (variance)           yes
 
 With n = 1, or `equal_gates`, there is no router, and every gate is 1/n.
-Trainable parameters: n k + out + q (k + n), where q is `router_rank`; with n = 1 they are k + out. U and V^T add
-k (in + out) frozen numbers. The update diag(v) U diag(Lam^T g) V^T differs from token to token: with a router there is
-no merge. At step 0 only v has a gradient, then all have. Equal rows of Lam would give the router
-none until they drifted apart: so they start random. With q = 1 the logits are one number times the row W_g2^T, so that
-at any time only the sets of its largest and its smallest entry can have the top gate; q >= 2 lifts most of this.
+Trainable parameters: n k + out, and q (k + n) for the router, where q is `router_rank`. U and V^T add k (in + out)
+frozen numbers. The update diag(v) U diag(Lam^T g) V^T differs from token to token: with a router there is no merge.
+At the first step only v has a gradient, then all have. Equal rows of Lam would give the router none until they drifted
+apart: so they start random. With q = 1 the n logits are one number, W_g1^T z, times W_g2^T (n, 1), so that at any time
+only the sets of its largest and its smallest entry can have the top gate; q >= 2 lifts most of this.
 
 Evidence. The paper's text was not at hand and no official code is known to us: this is a reconstruction. From the
 abstract and a caption come the rank rule on sigma (not sigma^2), the truncated diagonal form beside the weights, and
@@ -54,7 +54,7 @@ implementation random A and B, n = 5, the router's shape, the vector v, the targ
 - v scales the branch alone; v_mode="output", the implementation's reading, scales the whole output (1 + v) and does
   not start at the base model: an ablation;
 - the signs of U and V^T are fixed and both are saved. An SVD may flip a column of U and the row of V^T that belongs to
-  it: the update stays, but h changes its sign there, and the router sees another token.
+  it: the update stays, but z changes its sign there, and the router sees another token.
 """
 import bisect
 import math
@@ -74,19 +74,19 @@ def spectrum(weight):
     """All min(out, in) singular values of weight (out, in), descending, in fp64.
 
     They are the square roots of the eigenvalues of the smaller of W W^T and W^T W. What is within that product's
-    rounding of zero, below about 1e-7 of the largest singular value, is set to zero (their sum hardly notices): without
+    rounding of zero, below about 1e-6 of the largest singular value, is set to zero (their sum hardly notices): without
     this floor a rank-8 matrix of width 64 would seem to have rank 32.
     """
     with adapter.full_precision(weight.device.type):
         W = adapter.with_fp64(weight).double()
-        eigenvalues = torch.linalg.eigvalsh(W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W).flip(0)  # (r,)
+        eigenvalues = torch.linalg.eigvalsh(W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W).flip(0)  # (p,)
     floor = max(W.shape) * torch.finfo(W.dtype).eps * eigenvalues[0]
     return torch.where(eigenvalues > floor, eigenvalues, 0).sqrt()
 
 
 def choose_rank(sigma, threshold):
-    """k: how many leading entries of sigma (r,), descending, make up the share `threshold` of its sum; 1 for zeros."""
-    cumulative = sigma.cumsum(0)  # (r,)
+    """k: how many leading entries of sigma (p,), descending, make up the share `threshold` of its sum; 1 for zeros."""
+    cumulative = sigma.cumsum(0)  # (p,)
     return 1 + int((cumulative < threshold * cumulative[-1] * (1 - 1e-9)).sum())
 
 
@@ -127,9 +127,9 @@ class SARALinear(adapter.AdaptedLinear):
 
     def forward(self, x):
         A, lam, B = self.A.to(x), self.lam.to(x), self.B.to(x)
-        y = self.base(x)  # W0 x, (..., out)
-        y.add_(((x @ A.T) * lam) @ B.T, alpha=self.scale)  # + B diag(lam) A x
-        return y
+        h = self.base(x)  # W0 x, (..., out)
+        h.add_(((x @ A.T) * lam) @ B.T, alpha=self.scale)  # + B diag(lam) A x
+        return h
 
     def delta(self):
         """(out, in): what forward adds to `weight`."""
@@ -155,8 +155,10 @@ def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Litera
         raise ValueError(f"unknown init {init!r}: choose lam or lora")
     if ranks not in ("spectrum", "even"):
         raise ValueError(f"unknown ranks {ranks!r}: choose spectrum or even")
-    linears = adapter.find_linears(model, targets, rank=1)  # each k is in range by its rule, but there must be a match
-    ks, norms = check_base(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
+    linears = adapter.find_linears(model, targets)
+    if ks is None:
+        ks = choose_ranks(linears, threshold)
+    norms = check_base(linears, ks, norms)
     ks = even_ranks(linears, ks) if ranks == "even" else ks
     scales = {k: adapter.scaling(alpha, k) for k in ks.values()}
     adapter.freeze(model)
@@ -164,7 +166,8 @@ def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Litera
     for name, linear in linears:
         k, (out, inner) = ks[name], linear.weight.shape
         if init == "lam":
-            A, B = (0.02 * torch.randn(shape, generator=generator) for shape in ((k, inner), (out, k)))
+            A = 0.02 * torch.randn(k, inner, generator=generator)  # (k, in)
+            B = 0.02 * torch.randn(out, k, generator=generator)  # (out, k)
             lam = torch.zeros(k)
         else:
             A, lam, B = adapter.uniform_factor(k, inner, generator), torch.ones(k), torch.zeros(out, k)
@@ -190,12 +193,12 @@ class MoSARALinear(adapter.AdaptedLinear):
         elif self.W_g1 is not None:
             self.unmergeable = "each token has its own update through the router, so no single matrix equals it"
 
-    def gates(self, h):
-        """(..., n), each >= 0 and with sum 1, for h = Vt x (..., k): in the router's fp32, also under autocast."""
+    def gates(self, z):
+        """(..., n), each >= 0 and with sum 1, for z = Vt x (..., k): in the router's fp32, also under autocast."""
         if self.W_g1 is None:
-            return self.fixed_gates().expand(*h.shape[:-1], -1)
-        with torch.autocast(h.device.type, enabled=False):
-            return (h.to(self.W_g1.dtype) @ self.W_g1 @ self.W_g2).softmax(dim=-1)
+            return self.fixed_gates().expand(*z.shape[:-1], -1)
+        with torch.autocast(z.device.type, enabled=False):
+            return (z.to(self.W_g1.dtype) @ self.W_g1 @ self.W_g2).softmax(dim=-1)
 
     def fixed_gates(self):
         """(n,): the gates where there is no router."""
@@ -203,13 +206,13 @@ class MoSARALinear(adapter.AdaptedLinear):
 
     def forward(self, x):
         U, Vt, v = self.U.to(x), self.Vt.to(x), self.v.to(x)
-        h = x @ Vt.T  # (..., k)
-        mix = (self.gates(h) @ self.Lam).to(x.dtype)  # Lam^T g (..., k): one product with U for all sets
+        z = x @ Vt.T  # (..., k)
+        mix = (self.gates(z) @ self.Lam).to(x.dtype)  # Lam^T g (..., k): one product with U for all sets
         if self.v_mode == "output":
-            return (1 + v) * (self.base(x) + (mix * h) @ U.T)  # (..., out)
-        y = self.base(x)  # (..., out)
-        y += (mix * h) @ (v[:, None] * U).T  # v folded into U, which is smaller than the output
-        return y
+            return (1 + v) * (self.base(x) + (mix * z) @ U.T)  # (..., out)
+        h = self.base(x)  # (..., out)
+        h += (mix * z) @ (v[:, None] * U).T  # v folded into U, which is smaller than the output
+        return h
 
     def delta(self, gates=None):
         """(out, in): diag(v) U diag(Lam^T gates) Vt for gates (n,), which a layer without a router need not be given.
@@ -247,8 +250,10 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
     if sets < 1 or router_rank < 1:
         raise ValueError(f"sets {sets} and router_rank {router_rank} must be at least 1")
     routed = sets > 1 and not equal_gates
-    linears = adapter.find_linears(model, targets, rank=1)  # each k is in range by its rule, but there must be a match
-    ks, norms = check_base(linears, choose_ranks(linears, threshold) if ks is None else ks, norms)
+    linears = adapter.find_linears(model, targets)
+    if ks is None:
+        ks = choose_ranks(linears, threshold)
+    norms = check_base(linears, ks, norms)
     if saved is not None and sets > 1:  # before memory is taken for so many sets
         for name, _ in linears:
             if routed:
@@ -323,7 +328,7 @@ def fit_mosara(model, params, targets=TARGETS, sets=5, router_rank=1, equal_gate
 
 def _fit(model, params, targets, count):
     """By bisection: the ranks, and so the total of count(k, out, in), never fall as the threshold rises."""
-    linears = adapter.find_linears(model, targets, rank=1)
+    linears = adapter.find_linears(model, targets)
     found = {name: spectrum(linear.weight).cpu() for name, linear in linears}
 
     def ranks(thousandths):
@@ -341,7 +346,7 @@ def _fit(model, params, targets, count):
 # ---- a saved state on the right base --------------------------------------------------------------------------------
 
 def check_base(linears, ks, norms):
-    """(ks, {name: |W0|_F}) of the linears, whose names `ks` and, where given, `norms` must have.
+    """{name: |W0|_F} of the linears, whose names `ks` and, where given, `norms` must have.
 
     Raises ValueError for a k that is no rank of its weight, or a norm that its weight does not have (to 1e-3).
     """
@@ -358,7 +363,7 @@ def check_base(linears, ks, norms):
         if norms is not None and not math.isclose(norms[name], found[name], rel_tol=1e-3):
             raise ValueError(f"{name} has norm {found[name]:.6g}, but the adapter was made for one of norm "
                              f"{norms[name]:.6g}: it belongs to another base model")
-    return ks, found
+    return found
 
 
 METHODS = {
@@ -373,7 +378,7 @@ METHODS = {
 
 if __name__ == "__main__":
     def rule(q, k, v, later):
-        share = spectrum(q.weight).cumsum(0) / spectrum(q.weight).sum()  # (r,)
+        share = spectrum(q.weight).cumsum(0) / spectrum(q.weight).sum()  # (p,)
         return [f"q_proj: {len(q.A)} singular values make up {share[len(q.A) - 1]:.3f} of the sum, one less "
                 f"{share[len(q.A) - 2]:.3f}; m = 0.2",
                 f"ranks k of q_proj, k_proj, v_proj: {len(q.A)}, {len(k.A)}, {len(v.A)}"]

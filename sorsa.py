@@ -90,14 +90,15 @@ def start(name, linear, rank, svd, saved):
 
 def fit(model, params, targets=adapter.TARGETS):
     """{"rank": r}: the rank whose r (in + out + 1) parameters per linear come nearest to `params` in all."""
-    linears = adapter.find_linears(model, targets, rank=1)
-    return adapter.nearest_rank(linears, params, lambda rank: rank * sum(sum(m.weight.shape) + 1 for _, m in linears))
+    linears = adapter.find_linears(model, targets)
+    return adapter.nearest_rank(
+        linears, params, lambda rank: rank * sum(m.in_features + m.out_features + 1 for _, m in linears))
 
 
 # ---- the orthonormal regularizer: its definition, the fast form for training, and the call with its weight -----------
 
 def regularizer(model, reduction: Literal["mean", "sum"] = "mean"):
-    """R by its definition, an fp32 scalar that autograd can follow: ||M M^T - I||_F over every M = U^T and V^T.
+    """R by its definition, a scalar that autograd can follow: ||M M^T - I||_F over every M = U^T and V^T.
 
     Raises ValueError where no SORSA layer is attached or `reduction` is unknown.
     """
@@ -135,7 +136,9 @@ def add_regularizer_grad(model, coefficient, reduction: Literal["mean", "sum"] =
         R = R + share * norm.sum()
         for (factor, turned), gradient in zip(stack, dM):
             gradient = gradient.T if turned else gradient
-            factor.grad = gradient.clone() if factor.grad is None else factor.grad.add_(gradient)
+            if factor.grad is None:
+                factor.grad = torch.zeros_like(factor)
+            factor.grad += gradient
     return R
 
 

@@ -47,7 +47,7 @@ def train(args, model, optimizer, encoded, monitor, regularize=None):
             group["lr"] = rate
         loss = accumulate_gradients(args, model, [encoded[i] for i in indices])
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        numbers = {"loss": loss, "lr": rate, "grad_norm": norm}  # for the log: floats, or finite tensors ()
+        numbers = {"loss": loss, "lr": rate, "grad_norm": norm}  # for the log: floats, or 0-d tensors
         R = regularize() if regularize else None  # after clipping, and outside the logged norm
         if R is not None:
             numbers["regularizer"] = R

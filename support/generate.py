@@ -70,7 +70,7 @@ def _prefill(model, prompts, cache):
     its first token, (B,)."""
     device, first, chosen = model.lm_head.weight.device, 0, []
     multiple = row_multiple(device, False, model.config.max_position_embeddings)
-    cache.slots(max(map(len, prompts)))  # clears them, before the windows write
+    cache.clear(cache.slots(max(map(len, prompts))))
     while first < len(prompts):
         last, longest = first + 1, len(prompts[first])
         while last < len(prompts):

@@ -13,7 +13,7 @@ import methods
 from lora import LoRALinear
 from methods import METHODS
 from support import report
-from tests.toy import (ATTACHED, DEFAULT_MODEL, MERGEABLE, RANKED, attach, loss_of, perturb, refused, same, shapes_without_svd,
+from tests.toy import (ATTACHED, DEFAULT_MODEL, MERGEABLE, RANKED, SIZES, attach, loss_of, perturb, refused, same, shapes_without_svd,
                        snapshot, tokens, toy_model, train_steps, transformers_llama, untouched)
 from weights import adapter_file
 from weights.safetensors import read_safetensors, write_safetensors
@@ -187,6 +187,8 @@ def test_full_trains_everything_once_or_the_named_matrices():
     assert len(adapter.trainable(model)) == len(list(model.parameters())) and "lm_head.weight" not in adapter.trainable(model)
     model = attach(toy_model(), "full", targets=["down_proj"])
     assert set(adapter.trainable(model)) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+    biased = nn.ModuleDict({"q_proj": nn.Linear(4, 3), "k_proj": nn.Linear(4, 3)})
+    assert set(adapter.trainable(attach(biased, "full", targets=["q_proj"]))) == {"q_proj.weight"}
 
 
 @pytest.mark.peers
@@ -408,6 +410,19 @@ def test_targets_that_cannot_be_are_refused(method):
     attach(toy_model(tie_word_embeddings=False), method, targets=["lm_head"])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_linears_that_cannot_be_replaced_are_refused(method):
+    """One that stands at two places, of which only the first would be replaced; one whose weight its parent reads itself."""
+    model = nn.ModuleDict({"first": nn.ModuleDict({"q_proj": nn.Linear(8, 8)})})
+    model["second"] = nn.ModuleDict({"q_proj": model["first"]["q_proj"]})
+    options = {**SIZES.get(method, {"rank": 4}), "targets": ["q_proj"]}
+    with pytest.raises(ValueError, match="first.q_proj shares its weight with another module"):
+        METHODS[method].attach(model, **options)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "q_proj": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match="target 'out_proj' matches no linear layer: this model has q_proj$"):
+        METHODS[method].attach(model, **{**options, "targets": ["out_proj"]})
+
+
 def test_targets_match_whole_names_only():
     """`o_proj` does not match `foo_o_proj`; the default seven stand for those of them that the model has."""
     for targets in (["o_proj"], adapter.TARGETS):
@@ -529,15 +544,29 @@ def test_triplets_of_a_nearly_flat_spectrum(shape):
     assert_as_good_as_an_svd(((Q1 * (1 - 1e-4 * torch.arange(96))) @ Q2.T).float(), 10)
 
 
-def test_rank_deficient_weight_falls_back_to_the_exact_svd():
-    """Where sigma_r is zero the Gram route would divide by it: the result is the exact route's, finite and orthonormal."""
+@pytest.mark.parametrize("last", [0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5])
+def test_triplets_of_a_steep_spectrum(last):
+    """A few directions tower over the others, as in large models: W W^T squares what lies between them."""
+    torch.manual_seed(0)
+    Q1, Q2 = (torch.linalg.qr(torch.randn(size, 96, dtype=torch.float64)).Q for size in (96, 240))
+    S = last ** (torch.arange(96, dtype=torch.float64) / 9).clamp(max=1.2)  # the tenth is `last`, the rest a little lower
+    W = ((Q1 * S) @ Q2.T).float()
+    U, found, Vt = adapter.principal_triplets(W, 10)
+    Uf, Sf, Vf = torch.linalg.svd(W.double(), full_matrices=False)
+    assert ((found - Sf[:10]).abs() < 1e-6 * Sf[:10]).all()
+    assert ((U * Uf[:, :10]).sum(0).abs() > 1 - 1e-6).all() and ((Vt * Vf[:10]).sum(1).abs() > 1 - 1e-6).all()
+
+
+def test_triplets_of_a_weight_of_lower_rank():
+    """Where sigma_r is zero both sides are orthonormal all the same, and W is what they make."""
     torch.manual_seed(0)
     W = torch.randn(24, 2) @ torch.randn(2, 40)
-    gram, exact = adapter.principal_triplets(W, 6, "gram"), adapter.principal_triplets(W, 6, "exact")
-    assert all(torch.equal(a, b) for a, b in zip(gram, exact))
-    assert (gram[0].T @ gram[0] - torch.eye(6)).norm() < 1e-4
     for svd in ("gram", "exact"):
-        assert all(factor.isfinite().all() for factor in adapter.principal_triplets(torch.zeros(8, 12), 3, svd))
+        U, S, Vt = adapter.principal_triplets(W, 6, svd)
+        assert (U.T @ U - torch.eye(6)).norm() < 1e-4 and (Vt @ Vt.T - torch.eye(6)).norm() < 1e-4
+        assert ((U * S) @ Vt - W).norm() < 1e-5 * W.norm()
+        U, S, Vt = adapter.principal_triplets(torch.zeros(8, 12), 3, svd)
+        assert (U.T @ U - torch.eye(3)).norm() < 1e-6 and not S.any() and (Vt @ Vt.T - torch.eye(3)).norm() < 1e-6
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9 has one of them")

@@ -82,8 +82,8 @@ def test_who_shares_a_basis(kv_heads, groups):
     frozen, init = (attach(toy_model(num_key_value_heads=kv_heads), method) for method in ("cora", "cora-init"))
     holders = {}
     for name, layer in layers_of(frozen).items():
-        assert type(layer) is CoRALinear and len(layer.basis) == 1
-        holders.setdefault(id(layer.basis[0]), []).append(name)
+        assert type(layer) is CoRALinear and len(layer.shared) == 1
+        holders.setdefault(id(layer.shared[0]), []).append(name)
     assert list(holders.values()) == [[f"model.layers.{i}.{last}" for last in group] for i in range(2) for group in groups]
     assert all(type(layer) is LoRALinear for layer in layers_of(init).values()) and not hasattr(init, "cora")
     assert same(bases(frozen), bases(init))
@@ -166,7 +166,7 @@ def test_frozen_bases_stay_shared(change, tmp_path):
     B = original.state_dict()[key].clone()
     model = change(original, tmp_path)
     q, k, v = (layers_of(model)[name] for name in (Q, K, V))
-    assert k.B is v.B and k.basis[0] is v.basis[0] and q.B is not k.B
+    assert k.B is v.B and k.shared[0] is v.shared[0] and q.B is not k.B
     assert k.B is dict(model.named_buffers())[key] and model.state_dict()[key].data_ptr() == k.B.data_ptr()
     assert k.B.dtype == k.weight.dtype and k.B.device == k.weight.device and (k.B.is_meta or torch.equal(k.B, B.to(k.B.dtype)))
     assert sum(name.endswith(".B") for name in model.state_dict()) == 10

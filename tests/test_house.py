@@ -55,8 +55,8 @@ def test_the_ground_floor_needs_torch_alone():
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "full"])
 def test_a_method_file_runs_where_it_is_copied_with_adapter_py(file, tmp_path):
-    """Alone in a folder (PiSSA with lora.py) it shows the method: the base at step 0, a loss that falls, what stayed."""
-    for name in {file, "adapter", *(["lora"] if file == "pissa" else [])}:
+    """Alone in a folder (PiSSA and CoRA with lora.py) it shows the method: the base at step 0, a loss that falls, what stayed."""
+    for name in {file, "adapter", *(["lora"] if file in ("pissa", "cora") else [])}:
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     shown = run(tmp_path, f"{file}.py")
     assert all(float(difference) < 1e-5 for difference in re.findall(r"\|output - base's\| (\S+)", shown))

@@ -114,7 +114,7 @@ def test_slots_without_tokens_may_hold_anything_before_they_are_cleared(monkeypa
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
     model, text = toy_model(), tokens(2, 140)
     cache = KVCache(model.config, 2, 150, torch.float32, "cpu")
-    cache.slots(70)
+    cache.clear(cache.slots(70))
     for row, length in ((0, 70), (1, 3)):
         window = cache.window(row, row + 1)
         model(text[row:row + 1, :length], window)
