@@ -209,9 +209,9 @@ def answer_all(args, base, examples, shots):
     if not any(fits):
         fits = [True] * len(texts)  # `complete` says what to lower
     asked = [text for text, fit in zip(texts, fits) if fit]
-    done = iter(complete(base.model, base.tokenizer, asked, args.max_new, args.batch, args.calculator, progress,
-                         args.template))
-    return [next(done) if fit else SKIPPED for fit in fits]
+    answers = iter(complete(base.model, base.tokenizer, asked, args.max_new, args.batch, args.calculator, progress,
+                            args.template))
+    return [next(answers) if fit else SKIPPED for fit in fits]
 
 
 def held_out_examples(args, base, run):

@@ -122,7 +122,7 @@ def measure(args, model, data, progress, step, log):
 def measure_spectra(model, originals, step, log):
     """How far the weights have moved in their SVD after `step` steps, means over all matrices: printed and logged."""
     started = time.perf_counter()
-    numbers = spectra.means([numbers for _, numbers in spectra.measure(model, originals)])
+    numbers = spectra.means([found for _, found in spectra.measure(model, originals)])
     log.write(json.dumps({"step": step, "spectra": numbers}) + "\n")
     print(f"spectra after {step} steps: {spectra.text(numbers)}  in {report.duration(time.perf_counter() - started)}",
           flush=True)
