@@ -162,7 +162,7 @@ def movement(records):
 def depth(records):
     """LoTR and LoRA of one budget on the last layers."""
     rows = []
-    for blocks in (5, 10, 20, 30):
+    for blocks in (5, 30):
         lotr, lora = f"lotr, last {blocks}", f"lora, last {blocks}"
         losses = [over_runs(records, name, lambda run: run["report_loss"]) for name in (lotr, lora)]
         rows.append([str(blocks), *losses, str(difference(records, lotr, lora) or "-")])

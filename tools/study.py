@@ -45,7 +45,7 @@ METHODS = {
 
 def last(blocks, method):
     """Flags that spend LoRA's budget at rank 2 on the last of the default model's 30 blocks."""
-    pattern = {5: "layers.2[5-9].*", 10: "layers.2?.*", 20: "layers.[12]?.*", 30: "layers.*"}[blocks]
+    pattern = {5: "layers.2[5-9].*", 30: "layers.*"}[blocks]
     return ("--method", method, "--params", "610560", "--targets", pattern)
 
 
@@ -55,7 +55,7 @@ OWN_SIZE = {f"{name}, own size": (("--method", name), middle) for name, (_, midd
 # Arms of another rank than their method's above: the best rate moves with it, so each has rates of its own.
 OTHER_RANK = {"lora, r 8": (("--method", "lora", "--rank", "8", *TARGETS), "3e-3"),
               **{f"{method}, last {blocks}": (last(blocks, method), middle) for blocks, middle in (
-                  (5, "3e-3"), (30, "1e-2"), (10, "3e-3"), (20, "1e-2")) for method in ("lotr", "lora")}}
+                  (5, "3e-3"), (30, "1e-2")) for method in ("lotr", "lora")}}
 WITH_RATES = METHODS | ALPHA | OWN_SIZE | OTHER_RANK  # those that rates are tried for
 # name: (flags, whose best rate it takes)
 ARMS = {
