@@ -190,9 +190,10 @@ def grouped(linears, key):
 
 
 def scaling(alpha, rank):
-    """alpha / r, by which a change is scaled, or 1 for alpha=None. ValueError unless it is above 0."""
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"alpha {alpha:g} is out of range: it must be above 0")
+    """alpha / r, by which a change is scaled, or 1 for alpha=None. ValueError for an alpha that is not above 0, or that
+    fp32 could not compute with."""
+    if alpha is not None and not 1e-6 <= alpha <= 1e6:
+        raise ValueError(f"alpha {alpha:g} is out of range: it must be above 0, from 1e-6 to 1e6")
     return 1.0 if alpha is None else alpha / rank
 
 
@@ -349,6 +350,7 @@ def fill(model, tensors):
     wrong = [f"missing {key}" for key in targets if key not in tensors]
     wrong += [f"unexpected {key}" for key in tensors if key not in targets]
     wrong += [f"{key} has dtype {tensor.dtype}" for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    wrong += [f"{key} holds NaN or infinity" for key, tensor in tensors.items() if not is_finite(tensor)]
     wrong += [f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(target.shape)}"
               for key, target in targets.items() if key in tensors and tensors[key].shape != target.shape]
     if wrong:
@@ -356,6 +358,11 @@ def fill(model, tensors):
         raise ValueError(f"does not fit this model: {'; '.join(wrong[:4])}{more}")
     for key, target in targets.items():
         target.copy_(tensors[key])
+
+
+def is_finite(tensor):
+    """Whether a tensor holds no NaN and no infinity; made without another of its size."""
+    return tensor.is_meta or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def saved_tensor(saved, name, shape):

@@ -24,11 +24,12 @@ import torch
 
 import adapter
 from data import batching, gsm8k, hendrycks_math, instructions, prompting, prose
-from support import fast, run_folder
+from support import fast, resume, run_folder
 from support.generate import complete, usual_batch
 from support.loss import mean_loss
 from support.report import duration, per_second
-from support.script import Parser, check_folder, choose_device, one_line, positive, run_script, whole, write_json
+from support.script import (Parser, check_folder, choose_device, folder, one_line, positive, run_script, whole,
+                            write_json)
 from weights import adapter_file, base_model
 from weights.files import atomic_write, fault, printable, read_json
 
@@ -74,7 +75,7 @@ def by_field(records, field):
 def parse_arguments(argv):
     parser = Parser(prog="eval.py", usage="eval.py RUN [flags], or eval.py --model MODEL [flags]",
                     description="Greedy generation, and accuracy on GSM-8K or MATH.")
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder that train.py made, or its adapter")
+    parser.add_argument("run", nargs="?", type=folder, metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
     parser.add_argument("--force", action="store_true", help="take the adapter although it was trained on another base")
     parser.add_argument("--benchmark", choices=[*BENCHMARKS, "loss"], help="accuracy on gsm8k or math, or the loss per "
@@ -94,7 +95,7 @@ def parse_arguments(argv):
     parser.add_argument("--shots", type=whole, default=0, help="worked training problems in front of every question")
     parser.add_argument("--calculator", action="store_true", help="compute what follows '=' inside << >>")
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and stop")
-    parser.add_argument("--out", type=Path, help="folder for predictions.jsonl and eval.json (default: the run)")
+    parser.add_argument("--out", type=folder, help="folder for predictions.jsonl and eval.json (default: the run)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps, which is untried")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in train.py")
     parser.add_argument("--plain", action="store_true", help="leave off what makes it fast (support/fast.py)")
@@ -120,8 +121,11 @@ def load_run(run, model, force=False):
     path = run / run_folder.ADAPTER if run.is_dir() else run
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: give a folder that a finished train.py run has left")
+    if path.suffix != ".safetensors" or path.name == resume.FILE:
+        raise ValueError(f"{path} is no adapter: give the folder of a finished run; a base model goes behind --model, "
+                         "an unfinished run behind train.py's --resume")
     _, config, base_name, _ = adapter_file.read(path)
-    if not model and (not base_name.isprintable() or not 0 < len(base_name) < 1000):
+    if not model and ("\0" in base_name or not 0 < len(base_name) < 1000):
         raise fault(path, f"names no base model ({base_name[:40]!r})", "give it with --model")
     if not model and Path(base_name).is_absolute() and not Path(base_name).exists():
         raise FileNotFoundError(f"{path}: its base model {base_name} is not there any more: give it with --model")
@@ -136,6 +140,10 @@ def load_for_eval(args, device, dtype):
         base, method = base_model.load(args.model, dtype, device), "none"
     else:
         base, method = load_run(args.run, args.model, args.force)
+    for name, tensor in base.model.state_dict().items():
+        if not adapter.is_finite(tensor):
+            raise ValueError(f"the base model {base.name} holds NaN or infinity in {name}: load another, or its file "
+                             "again")
     if not any(layer.unmergeable for _, layer in adapter.adapted_layers(base.model)):
         adapter.merge(base.model)
         base.model.requires_grad_(False)  # full fine-tuning's parameters too
@@ -158,7 +166,7 @@ def recorded(run):
     fix = "name --data, --template and --answers"
     result = read_json(path, fix)
     data, template = result.get("data"), result.get("template", "plain")
-    known = isinstance(data, str) and data.isprintable() and len(data) < 4096
+    known = isinstance(data, str) and "\0" not in data and len(data) < 4096
     if not known or template not in tuple(prompting.TEMPLATES) or result.get("answers", "full") not in batching.ANSWERS:
         raise fault(path, "not the result of a run", fix)
     return result
@@ -181,7 +189,8 @@ def settle(args, on_cpu):
     args.data, args.template = args.data or of_run, args.template or run.get("template", "plain")
     args.answers = args.answers or run.get("answers", "full")
     args.max_new = args.max_new or (1024 if args.benchmark == "math" else 256)
-    args.limit = args.limit if args.limit is not None else 128 if on_cpu else 0
+    if args.limit is None:  # what a run held out is measured whole
+        args.limit = 128 if on_cpu and not (args.benchmark == "loss" and args.data == of_run) else 0
     args.out = args.out or (folder_of(args.run) if args.run else None)
     if args.ask is None:
         check_folder(args.out or Path("runs"), "--out")
@@ -217,25 +226,31 @@ def answer_all(args, base, examples, shots):
 def held_out_examples(args, base, run):
     """(encoded examples, a description of them): of the run's own file those that it held out, of
     another the first --limit."""
-    examples, source = instructions.load(args.data)
-    if run.get("strip_annotations") is True and args.answers == "full":
-        examples = batching.without_annotations(examples)
+    told, source = instructions.load(args.data)
+    stripped = run.get("strip_annotations") is True and args.answers == "full"
+    examples = batching.without_annotations(told) if stripped else told
     longest, held_out = run.get("max_tokens", 512), run.get("held_out")
     if type(longest) is not int or not 1 <= longest <= base.model.config.max_position_embeddings:
         longest = base.model.config.max_position_embeddings
     if run.get("data") == str(Path(args.data).resolve()) and type(held_out) is int and 0 < held_out < len(examples):
         places = batching.split(range(len(examples)), held_out)[1]
+        if run.get("held_out_sha256") not in (None, batching.texts_sha256([told[i] for i in places])):
+            raise ValueError(f"{args.data} is not the file that the run was trained on any more, so that which of its "
+                             "records were held out is not known: put that file back, or copy this one and name the "
+                             "copy with --data")
         source = f"{source}: the {len(places)} that the run held out"
+        if args.limit and args.limit < len(places):
+            places, source = places[:args.limit], f"{source}, the first {args.limit} of them"
     else:
         places = range(len(examples))[:args.limit or None]
         source = f"{source}: the first {len(places)}"
-    told = list(batching.in_form(examples, places, args.answers).values())
+    chosen = list(batching.in_form(examples, places, args.answers).values())
     if args.answers == "equations":
-        source = f"{source}, {len(told)} of them with annotations"
+        source = f"{source}, {len(chosen)} of them with annotations"
     cut = run.get("cut")
     if not isinstance(cut, list) or len(cut) != 2 or not all(type(length) is int and length > 0 for length in cut):
         cut = (None, None)
-    encoded = batching.encode_examples(base.tokenizer, told, longest, args.template, cut, f"{args.data}: ",
+    encoded = batching.encode_examples(base.tokenizer, chosen, longest, args.template, cut, f"{args.data}: ",
                                        "give other --data")
     return list(encoded.values()), source
 
@@ -259,7 +274,7 @@ def evaluate_forgetting(args, base, device, dtype, described):
         multiple = fast.row_multiple(device, False, model.config.max_position_embeddings)
         return mean_loss(model, pieces, min(args.batch, 8), device, multiple)
 
-    pieces = prose.pieces(base.tokenizer)
+    pieces = batching.general_text(base)
     print(f"data      {len(pieces)} pieces of {prose.LENGTH} tokens of pydoc_data.topics, Python "
           f"{platform.python_version()}", flush=True)
     loss = loss_of(base.model)
@@ -289,7 +304,7 @@ def evaluate_accuracy(args, base, described):
     examples = examples[:args.limit or None]
     rest = " (--limit 0 for all)" if len(examples) < total else ""
     print(f"data      {one_line(source)}; {len(examples)} of {total} problems{rest}")
-    print(f"protocol  prompt {args.template}{base.tokenizer.chat_text}, answers {args.answers}, {args.shots} shots, "
+    print(f"protocol  prompt {args.template}{base.tokenizer.chat_text}, answers {args.answers}, {len(shots)} shots, "
           f"greedy, at most {args.max_new} new tokens, batch {args.batch}, "
           f"calculator {'on' if args.calculator else 'off'}", flush=True)
     started = time.perf_counter()
@@ -297,7 +312,7 @@ def evaluate_accuracy(args, base, described):
     seconds = time.perf_counter() - started
     records = score_all(BENCHMARKS[args.benchmark], examples, completions)
     summary = {**described, "source": source, **summarise(records), "seconds": round(seconds, 2), "batch": args.batch,
-               "max_new": args.max_new, "template": args.template, "answers": args.answers, "shots": args.shots,
+               "max_new": args.max_new, "template": args.template, "answers": args.answers, "shots": len(shots),
                "calculator": args.calculator}
     if args.benchmark == "math":
         summary.update(by_subject=by_field(records, "subject"), by_level=by_field(records, "level"))
@@ -349,7 +364,7 @@ def main(argv=None):
         print(f"          {one_line(note)}")
     described = {"model": base.name, "method": method, "benchmark": args.benchmark, "data": str(args.data),
                  "dtype": precision, "device": str(device), "torch": torch.__version__}
-    out = args.out or Path("runs") / f"base-{Path(base.name).stem}"
+    out = args.out or Path("runs") / f"base-{Path(base.name).name.removesuffix('.gguf')}"
     files = [out / name for name in run_folder.EVAL_FILES[args.benchmark]]
     if args.benchmark in ("loss", "forgetting"):
         summary = (evaluate_loss(args, base, run, described) if args.benchmark == "loss" else

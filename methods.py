@@ -26,9 +26,14 @@ class Argument(NamedTuple):
 
 def method(name):
     """The adapter.Method called `name`, in any case; ValueError lists the names there are."""
-    if name.lower() not in METHODS:
+    if spelled(name) not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
-    return METHODS[name.lower()]
+    return METHODS[spelled(name)]
+
+
+def spelled(name):
+    """`name` as METHODS has it, in whatever case it is written; a name that is not there as it is."""
+    return next((known for known in METHODS if known.lower() == name.lower()), name)
 
 
 def arguments(function):

@@ -11,6 +11,7 @@ support.interruptible(__name__)  # before torch, which takes seconds to import
 import itertools
 import json
 import math
+import shlex
 import sys
 import time
 
@@ -111,7 +112,7 @@ def measure(args, model, data, progress, step, log):
             line.update(prose_loss=progress.prose[step], forgot=progress.prose[step] - progress.prose[0])
         if watch:
             tokens = collate(data.held_out[:1], device)[0]  # one row (1, T): no padding to look at
-            line.update(watch(model.model, tokens))
+            line.update(watch(model, tokens))
         elif adapter.adapted_layers(model):
             line["change"] = adapter.relative_change(model)
     progress.held_out[step] = line["held_out_loss"]
@@ -203,7 +204,7 @@ def main(argv=None):
     if args.compile:
         fast.compile_blocks(model)
     choose_budget(args, device, len(data.train))
-    command = " ".join(["python train.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     with run_folder.claimed(args):  # args.out
         return carry_out(args, base, data, source, regularizer, originals, device, began, command)
 

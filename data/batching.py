@@ -5,6 +5,7 @@ An example is the prompt and the answer; the loss counts ids[prompt_length:] onl
 import array
 import hashlib
 import itertools
+import json
 import random
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +25,13 @@ def load_examples(data):
 
 
 def without_annotations(examples):
-    """The examples without calculator annotations in their answers."""
-    return [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
+    """The examples without calculator annotations in their answers. ValueError for one of which nothing is left."""
+    stripped = [{**example, "answer": gsm8k.strip_annotations(example["answer"])} for example in examples]
+    for number, example in enumerate(stripped, 1):
+        if not example["answer"].strip():
+            raise ValueError(f"--strip-annotations leaves nothing of the answer of record {number}, "
+                             f"{examples[number - 1]['answer'][:40]!r}: take it out of the data, or leave the flag out")
+    return stripped
 
 
 def in_form(examples, places, answers):
@@ -42,7 +48,7 @@ def in_form(examples, places, answers):
 
 
 def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None), where="",
-                    fix="raise --max-tokens"):
+                    fix="raise --max-tokens, or --cut them"):
     """{place in examples: (ids, prompt_length)} of those of at most max_tokens tokens. ValueError if none is, which
     begins with `where` and ends with `fix`."""
     encoded = [prompting.encode(tokenizer, example, template, cut) for example in examples]
@@ -58,8 +64,8 @@ def split(examples, held_out, limit=None):
     With a limit, the ones to train on are the first of the data that are not held out.
     """
     if held_out >= len(examples):
-        raise ValueError(f"the {held_out} of --held-out and --report leave nothing to train on: the data has "
-                         f"{len(examples)} examples")
+        raise ValueError(f"the {held_out} examples of --held-out and --report leave nothing to train on: the data has "
+                         f"{len(examples)}; give a lower --held-out (or --report), or more data")
     order = random.Random(SPLIT_SEED).sample(range(len(examples)), len(examples))
     last = sorted(order[held_out:])[:limit][-1]
     return ([examples[i] for i in order[held_out:] if i <= last], [examples[i] for i in order[:held_out]])
@@ -76,25 +82,39 @@ class Data(NamedTuple):
     left_out: int  # how many were too long
     unannotated: int  # how many were left out because --answers equations finds none in them
     sha256: str  # of all these
+    held_out_sha256: str  # of the held-out records as texts, by which eval.py knows them again
 
 
 def encode_data(args, examples, base):
     """Data from all examples: those that are held out apart, the same whatever --answers is; those that are too long,
     or without the answer that is asked for, left out."""
+    apart_sha256 = texts_sha256(split(examples, args.held_out + args.report, args.limit)[1][:args.held_out])
     if args.strip_annotations:
         examples = without_annotations(examples)
     args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), base.model.config.max_position_embeddings)
     places, apart = split(range(len(examples)), args.held_out + args.report, args.limit)
     parts = places, apart[:args.held_out], *([apart[args.held_out:]] if args.report else [])
     told = [in_form(examples, part, args.answers) for part in parts]
+    fix = ({"fix": "that is the model's context; --cut them, or give other --data"}
+           if args.max_tokens == base.model.config.max_position_embeddings else {})
     encoded = [encode_examples(base.tokenizer, list(part.values()), args.max_tokens, args.template,
-                               args.cut or (None, None)) for part in told]
+                               args.cut or (None, None), **fix) for part in told]
     kept, held_out, *report = [list(part.values()) for part in encoded]
-    report, prose_pieces = report[0] if report else [], prose.pieces(base.tokenizer) if args.forgetting else []
+    report, prose_pieces = report[0] if report else [], general_text(base) if args.forgetting else []
     places, example = list(told[0]), next(iter(told[1].values()))
     total, annotated, fitting = [sum(map(len, sets)) for sets in (parts, told, encoded)]
     return Data(kept, [1 + places[i] for i in encoded[0]], held_out, report, prose_pieces, example,
-                annotated - fitting, total - annotated, examples_sha256(kept, held_out, report, prose_pieces))
+                annotated - fitting, total - annotated, examples_sha256(kept, held_out, report, prose_pieces),
+                apart_sha256)
+
+
+def general_text(base):
+    """The encoded pieces of prose for a base. ValueError where its context is too short for them."""
+    context = base.model.config.max_position_embeddings
+    if context < prose.LENGTH:
+        raise ValueError(f"--forgetting is measured on pieces of {prose.LENGTH} tokens, and the model's context is "
+                         f"{context}: leave it out")
+    return prose.pieces(base.tokenizer)
 
 
 def data_name(given, source):
@@ -162,6 +182,11 @@ def token_count(encoded):
 def answer_tokens(encoded):
     """How many tokens of these examples carry loss."""
     return sum(len(ids) - prompt_length for ids, prompt_length in encoded)
+
+
+def texts_sha256(examples):
+    """A checksum of examples as texts, and of their order."""
+    return hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
 
 
 def examples_sha256(*sets):

@@ -58,7 +58,9 @@ def load(data, split):
     folder = fetch() if data == "gsm8k" else Path(data)
     path = folder if folder.suffix == ".jsonl" and split == "test" else folder / f"{split}.jsonl"
     if path != folder and not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r}; give a folder or one of the words auto, gsm8k, practice")
+        is_file = f"{str(folder)!r} is a file, and no .jsonl or .json of problems that is read here"
+        raise FileNotFoundError(f"{is_file if folder.is_file() else f'no folder {str(folder)!r}'}; give a folder with "
+                                "train.jsonl and test.jsonl, or one of the words auto, gsm8k, practice")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a data folder holds train.jsonl and test.jsonl")
     examples = read_jsonl(path)
@@ -92,12 +94,17 @@ def parse(line, where):
 
 
 def fetch():
-    """The cache folder with both splits in it, downloaded where missing: both or none, so a run never mixes sources."""
+    """The cache folder with both splits in it, downloaded where missing: both or none, so a run never mixes sources.
+    ValueError where something else has been put into their place."""
     folder = cache_dir() / "gsm8k"
     folder.mkdir(exist_ok=True)
     for split, expected in SHA256.items():
-        if not (folder / f"{split}.jsonl").exists():
-            download(URL.format(split), folder / f"{split}.jsonl", expected)
+        path = folder / f"{split}.jsonl"
+        if not path.exists():
+            download(URL.format(split), path, expected)
+        elif sha256(path) != expected:
+            raise ValueError(f"{path} is not the published GSM-8K: take it away, and it is downloaded again, or to use "
+                             f"it name its folder, --data {folder}")
     return folder
 
 

@@ -1,10 +1,10 @@
 """Files of instructions and responses to train on: `--data FILE`, a JSON list or a .jsonl with one object per line.
 
-An object holds two texts, under one of the pairs of names in KEYS; an `input` beside them joins the first, behind a
-blank line. MetaMathQA (arXiv 2309.12284) is such a file: the training problems of GSM-8K and MATH rewritten in several
-ways, 395,000 records in one list, of which PiSSA and SORSA train on the first 100,000. Every original problem is in it
-many times over, so a held-out loss on it says how well the text is fitted, not how well new problems are solved: that
-is what the test sets of GSM-8K and MATH are for.
+An object holds two texts, under one of the pairs of names in KEYS; an `input` (or `context`) beside them joins the
+first, behind a blank line. MetaMathQA (arXiv 2309.12284) is such a file: the training problems of GSM-8K and MATH
+rewritten in several ways, 395,000 records in one list, of which PiSSA and SORSA train on the first 100,000. Every
+original problem is in it many times over, so a held-out loss on it says how well the text is fitted, not how well new
+problems are solved: that is what the test sets of GSM-8K and MATH are for.
 """
 import json
 import re
@@ -68,13 +68,19 @@ def example(record, where):
     no text."""
     record = record if isinstance(record, dict) else {}
     for keys in KEYS:
-        question, answer = (record.get(key) for key in keys)
-        if is_text(question) and is_text(answer):
-            more = record.get("input")
-            if more in (None, ""):
+        if all(is_text(record.get(key)) for key in keys):
+            question, answer = (record[key] for key in keys)
+            name = "input" if "input" in record else "context"
+            more = record.get(name)
+            if more is None or isinstance(more, str) and not more.strip():
                 return {"question": question, "answer": answer}
             if not is_text(more):
-                raise ValueError(f"{where}: its 'input' is {repr(more)[:40]}, expected a text")
+                raise ValueError(f"{where}: its {name!r} is {repr(more)[:40]}, expected a text")
             return {"question": f"{question}\n\n{more}", "answer": answer}
+    for keys in KEYS:
+        if record.keys() >= {*keys}:
+            key = next(key for key in keys if not is_text(record[key]))
+            raise ValueError(f"{where}: its {key!r} is {repr(record[key])[:40]}, expected a text that is not empty: "
+                             "mend the record or take it out")
     pairs = ", ".join(" and ".join(keys) for keys in KEYS)
     raise ValueError(f"{where}: expected a JSON object with two texts, under {pairs}")

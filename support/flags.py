@@ -4,12 +4,11 @@ The flags of a method are the arguments of its attach and regularize functions: 
 """
 import math
 import sys
-from pathlib import Path
 
 from data.batching import ANSWERS
-from methods import METHODS, arguments, method
+from methods import METHODS, arguments, method, spelled
 from support import resume
-from support.script import Parser, above_zero, amount, at_least_zero, positive, two_lengths, whole
+from support.script import Parser, above_zero, amount, at_least_zero, folder, positive, two_lengths, whole
 from weights import base_model
 from weights.files import fault
 
@@ -34,7 +33,7 @@ def make_parser():
     parser = Parser(prog="train.py", usage="train.py --method METHOD [flags]",
                     description="Fine-tune a model on word problems.")
     add = parser.add_argument
-    add("--method", default="sorsa", type=str.lower, help=f"one of {', '.join(METHODS)}")
+    add("--method", default="sorsa", type=spelled, help=f"one of {', '.join(METHODS)}")
     add("--model", default=base_model.DEFAULT_MODEL,
         help="base model: a name, a .gguf file, a folder in Hugging Face layout, or a hub id (owner/name)")
     add("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, auto, or a .json or "
@@ -44,9 +43,9 @@ def make_parser():
                                                            "and #### 72 alone; answers without them are left out")
     add("--recipe", choices=("paper",), help="the settings of SORSA's authors for MetaMathQA (for PiSSA, LoRA and full "
                                              "their baselines'); what is given beside it counts")
-    add("--out", type=Path, help="folder of the run (default: runs/METHOD, or the next free runs/METHOD-N)")
+    add("--out", type=folder, help="folder of the run (default: runs/METHOD, or the next free runs/METHOD-N)")
     add("--overwrite", action="store_true", help="replace the run that --out already holds")
-    add("--resume", type=Path, metavar="RUN", help="continue the run in this folder, with its own flags")
+    add("--resume", type=folder, metavar="RUN", help="continue the run in this folder, with its own flags")
     add("--dry-run", action="store_true", help="load, attach, print the plan, the memory it will take and the first "
                                                "batch, and stop: nothing is written")
 
@@ -249,10 +248,12 @@ def method_options(args):
             raise ValueError(f"--params chooses the {size}: give --params or --{size}, not both")
     attach = arguments(chosen.attach)
     options = {flag: value for flag, value in given.items() if flag in attach}
-    if "targets" in options:
-        options["targets"] = [name for name in args.targets.split(",") if name]
-        if not options["targets"]:
-            raise ValueError("--targets is empty: name linear layers, as in --targets q_proj,v_proj")
+    for flag in options:
+        if attach[flag].kind is list:
+            options[flag] = [name for name in options[flag].split(",") if name]
+            if not options[flag]:
+                raise ValueError(f"--{flag.replace('_', '-')} is empty: give names with commas, as in --targets "
+                                 "q_proj,v_proj")
     if "seed" in attach:
         options["seed"] = args.seed
     regularizing = arguments(chosen.regularize) if chosen.regularize else {}
@@ -266,9 +267,9 @@ def complete_options(args, options, model, dtype, device):
         known = {key: value for key, value in options.items() if key in arguments(fit)}
         options = {**options, **fit(model, args.params, **known)}
     if "extra" in options:
-        names = [name for name in args.extra.split(",") if name]
-        if not names or len(set(names)) < len(names):
-            raise ValueError("--extra is empty or names a model twice: as in --extra one.gguf,two.gguf")
+        names = options["extra"]
+        if len({base_model.model_path(name).resolve() for name in names}) < len(names):
+            raise ValueError("--extra names a model twice: as in --extra one.gguf,two.gguf")
         extra = {name: base_model.load(name, dtype, device).model.state_dict() for name in names}
         options = {**options, "extra": extra}
     return options

@@ -2,6 +2,7 @@
 import itertools
 import math
 import platform
+import shlex
 import statistics
 import sys
 
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import adapter
+from data import instructions
 from data.batching import answer_tokens, endless_batches, examples_sha256, token_count
 from methods import METHODS
 from model import Decoder
@@ -239,6 +241,7 @@ def result_of(args, regularizer, base, data, source, progress, losses, adapter_p
                  "prose_sha256": examples_sha256(data.prose), "python": platform.python_version()}
     return {**settings, **regularizer, "out": str(args.out), "adapter": model.adapter_config, "source": source,
             "base_sha256": base.sha256, "data_sha256": data.sha256,
+            "held_out_sha256": data.held_out_sha256,
             "trainable_parameters": sum(p.numel() for p in adapter.trainable(model).values()),
             "adapter_bytes": adapter_path.stat().st_size, "held_out_examples": len(data.held_out),
             "held_out_loss": progress.held_out, "held_out_before": progress.held_out[0],
@@ -262,8 +265,9 @@ def print_result(args, result, adapter_path):
     if "forgot" in result:
         first, *_, last = result["prose_loss"].values()
         print(f"forgot {result['forgot']:+.4f}: the loss on general text, {first:.4f} -> {last:.4f}")
+    measured = "loss" if instructions.is_file(result["data"]) else "accuracy"
     print(f"adapter: {adapter_path}, {result['adapter_bytes'] / 1e6:.1f} MB; "
-          f"its accuracy: python eval.py {args.out}")
+          f"its {measured}: python eval.py {shlex.quote(str(args.out))}")
 
 
 def peak_memory(device):

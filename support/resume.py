@@ -13,7 +13,9 @@ file that is loaded here it cannot run code, and is believed only as far as it c
 import contextlib
 import json
 import math
+import os
 import signal
+import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -81,9 +83,11 @@ def checkpoint(folder):
     """The path of the checkpoint in the folder of a run. FileNotFoundError where there is none."""
     path = folder / FILE
     if not path.is_file():
-        why = ("this run is finished" if (folder / "result.json").is_file() else
-               "nothing was saved before it stopped" if folder.is_dir() else "there is no such folder")
-        raise FileNotFoundError(f"{path}: no such file, so there is nothing to continue: {why}; {AGAIN}")
+        why = ("this run is finished: eval.py measures it, another run takes another --out"
+               if (folder / "result.json").is_file() else
+               f"nothing was saved before it stopped; {AGAIN}" if folder.is_dir() else
+               "there is no such folder: name that of a run, as in runs/sorsa")
+        raise FileNotFoundError(f"{path}: no such file, so there is nothing to continue: {why}")
     return path
 
 
@@ -184,20 +188,22 @@ def first_step(optimizer):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that the first SIGINT (Ctrl-C) or SIGTERM goes into; a second one ends the process. What the shell has set
-    to be ignored (SIGINT, for a script's job in the background) stays so."""
+    """A list that the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (the terminal is gone) goes into; a second one ends the
+    process. What the shell has set to be ignored (SIGINT, for a script's job in the background) stays so."""
     noted = []
 
     def note(number, frame):
         noted.append(signal.Signals(number))
         put_back()
+        if noted[0].name == "SIGHUP" and sys.stdout.isatty():
+            sys.stdout = open(os.devnull, "w")  # there is nothing any more to print to
 
     def put_back():
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
-    heard = [kind for kind in signal.Signals if kind.name in ("SIGINT", "SIGTERM")  # of those that the system has
-             and signal.getsignal(kind) != signal.SIG_IGN]
+    heard = [kind for kind in signal.Signals  # those that the system has
+             if kind.name in ("SIGINT", "SIGTERM", "SIGHUP") and signal.getsignal(kind) != signal.SIG_IGN]
     before = {kind: signal.signal(kind, note) for kind in heard}
     try:
         yield noted

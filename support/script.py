@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
@@ -77,6 +78,13 @@ def at_least_zero(text):
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
+
+
+def folder(text):
+    """An argparse type: the path of a folder; an empty one is a shell's variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: name a folder")
+    return Path(text).expanduser()
 
 
 def above_zero(text):
@@ -162,7 +170,9 @@ def run_script(main, memory_advice="take a smaller model, or a machine with more
         elif isinstance(error, BrokenPipeError):
             sys.stdout = None  # there is nobody to flush it to
             error = "; ".join(["nobody reads the output any more", *([go_on] if go_on else [])])
-        elif isinstance(error, OSError) and error.filename is not None:  # the system's own error, not our words
-            error = f"{error.filename}: {error.strerror}; check that path, its permissions and the space left there"
+        elif isinstance(error, OSError) and error.errno is not None:  # the system's own error, not our words
+            where = error.filename or "the log or what the output goes to"
+            error = f"{where}: {error.strerror}; check that path, its permissions and the space left there"
+            error = "; ".join([error, *([go_on] if go_on else [])])
         print(one_line(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

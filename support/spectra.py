@@ -100,11 +100,14 @@ def principal_factors(layer):
 
 
 def measure_layer(name, layer, original=None):
-    """{name: number} of all that is said of one layer. FloatingPointError where it has no SVD."""
+    """{name: number} of all that is said of one layer; None where W_0 is zero, which has no directions.
+    FloatingPointError where there is no SVD."""
     with adapter.full_precision(layer.weight.device.type):
         W_0, W_t = before_and_now(layer, original)
         if not W_t.isfinite().all():
             raise FloatingPointError(f"{name} is not finite any more, so it has no SVD: train with a lower --lr")
+        if not torch.linalg.matrix_norm(W_0) > 1e-6 * torch.linalg.matrix_norm(W_t):  # of zeros rounding is left
+            return None
         numbers = variation(W_0, W_t)
         for when, (left, right) in zip(("_start", ""), principal_factors(layer)):
             numbers[f"kappa{when}"] = kappa(left, right)
@@ -138,18 +141,20 @@ def unmeasurable(model, originals=None):
 
 @torch.no_grad()
 def measure(model, originals=None):
-    """Yield (name, numbers) of every adapted matrix, one at a time; of full fine-tuning, those with an original W_0 in
-    `originals`, {name: (out, in)} on any device."""
-    if originals:
-        for name, W_0 in originals.items():
-            yield name, measure_layer(name, model.get_submodule(name), W_0)
-    else:
-        for name, layer in adapter.adapted_layers(model):
-            yield name, measure_layer(name, layer)
+    """Yield (name, numbers) of every adapted matrix that was not zero, one at a time; of full fine-tuning, those with
+    an original W_0 in `originals`, {name: (out, in)} on any device."""
+    layers = [(name, model.get_submodule(name)) for name in originals] if originals else adapter.adapted_layers(model)
+    for name, layer in layers:
+        numbers = measure_layer(name, layer, (originals or {}).get(name))
+        if numbers is not None:
+            yield name, numbers
 
 
 def means(rows):
-    """The mean of each number over layers, [numbers]; of the orthonormality errors the largest too."""
+    """The mean of each number over layers, [numbers]; of the orthonormality errors the largest too. ValueError for no
+    layers: every matrix was zero."""
+    if not rows:
+        raise ValueError("all adapted matrices of the base are zero: there are no singular vectors to compare")
     found = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
     return found | {f"{key}_max": max(row[key] for row in rows) for key in ("u_error", "v_error") if key in found}
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import eval as evaluation
@@ -55,11 +56,12 @@ FLAGS = [
     ("train --device gpu", "--device gpu", "choose auto, cpu"),
     ("train --rank 33", "rank 33", "must be 1 .. 32, the smaller side of"),
     ("train --alpha 0", "alpha 0", "it must be above 0"),
+    ("train --alpha 1e30", "alpha 1e+30", "from 1e-6 to 1e6"),
     ("train --warmup 2", "--warmup 2", "at most 1"),
     ("train --method sara --threshold 1.5", "threshold 1.5", "above 0 and at most 1"),
     ("train --epochs 2", "--steps or --epochs", "not both"),
     ("train --epochs 1e308", "--epochs 1e+308", "give fewer"),
-    ("train --held-out 40", "the 40 of --held-out and --report", "leave nothing to train on: the data has 40 examples"),
+    ("train --held-out 40", "the 40 examples of --held-out and --report", "leave nothing to train on: the data has 40; give a lower --held-out"),
     ("train --answers equations --strip-annotations", "--strip-annotations removes", "give one of them"),
     ("train --max-tokens 5", "more than 5 tokens", "raise --max-tokens"),
     ("train --params 5k --rank 2", "--params chooses the rank", "give --params or --rank"),
@@ -69,19 +71,25 @@ FLAGS = [
     ("train --method cora --core-only", "--core-only does not belong to cora", "--basis"),
     ("train --method sara --recipe paper", "--recipe paper", "known for sorsa, pissa, lora, full"),
     ("train --method cora --basis input", "k_proj is 32 x 64", "name other targets"),
-    ("train --method cora --extra a.gguf,a.gguf", "--extra", "as in --extra one.gguf,two.gguf"),
+    ("train --method cora --extra {gguf},{gguf}", "--extra names a model twice", "as in --extra one.gguf,two.gguf"),
     ("train --method cora --extra {here}/no.gguf", "{here}/no.gguf: no such file", "the path of a .gguf file"),
     ("train --method cora --basis random --extra {gguf}", "basis='random'", "leave out extra"),
     ("only train --overwrite", "--overwrite replaces the run in a folder", "name it with --out"),
     ("train --out {here}/" + "x" * 300, "File name too long", "check that path"),
+    ("train --out=", "--out: it is empty", "name a folder"),
+    ("only train --resume {here}/no", "there is no such folder", "name that of a run"),
+    ("only train --resume {run}", "this run is finished", "another run takes another --out"),
+    ("train --model {hf}/model.safetensors", "model.safetensors is a file, and not a .gguf file", "a folder with config.json"),
     ("train --model gpt5", "model gpt5", "the path of a .gguf file, a folder with config.json"),
     ("train --model {here}/no.gguf", "{here}/no.gguf: no such file", "it takes smollm2-135m"),
     ("train --model owner/model", "no connection", "pass --model FOLDER"),
     ("train --data {here}/no", "no folder '{here}/no'", "one of the words auto, gsm8k, practice"),
+    ("train --data {gguf}", "{gguf}' is a file, and no .jsonl or .json", "give a folder with"),
     ("train --data {here}/no.jsonl", "{here}/no.jsonl: no such file", "expected a .json list or a .jsonl"),
     ("train --data gsm8k", "download failed", "pass --data FOLDER"),
     ("eval", "name a run", "--model"),
     ("eval {here}/no", "{here}/no: no such file", "a folder that a finished train.py run has left"),
+    ("eval {gguf}", "{gguf} is no adapter", "a base model goes behind --model"),
     ("eval {hf}/model.safetensors", "{hf}/model.safetensors: not an adapter file", "no 'adapter' entry"),
     ("eval --model {gguf} --data {data} --max-new 300", "do not fit the model's context of 256", "lower --max-new or --shots"),
     ("eval --model {gguf} --ask=", "--ask is empty", "write a question"),
@@ -143,6 +151,21 @@ def with_one(value):
     weight = tiny_tensors()["blk.1.attn_v.weight"]
     weight[3, 5] = float(value)
     return weight
+
+
+def adapter_with_nan(here, kit):
+    """{here}/run, in whose adapter one number is none."""
+    changed_adapter()(here, kit)
+    path = here / "run" / "adapter.safetensors"
+    tensors, found = read_safetensors(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    write_safetensors(path, tensors, found)
+
+
+def other_data_in_the_cache(here, kit):
+    """What somebody has put where the downloaded GSM-8K lies."""
+    shutil.copytree(kit["data"], here.parent / "cache" / "gsm8k")
 
 
 def one_layer(here, kit):
@@ -216,6 +239,11 @@ FILES = [
     *((f"base with {value} for {method}", changed_gguf(tensors={"blk.1.attn_v.weight": with_one(value)}),
        f"train --model {{here}}/bad.gguf --method {method}", "layers.1.self_attn.v_proj has weights that are not finite, or too large",
        "load another") for value, method in (("nan", "pissa"), ("inf", "cora"), ("1e30", "sara --params 5k"), ("1e30", "mosara"))),
+    *((f"norm with {value}", changed_gguf(tensors={"output_norm.weight": np.full(64, value, np.float32)}),
+       f"only eval --device cpu --model {{here}}/bad.gguf{more}", "{here}/bad.gguf holds NaN or infinity in model.norm.weight", "load another")
+      for value, more in ((np.nan, ""), (np.inf, " --forgetting"))),
+    ("a context too short for prose", changed_gguf({"llama.context_length": 128}), "train --model {here}/bad.gguf --forgetting",
+     "pieces of 256 tokens, and the model's context is 128", "leave it out"),
     ("no weights", folder("m.gguf"), "train --model {here}/m.gguf", "{here}/m.gguf", "no model.safetensors"),
     ("no config.json", changed_folder("config.json", None), "train --model {here}/hf", "{here}/hf/config.json: no such file",
      "a model folder holds config.json"),
@@ -248,9 +276,16 @@ FILES = [
     ("no test data", write("d/train.jsonl", RECORD), "eval --model {gguf} --data {here}/d", "{here}/d/test.jsonl: no such file",
      "holds train.jsonl and test.jsonl"),
     ("file for test data", write("d.json", RECORD), "eval --model {gguf} --benchmark gsm8k --data {here}/d.json",
-     "no folder '{here}/d.json'", "give a folder"),
+     "'{here}/d.json' is a file", "give a folder"),
     ("data beyond the context", write("d.jsonl", RECORD.replace("How", "How " * 300)), "eval --model {gguf} --data {here}/d.jsonl",
      "{here}/d.jsonl: all 1 examples have more than 256 tokens", "give other --data"),
+    ("data beyond the context, whatever is asked", write("d.jsonl", RECORD.replace("How", "How " * 300) * 20),
+     "train --data {here}/d.jsonl --max-tokens 100000", "have more than 256 tokens: that is the model's context", "--cut them"),
+    ("nothing but annotations", write("d.jsonl", RECORD.replace("One and one.\\n#### 2", "<<1+1=2>>") * 20),
+     "train --data {here}/d.jsonl --strip-annotations", "leaves nothing of the answer of record 1, '<<1+1=2>>'", "leave the flag out"),
+    ("an empty answer", write("d.jsonl", '{"instruction": "Go.", "output": ""}'), "train --data {here}/d.jsonl",
+     "{here}/d.jsonl:1: its 'output' is ''", "take it out"),
+    ("other data in the cache", other_data_in_the_cache, "train --data gsm8k", "train.jsonl is not the published GSM-8K", "take it away"),
     ("no annotations", write("d/train.jsonl", RECORD * 20), DATA + " --answers equations", "none of 12 answers has annotations",
      "give other --data (gsm8k, practice)"),
     ("no math problem", write("m.jsonl", '{"question": "?"}'), MATH, "{here}/m.jsonl:1",
@@ -278,6 +313,7 @@ FILES = [
      "{here}/run/adapter.safetensors: unknown method 'dora'", "known: full, lora"),
     ("adapter of another rank", changed_adapter({"rank": 4}), "eval {here}/run",
      "{here}/run/adapter.safetensors: does not fit this model", "has shape (2, 64), expected (4, 64)"),
+    ("adapter with NaN", adapter_with_nan, "eval {here}/run", "{here}/run/adapter.safetensors: does not fit", "holds NaN or infinity"),
     ("half an adapter", several(changed_result({}), cut("{run}/adapter.safetensors", "run/adapter.safetensors", 0.9)), "eval {here}/run",
      "{here}/run/adapter.safetensors", "write or download it again"),
     ("link out of the model", several(changed_folder("config.json", {}), write("secret", "x"), link("hf/chat_template.jinja", "secret")),

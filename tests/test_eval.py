@@ -318,10 +318,16 @@ def test_a_run_on_equations_of_a_file(some_without, tiny_gguf, tmp_path, capsys)
     assert summary["loss"] == pytest.approx(result["held_out_after"], rel=1e-5) and summary["answers"] == "equations"
     assert summary["n"] == result["held_out_examples"] < 9
     assert f"the 9 that the run held out, {summary['n']} of them with annotations; " in capsys.readouterr().out
+    assert evaluate(run, "--answers", "full", "--limit", 2)["n"] == 2
     whole = evaluate(run, "--answers", "full")
     assert whole["n"] == 9 and whole["answers"] == "full" and whole["loss"] != summary["loss"]
     train_tiny(tiny_gguf, file, tmp_path / "bare", "--steps", "1", "--held-out", "9", "--strip-annotations")
     assert evaluate(tmp_path / "bare", "--answers", "equations")["n"] == summary["n"]
+    lines = file.read_text().splitlines()
+    for changed in (lines[::-1], 2 * lines):  # what was held out is not what would be
+        file.write_text("\n".join(changed))
+        with pytest.raises(ValueError, match="train.jsonl is not the file that the run was trained on any more, .*: put that file back"):
+            evaluate(run)
 
 
 def test_what_else_a_run_on_a_file_can_be_measured_by(made, tiny_gguf, tmp_path):

@@ -148,6 +148,16 @@ assert torch.allclose(base(torch.arange(9)[None]), before, atol=1e-4) and not ad
     run(fork, "-c", code)
 
 
+def test_names_and_lists_of_a_fork(fork, tiny_gguf, tmp_path):
+    """A method whose name has capitals, an argument that is a list."""
+    (fork / "dora.py").write_text(DORA.replace('"dora"', '"DoRA"').replace("shrink: float = 1.0", 'words: list = ("a", "b")')
+                                  .replace("shrink * adapter", "adapter").replace("shrink=shrink", "words=list(words)"))
+    change(fork / "methods.py", '    "lotr",\n', '    "lotr",\n    "dora",\n')
+    run(fork, "train.py", "--method", "dora", "--words", "x,y", "--model", tiny_gguf, "--data", write_sums(tmp_path / "sums"),
+        "--held-out", 4, "--steps", 1, "--no-sample", "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["adapter"]["words"] == ["x", "y"]
+
+
 def test_what_a_fork_forgets_to_record_is_said_before_training(fork, tiny_gguf, tmp_path):
     """An argument without a kind would make an adapter that cannot be loaded: refused at once, in a line."""
     (fork / "dora.py").write_text(DORA.replace("shrink: float = 1.0", "shrink=None").replace("shrink * adapter", "adapter"))

@@ -549,6 +549,13 @@ def test_gate_statistics_leaves_nothing_behind():
     assert not host[0]._forward_pre_hooks and not host[0]._forward_hooks
 
 
+def test_gate_statistics_see_the_head():
+    """Also where it is all that is adapted: train.py looks at the whole model, not at its decoder alone."""
+    model = toy_model(tie_word_embeddings=False)
+    sara.attach_mosara(model, targets=["lm_head"])
+    assert sara.gate_statistics(model, tokens())["change"] == 0
+
+
 def test_even_ranks_spend_the_same_budget_on_one_k():
     """No other k for all layers comes nearer to the parameters that the spectrum's ranks take; the layers have it; a budget's
     ranks are spread as well."""

@@ -10,6 +10,7 @@ import support
 
 support.interruptible(__name__)  # before torch, which takes seconds to import
 
+import hashlib
 import json
 import re
 import subprocess
@@ -49,10 +50,11 @@ class Job(NamedTuple):
 
     @property
     def folder(self):
-        """A name for the folder of its run."""
+        """A name for the folder of its run, which no other job's has."""
         words = [word for word in ("lr", "seed") if f"--{word}" in self.flags]
         values = [self.flags[self.flags.index(f"--{word}") + 1] for word in words]
-        return "-".join([self.name.replace(" ", "_"), *(word[0] + value for word, value in zip(words, values))])
+        return "-".join([self.name.replace(" ", "_"), *(word[0] + value for word, value in zip(words, values)),
+                         hashlib.sha256(self.key.encode()).hexdigest()[:6]])
 
 
 def key_of(record):
@@ -64,10 +66,14 @@ def run(job, data, folder):
     """The record of a run: what is kept of its result, the loss of every step, its evaluations. ValueError if a script
     refuses its flags. A run that diverged is a result too, with its error and no loss."""
     record = {"name": job.name, "flags": " ".join(job.flags)}
-    done = finished("train", ["--data", data, *job.flags, "--out", folder, "--overwrite", "--no-sample"], folder)
+    (folder / run_folder.RESULT).unlink(missing_ok=True)  # of an earlier run
+    done = finished("train", [*(["--data", data] if data else []), *job.flags, "--out", folder, "--overwrite",
+                              "--no-sample"], folder)
     if done.returncode and re.search("lower --(lr|gamma)", done.stderr):
         return {**record, "error": one_line(done.stderr.strip()).replace(str(folder), folder.name)}
     check(job, done)
+    if not (folder / run_folder.RESULT).is_file():
+        raise ValueError(f"{job.name}: train.py has trained nothing: leave --dry-run and --help out")
     record |= {**kept(folder / run_folder.RESULT), **logged(folder / run_folder.LOG)}
     for number, flags in enumerate(job.evaluations):
         out = folder / f"eval-{number}"
@@ -179,7 +185,8 @@ def add_record(path, record):
 
 
 def run_all(jobs, data, results, folder):
-    """Make every run of jobs(records), a list of Jobs that may grow as records come, and yield each new record.
+    """Make every run of jobs(records), a list of Jobs that may grow as records come, and yield each new record. `data`
+    is train.py's; None where the jobs' own flags name it.
 
     A job that another process has in hand is left to it; where only such are left, this one waits for them. What a run
     fails of is printed, and the others go on; ValueError at the end.
@@ -242,10 +249,13 @@ def main(argv):
         size = ["--params", str(args.params)] if args.params and method not in OWN_SIZE else []
         size += ["--targets", args.targets] if args.targets and method != "full" else []
         for lr in args.lrs:
-            rate = [] if lr is None else ["--lr", f"{lr:g}"]
-            jobs += [Job(method, ("--method", method, *size, *rate, "--seed", str(seed), *extra))
+            rate = [] if lr is None else ["--lr", str(lr)]
+            jobs += [Job(method, ("--data", args.data, "--method", method, *size, *rate, "--seed", str(seed), *extra))
                      for seed in args.seeds]
-    for record in run_all(lambda records: jobs, args.data, args.results, Path("runs/compare")):
+    there = {key_of(record): record for record in read_records(args.results)}
+    for record in [there[job.key] for job in jobs if job.key in there]:
+        print(one_line(table_row(record)))
+    for record in run_all(lambda records: jobs, None, args.results, Path("runs/compare")):
         print(one_line(table_row(record)), flush=True)
 
 

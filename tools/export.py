@@ -12,15 +12,14 @@ import support
 support.interruptible(__name__)  # before torch, which takes seconds to import
 
 import shutil
-from pathlib import Path
 
 import torch
 
 import adapter
 from eval import load_run
-from support.script import Parser, check_folder, run_script, write_json
+from support.script import Parser, check_folder, folder, run_script, write_json
 from weights import base_model
-from weights.files import read_json
+from weights.files import atomic_write, read_json
 from weights.gguf import read_gguf
 from weights.huggingface import gpt2_factors, hugging_face_names, llama_fields
 from weights.safetensors import write_safetensors
@@ -77,7 +76,8 @@ def write_hf(base, folder):
     if source.is_dir():
         fields = read_json(source / "config.json")
         for path in copied:
-            shutil.copyfile(path, folder / path.name)
+            with atomic_write(folder / path.name) as file, open(path, "rb") as original:
+                shutil.copyfileobj(original, file)
     else:
         end_ids = list(base.tokenizer.end_ids)
         fields = llama_fields(base.model.config, end_ids[0] if len(end_ids) == 1 else end_ids)
@@ -109,8 +109,8 @@ def main(argv=None):
     parser = Parser(prog="python -m tools.export",
                     usage="python -m tools.export RUN DIR --to peft|hf, or DIR --model MODEL --to hf",
                     description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder that train.py made, or its adapter")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write: a new or empty folder")
+    parser.add_argument("run", type=folder, nargs="?", metavar="RUN", help="folder that train.py made, or its adapter")
+    parser.add_argument("folder", type=folder, metavar="DIR", help="where to write: a new or empty folder")
     parser.add_argument("--to", choices=("peft", "hf"), required=True, help="a LoRA for peft, or the merged model")
     parser.add_argument("--force", action="store_true", help="take the adapter although it was trained on another base")
     parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
@@ -128,12 +128,17 @@ def main(argv=None):
     for name, layer in adapter.adapted_layers(base.model):
         if layer.unmergeable:
             raise ValueError(f"{name} cannot be exported: {layer.unmergeable}; eval.py takes the run as it is")
-    if args.to == "hf":
-        adapter.merge(base.model)
-        adapter.cast_frozen(base.model.requires_grad_(False), getattr(torch, args.dtype))  # rounded once, after the merge
-        write_hf(base, args.folder)
-    else:
-        write_peft(base.model, base.name, args.folder)
+    try:
+        if args.to == "hf":
+            adapter.merge(base.model)
+            adapter.cast_frozen(base.model.requires_grad_(False), getattr(torch, args.dtype))  # rounded after the merge
+            write_hf(base, args.folder)
+        else:
+            write_peft(base.model, base.name, args.folder)
+    except BaseException:  # the folder was empty: what is not whole goes again
+        for path in args.folder.glob("*"):
+            path.unlink()
+        raise
     size = sum(path.stat().st_size for path in args.folder.iterdir())
     print(f"{args.folder}: {method} on {base.name} as {args.to}, {size / 1e6:.1f} MB")
     if args.to == "peft" and base_model.model_path(base.name).is_file():

@@ -17,7 +17,7 @@ import adapter
 from eval import SHOWN_EVERY, folder_of, load_run
 from support import run_folder, spectra
 from support.report import duration
-from support.script import Parser, check_folder, choose_device, one_line, run_script
+from support.script import Parser, check_folder, choose_device, folder, one_line, run_script
 from tools.compare import add_record, rounded
 from weights import base_model
 from weights.files import read_json
@@ -86,7 +86,7 @@ def record(run, base, method, layers):
 
 def main(argv=None):
     parser = Parser(prog="python -m tools.spectra", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder that train.py made, or its adapter")
+    parser.add_argument("runs", type=folder, nargs="+", metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("--per-layer", action="store_true", help="a line for every matrix too")
     parser.add_argument("--results", type=Path, metavar="FILE", help="append a line of JSON per run to this file")
     parser.add_argument("--model", help="base model, as in train.py (default: each run's own base)")

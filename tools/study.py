@@ -148,6 +148,8 @@ def jobs(records):
 def flag(record, name):
     """The value of a flag of a record's run, as text."""
     words = record["flags"].split()
+    if name not in words[:-1]:
+        raise ValueError(f"the record of {record['name']} has no {name} among its flags: it is none of the study's")
     return words[words.index(name) + 1]
 
 

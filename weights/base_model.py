@@ -212,13 +212,15 @@ def model_path(name):
     path = Path(name)
     if name and path.is_dir():
         return path
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"model {name}: no such file; {takes}")
+        return path
+    if path.is_file():
+        raise ValueError(f"model {name} is a file, and not a .gguf file: {takes}")
     if is_hub_id(str(name)):
         return fetch(name, cache_dir() / "hub" / name.replace("/", "--"))
-    if path.suffix != ".gguf":
-        raise ValueError(f"model {name or repr('')} is not known: {takes}")
-    if not path.is_file():
-        raise FileNotFoundError(f"model {name}: no such file; {takes}")
-    return path
+    raise ValueError(f"model {name or repr('')} is not known: {takes}")
 
 
 def default_model():

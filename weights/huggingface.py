@@ -213,7 +213,8 @@ def weight_files(folder):
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise FileNotFoundError(f"{folder}: holds no model.safetensors and no model.safetensors.index.json")
+        raise FileNotFoundError(f"{folder}: holds no model.safetensors and no model.safetensors.index.json: "
+                                "pickled weights are not read; save_pretrained of transformers writes these files")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise fault(index, "has no weight_map from names to files")

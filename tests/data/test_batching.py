@@ -51,7 +51,7 @@ def test_the_held_out_examples_are_always_the_same():
     assert same == held_out and sorted(numbers(some)) == sorted(numbers(rest))[:30]
     assert some == [example for example in rest if example in some]
     assert batching.split(EXAMPLES, 10, 5000) == (rest, held_out)
-    with pytest.raises(ValueError, match="the 100 of --held-out and --report leave nothing to train on"):
+    with pytest.raises(ValueError, match="the 100 examples of --held-out and --report leave nothing to train on"):
         batching.split(EXAMPLES, 100)
 
 

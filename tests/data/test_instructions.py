@@ -78,8 +78,9 @@ def test_a_file_without_records_is_an_error(tmp_path, name, content, message):
 # ---- records --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("keys", instructions.KEYS, ids=" ".join)
-@pytest.mark.parametrize("more, question", [({}, "q"), ({"input": "i"}, "q\n\ni"), ({"input": ""}, "q"), ({"input": None}, "q")],
-                         ids=["no input", "input", "empty input", "null input"])
+@pytest.mark.parametrize("more, question", [
+    ({}, "q"), ({"input": "i"}, "q\n\ni"), ({"input": ""}, "q"), ({"input": None}, "q"), ({"input": " \n"}, "q"),
+    ({"context": "c"}, "q\n\nc"), ({"input": "i", "context": "c"}, "q\n\ni")], ids=repr)
 def test_every_pair_of_names_is_read(keys, more, question):
     """Under each pair of names stand question and answer; an input, if there is one, follows the question behind a blank line."""
     record = {**dict(zip(keys, ("q", "a"))), **more, "type": "MATH_Rephrased", "id": 7}
@@ -107,8 +108,7 @@ def test_the_first_complete_pair_counts(record, expected):
 
 
 @pytest.mark.parametrize("record", [
-    None, 7, [QUERY], {}, {"query": "q"}, {"query": "q", "answer": "a"}, {"Query": "q", "Response": "r"}, {"query": "q", "response": ""},
-    {"query": " \n", "response": "r"}, {"query": 1, "response": "r"}, {"query": "q", "response": ["r"]}, {"input": "q", "output": "r"},
+    None, 7, [QUERY], {}, {"query": "q"}, {"query": "q", "answer": "a"}, {"Query": "q", "Response": "r"}, {"input": "q", "output": "r"},
 ], ids=repr)
 def test_a_bad_record_is_named(tmp_path, record):
     """A record without two texts raises one line with file, place and the names that were looked for."""
@@ -118,7 +118,16 @@ def test_a_bad_record_is_named(tmp_path, record):
         assert all(" and ".join(names) in message for names in instructions.KEYS)
 
 
-@pytest.mark.parametrize("value", [7, 0, False, ["a"], {}, " \n"], ids=repr)
+@pytest.mark.parametrize("record, key", [
+    ({"query": "q", "response": ""}, "response"), ({"query": " \n", "response": "r"}, "query"), ({"query": 1, "response": "r"}, "query"),
+    ({"query": "q", "response": ["r"]}, "response"), ({"instruction": "", "input": "", "output": ""}, "instruction")], ids=repr)
+def test_a_text_that_is_none_is_named(record, key):
+    """Where both names are there, the message is about what stands under them."""
+    with pytest.raises(ValueError, match=f"^here: its {key!r} is .*, expected a text that is not empty: mend the record or take it out$"):
+        instructions.example(record, "here")
+
+
+@pytest.mark.parametrize("value", [7, 0, False, ["a"], {}], ids=repr)
 def test_an_input_that_is_no_text_is_named(value):
     """What stands under `input` is a text or nothing: anything else would be lost, or end up in the prompt as Python writes it."""
     with pytest.raises(ValueError) as error:

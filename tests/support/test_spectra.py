@@ -1,6 +1,7 @@
 """How far weights move in their SVD, against closed forms, numpy's SVD, and the regularizer by its definition."""
 import gc
 import json
+import math
 import weakref
 
 import numpy as np
@@ -210,6 +211,19 @@ def test_a_matrix_that_is_not_finite_is_named():
     model.model.layers[1].mlp.up_proj.B.data[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="^model.layers.1.mlp.up_proj is not finite any more, .* lower --lr$"):
         list(spectra.measure(model))
+
+
+@pytest.mark.parametrize("method", ["sorsa", "lora", "full"])
+def test_a_matrix_of_zeros_is_left_out(method):
+    """As added blocks begin: it has no directions, and no ratio to its size. Where all are, that is said."""
+    model = toy_model()
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    originals = {name: W.clone() for name, W in spectra.original_matrices(model).items()} if method == "full" else None
+    found = dict(spectra.measure(perturb(attach(model, method)), originals))
+    assert len(found) == 13 and "model.layers.1.mlp.down_proj" not in found
+    assert all(math.isfinite(number) for number in spectra.means([*found.values()]).values())
+    with pytest.raises(ValueError, match="are zero: there are no singular vectors"):
+        spectra.means([])
 
 
 class Alive(TorchDispatchMode):

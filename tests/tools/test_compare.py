@@ -28,12 +28,27 @@ def test_every_run_is_recorded_once(tiny_gguf, tmp_path, monkeypatch, capsys):
     assert len(good["prose_losses"]) == 64 and good["prose_loss"]["2"] == pytest.approx(sum(good["prose_losses"]) / (64 * 255), abs=1e-4)
     assert {"data_sha256", "base_sha256", "threads", "torch"} <= good.keys()
     assert good["forgot"] == pytest.approx(good["prose_loss"]["2"] - good["prose_loss"]["0"])
-    assert "held_out_after" not in bad and "lower --lr" in bad["error"] and str(tmp_path) not in json.dumps(bad)
+    assert "held_out_after" not in bad and "lower --lr" in bad["error"] and str(tmp_path / "runs") not in json.dumps(bad)
     printed = capsys.readouterr().out
     assert "| `lora` | r 3 | 0.01 | " in printed and "| diverged | - | - |" in printed
     compare.main(["--seeds", "0", "1", *command])
-    names = [json.loads(line)["flags"].split()[:8] for line in results.read_text().splitlines()]
-    assert [(flags[5], flags[7]) for flags in names] == [("0.01", "0"), ("1e+30", "0"), ("0.01", "1"), ("1e+30", "1")]
+    names = [json.loads(line)["flags"].split()[:10] for line in results.read_text().splitlines()]
+    assert [(flags[7], flags[9]) for flags in names] == [("0.01", "0"), ("1e+30", "0"), ("0.01", "1"), ("1e+30", "1")]
+    assert capsys.readouterr().out.count("| `lora` |") == 4  # those that were there are shown too
+
+
+def test_a_comparison_on_other_data_is_another(tiny_gguf, tmp_path, monkeypatch):
+    """With runs of its own, whose folders are their own; a run that trains nothing leaves no record, whatever lies in its folder."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(tiny_gguf), "--steps", "1", "--held-out", "8", "--device", "cpu", "--rank", "2"]
+    for name in ("one", "two"):
+        compare.main(["--methods", "lora", "--data", str(write_sums(tmp_path / name)), "--", *flags])
+    results = tmp_path / "runs" / "compare.jsonl"
+    assert [f"--data {tmp_path / name} " in line for name, line in zip(("one", "two"), results.read_text().splitlines())] == [True] * 2
+    assert len([*results.parent.glob("compare/*/result.json")]) == 2
+    with pytest.raises(ValueError, match="lora: train.py has trained nothing: leave --dry-run and --help out"):
+        compare.main(["--methods", "lora", "--data", str(tmp_path / "one"), "--", *flags, "--dry-run"])
+    assert len(results.read_text().splitlines()) == 2
 
 
 def test_two_comparisons_share_the_work(tmp_path, monkeypatch):
@@ -51,8 +66,8 @@ def test_two_comparisons_share_the_work(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(time, "sleep", other_ends)
-    (tmp_path / "a-s0").mkdir()
-    other = try_lock(tmp_path / "a-s0" / "compare.lock")
+    (tmp_path / jobs[0].folder).mkdir()
+    other = try_lock(tmp_path / jobs[0].folder / "compare.lock")
     assert [record["name"] for record in compare.run_all(lambda records: jobs, "data", results, tmp_path)] == made == ["b", "c"]
     assert sorted(record["name"] for record in compare.read_records(results)) == ["a", "b", "c"]
 

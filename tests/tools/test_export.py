@@ -1,4 +1,5 @@
 """What is exported loads in transformers and peft and gives our logits."""
+import errno
 import json
 
 import pytest
@@ -98,6 +99,16 @@ def test_a_base_alone_and_a_lora_on_it(tiny_gguf, exported, tmp_path, capsys):
     export.main([str(tmp_path / "base"), "--model", str(tiny_gguf), "--to", "hf"])
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert (logits(peft.PeftModel.from_pretrained(base, folder)) - expected).abs().max() < 1e-4
+
+
+def test_an_export_that_fails_leaves_nothing(models, tmp_path, monkeypatch):
+    """Where the disk is full the message names the new file, and the folder is as empty as it was."""
+    def full(*files):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(export.shutil, "copyfileobj", full)
+    with pytest.raises(OSError) as error:
+        export.main([str(tmp_path / "out"), "--model", str(models["qwen2"]), "--to", "hf"])
+    assert error.value.filename.startswith(str(tmp_path / "out")) and not any((tmp_path / "out").iterdir())
 
 
 def test_links_within_a_model_are_followed(models, tmp_path):

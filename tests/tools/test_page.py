@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from tools import page, study
-from tools.compare import read_records
 from tools.intervals import paired
 
 
