@@ -14,6 +14,7 @@ import support
 
 support.interruptible(__name__)  # before torch, which takes seconds to import
 
+import contextlib
 import json
 import math
 import platform
@@ -297,11 +298,23 @@ def worked_problems(args):
     return list(batching.in_form(examples, range(len(examples)), args.answers).values())[:args.shots]
 
 
-def evaluate_accuracy(args, base, described):
-    """(summary, records) of the answers to a benchmark's test problems."""
+def keep_a_larger(path, n):
+    """ValueError where the summary `path` of more than n problems would be replaced. One that cannot be read may go."""
+    there = 0
+    if path.is_file():
+        with contextlib.suppress(ValueError):
+            there = read_json(path).get("n")
+    if type(there) is int and there > n:
+        raise ValueError(f"{path} is of {there} problems, and {n} would take its place: name another folder with --out")
+
+
+def evaluate_accuracy(args, base, described, path):
+    """(summary, records) of the answers to a benchmark's test problems. ValueError, before any is asked, where the file
+    `path` has the summary of more."""
     examples, source = hendrycks_math.load(args.data) if args.benchmark == "math" else gsm8k.load(args.data, "test")
     total, shots = len(examples), worked_problems(args)
     examples = examples[:args.limit or None]
+    keep_a_larger(path, len(examples))
     rest = " (--limit 0 for all)" if len(examples) < total else ""
     print(f"data      {one_line(source)}; {len(examples)} of {total} problems{rest}")
     print(f"protocol  prompt {args.template}{base.tokenizer.chat_text}, answers {args.answers}, {len(shots)} shots, "
@@ -371,7 +384,7 @@ def main(argv=None):
                    evaluate_forgetting(args, base, device, dtype, described))
         out.mkdir(parents=True, exist_ok=True)
     else:
-        summary, records = evaluate_accuracy(args, base, described)
+        summary, records = evaluate_accuracy(args, base, described, files[-1])
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(files[0]) as file:
             file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())

@@ -95,6 +95,19 @@ def test_printed_counts_are_right(run, known, capsys):
     assert "answer     63.64 %  (+- 14.50)" in out and "metamath    9.09 %  (+- 8.67)" in out and "cap of 256 tokens: 9.1 %" in out
 
 
+def test_a_larger_evaluation_is_not_lost(run, known):
+    """Fewer problems do not take its place, unless they go elsewhere; as many do, and so does anything over a broken file."""
+    prompts = known([""] * 11)
+    before = evaluate(run) and predictions(run)
+    with pytest.raises(ValueError, match="eval.json is of 11 problems, and 2 would take its place: name another folder with --out"):
+        evaluate(run, "--limit", 2)
+    assert predictions(run) == before and len(prompts) == 11
+    known([""] * 11)
+    assert evaluate(run, "--limit", 2, "--out", run / "few")["n"] == 2 and evaluate(run)["n"] == 11
+    (run / "eval.json").write_text("{")
+    assert evaluate(run, "--limit", 2)["n"] == 2 and len(predictions(run)) == 2
+
+
 MATH_PAGE = [("Algebra", "Level 1", "What is $2+2$?", r"It is $\boxed{4}$."),
              ("Algebra", "Level 5", "Solve $2x=1$.", r"$\boxed{\frac{1}{2}}$"),
              ("Geometry", "Level 1", "How many sides has a square?", r"$\boxed{4}$")]
