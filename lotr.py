@@ -139,7 +139,7 @@ def fit(model, params, targets=adapter.TARGETS, group_by="shape", core_only=Fals
     return adapter.nearest_rank(linears, params, lambda rank: ends * rank + len(linears) * rank ** 2)
 
 
-METHODS = {"lotr": adapter.Method(attach, learning_rate=3e-3, fit=fit, help={
+METHODS = {"lotr": adapter.Method(attach, learning_rate=1e-2, fit=fit, help={
     "group_by": "which layers share A and B", "core_only": "freeze A and B at their random start, train the cores"})}
 
 if __name__ == "__main__":

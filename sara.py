@@ -371,7 +371,7 @@ METHODS = {
         "threshold": "m: a layer's rank is how many leading singular values make up this share of their sum",
         "init": "which factor starts at zero: lam, or B as in LoRA",
         "ranks": "even: the same rank for all layers, of as many parameters"}),
-    "mosara": adapter.Method(attach_mosara, learning_rate=1e-1, fit=fit_mosara, table=rank_table, watch=gate_statistics,
+    "mosara": adapter.Method(attach_mosara, learning_rate=3e-1, fit=fit_mosara, table=rank_table, watch=gate_statistics,
                              help={"sets": "n, sets of singular values", "router_rank": "q, inner width of the router",
                                    "equal_gates": "no router: every set counts alike",
                                    "v_mode": "what v scales; output does not start at the base"})}

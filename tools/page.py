@@ -17,7 +17,8 @@ from support.script import Parser, run_script
 from tools.compare import ROOT, read_records, size
 from tools.intervals import mcnemar, over_seeds
 from tools.study import (ACCURACY, ALPHA, ARMS, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS, STEPS, WITH_SPECTRA,
-                         best_rate, by_rate, difference, diverged, evaluations, losses_by_rate, reported, spectra)
+                         best_rate, by_rate, default_rate, difference, diverged, evaluations, losses_by_rate, reported,
+                         spectra)
 from weights.files import atomic_write
 
 NOT_YET = "not run yet"
@@ -77,16 +78,18 @@ def methods(records):
     return results_table(records, METHODS, "lora")
 
 
-def rates_table(records, names, key="held_out_after", form=".4f"):
-    """A number of the runs that choose the rates by learning rate, that at the best rate of each name in bold."""
+def rates_table(records, names, key="held_out_after", form=".4f", mark=lambda losses: ""):
+    """A number of the runs that choose the rates by learning rate, that at the best rate of each name in bold; a star
+    at the rate mark(losses)."""
     found = {name: by_rate(records, name, key) for name in names}
     columns = sorted({rate for numbers in found.values() for rate in numbers}, key=float)
 
     def cell(name, rate):
         if rate not in found[name]:
             return ""
+        losses = losses_by_rate(records, name)
         text = f"{found[name][rate]:{form}}" if math.isfinite(found[name][rate]) else "diverged"
-        return f"**{text}**" if rate == best_rate(losses_by_rate(records, name)) else text
+        return (f"**{text}**" if rate == best_rate(losses) else text) + r" \*" * (rate == mark(losses))
 
     return table(["", *columns], [[f"`{name.removesuffix(', own size')}`", *(cell(name, rate) for rate in columns)]
                                   for name in names])
@@ -99,8 +102,8 @@ def rates(records):
 
 
 def own_rates(records):
-    """Every method at its own size."""
-    return rates_table(records, OWN_SIZE)
+    """Every method at its own size, with a star at the default that follows."""
+    return rates_table(records, ("full", *OWN_SIZE), mark=default_rate)
 
 
 def forgetting(records):

@@ -26,6 +26,7 @@ STEPS = "64"
 RUN = ("--steps", STEPS, "--batch", "8", "--held-out", "128", "--save-every", STEPS, "--forgetting", "--dtype",
        "bfloat16")
 REPORT, SPECTRA = ("--report", "512"), ("--spectra-every", "16")
+TIE = 0.005  # losses that are no further apart count as equal: so far apart are those of two seeds
 SEEDS = ("1", "2", "3")  # of what is reported; the rates are chosen with seed 0
 HALF_DECADES = [f"{digit}e{power}" for power in range(-8, 3) for digit in (1, 3)]
 
@@ -179,6 +180,12 @@ def evaluations(records, name):
 def best_rate(losses):
     """The rate with the lowest loss."""
     return min(losses, key=losses.get)
+
+
+def default_rate(losses):
+    """What follows for a method's default: the lowest rate whose loss is within TIE of the best, as a lower one forgets
+    less and bears a longer run."""
+    return min((rate for rate, loss in losses.items() if loss <= min(losses.values()) + TIE), key=float)
 
 
 def at_best_rate(records, name):

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
+import methods
 from tools import page, study
+from tools.compare import read_records
 from tools.intervals import paired
 
 
@@ -56,6 +58,15 @@ def valley(best):
 def test_the_page_is_what_the_records_say():
     """Every number of RESULTS.md, and what README.md says of them, from results/study.jsonl."""
     assert page.main(["--check"]) is None
+
+
+def test_default_rates_follow_from_the_records():
+    """Of every method, from its runs at its own size: the lowest rate that is as good as the best."""
+    assert study.default_rate({"1e-4": 0.753, "3e-4": 0.749, "1e-3": 0.75, "3e-5": 0.76}) == "1e-4"
+    records = read_records(study.RECORDS)
+    for name, method in methods.METHODS.items():
+        losses = study.losses_by_rate(records, name if name == "full" else f"{name}, own size")
+        assert float(study.default_rate(losses)) == method.learning_rate, name
 
 
 def test_the_plan_finds_each_best_rate_wherever_it_is():
