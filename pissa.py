@@ -62,7 +62,7 @@ def start(name, linear, rank, svd, saved):
     return S.sqrt()[:, None] * Vt, U * S.sqrt()
 
 
-METHODS = {"pissa": adapter.Method(attach, learning_rate=1e-3, fit=fit, help={"svd": "how the start is computed"})}
+METHODS = {"pissa": adapter.Method(attach, learning_rate=3e-4, fit=fit, help={"svd": "how the start is computed"})}
 
 if __name__ == "__main__":
     adapter.demonstrate(attach, lambda q, k, v, later: [

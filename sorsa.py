@@ -156,7 +156,7 @@ def require_layers(model, reduction):
 
 
 METHODS = {"sorsa": adapter.Method(
-    attach, learning_rate=3e-4, fit=fit, regularize=regularize,
+    attach, learning_rate=1e-4, fit=fit, regularize=regularize,
     help={"svd": "how the start is computed", "gamma": "weight of the regularizer, 0 is off",
           "reduction": "of the regularizer's norms"})}
 
