@@ -45,11 +45,12 @@ import adapter
 
 
 class LoTRFactors(nn.Module):
-    """What the layers of one group share: A (in, r) and B (out, r)."""
+    """What the layers of one group share: A (in, r) and B (out, r), parameters or, where they stay frozen, buffers."""
 
-    def __init__(self, A, B):
+    def __init__(self, A, B, frozen=False):
         super().__init__()
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        for name, factor in (("A", A), ("B", B)):
+            self.register_buffer(name, factor) if frozen else self.register_parameter(name, nn.Parameter(factor))
 
 
 class LoTRLinear(adapter.AdaptedLinear):
@@ -103,9 +104,9 @@ def attach(model, rank: int = 64, alpha: float | None = None, targets: list = ad
         A = torch.randn(inner, rank, generator=generator)  # (in, r)
         B = torch.randn(out, rank, generator=generator)  # (out, r)
         device = members[0][1].weight.device
-        shared[key] = LoTRFactors(A.to(device, torch.float32), B.to(device, torch.float32))
+        shared[key] = LoTRFactors(A.to(device, torch.float32), B.to(device, torch.float32), core_only)
     adapter.freeze(model)
-    model.lotr = adapter.Shared(shared).requires_grad_(not core_only)
+    model.lotr = adapter.Shared(shared)
     for key, members in groups.items():
         for name, linear in members:
             G = torch.zeros(rank, rank)  # (r, r)

@@ -72,11 +72,13 @@ def test_weight_plus_delta_is_the_original_weight(method, dtype, tolerance):
         assert layer.bias is bias and (bias is None or not bias.requires_grad)
 
 
-@pytest.mark.parametrize("method", ATTACHED)
-def test_the_base_is_rounded_once_after_attach(method):
+@pytest.mark.parametrize("method, options", [*((method, {}) for method in ATTACHED), ("lotr", {"core_only": True}), (
+    "lotr", {"group_by": "name"}), ("sara", {"init": "lora"}), ("sara", {"ranks": "even"}), ("mosara", {"sets": 1}), (
+    "mosara", {"equal_gates": True}), ("mosara", {"v_mode": "output"}), ("cora", {"basis": "random"})])
+def test_the_base_is_rounded_once_after_attach(method, options):
     """cast_frozen leaves what was added as it was, to the bit; the weights are those of fp32, PiSSA's and SORSA's residuals too, rounded
     once: W_r + W_p misses W by the rounding of W_r alone."""
-    exact, cast = (attach(toy_model(), method) for _ in range(2))
+    exact, cast = (attach(toy_model(), method, **options) for _ in range(2))
     adapter.cast_frozen(cast, torch.bfloat16)
     added = adapter.state(cast)
     for name, tensor in cast.state_dict().items():
@@ -88,6 +90,8 @@ def test_the_base_is_rounded_once_after_attach(method):
         if not layer.unmergeable:
             residual = W - layer.delta()
             assert ((layer.weight.float() - residual).abs() <= residual.abs() * 2 ** -8 + 1e-6).all()
+            down, up = layer.lora_factors()
+            assert (up @ down).dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", MERGEABLE)
