@@ -158,18 +158,25 @@ def common_basis(members, rank, basis, extra, generator):
     first = members[0][1].weight
     if basis == "random":
         B = torch.linalg.qr(torch.randn(first.shape[0], rank, generator=generator)).Q.to(first.device)  # (out, r)
-        return adapter.fix_signs(B.T)[0].T.contiguous()
+    elif basis == "weights":
+        J = torch.cat(weights_of(members, extra), dim=1)  # (out, sum in)
+        B = adapter.principal_triplets(J, rank)[0]
+    else:
+        for name, linear in members:
+            if linear.in_features != linear.out_features:
+                raise ValueError(f"basis='input' needs square weights: {name} is {linear.out_features} x "
+                                 f"{linear.in_features}; name other targets (with grouped-query attention: "
+                                 "q_proj,o_proj)")
+        B = adapter.principal_triplets(torch.cat(weights_of(members, extra)), rank)[2].T  # of sum W_i^T W_i
+    return adapter.fix_signs(B.T)[0].T.contiguous()
+
+
+def weights_of(members, extra):
+    """The weights of a group, in the base and then in each further model."""
     weights = [linear.weight for _, linear in members]
     for other, state in dict(extra).items():
         weights += [further_weight(other, state, f"{name}.weight", linear.weight) for name, linear in members]
-    if basis == "weights":
-        B = adapter.principal_triplets(torch.cat(weights, dim=1), rank)[0]  # of J (out, sum in)
-        return adapter.fix_signs(B.T)[0].T.contiguous()
-    for name, linear in members:
-        if linear.in_features != linear.out_features:
-            raise ValueError(f"basis='input' needs square weights: {name} is {linear.out_features} x "
-                             f"{linear.in_features}; name other targets (with grouped-query attention: q_proj,o_proj)")
-    return adapter.principal_triplets(torch.cat(weights), rank)[2].T.contiguous()  # of sum W_i^T W_i
+    return weights
 
 
 def further_weight(other, state, name, weight):

@@ -275,7 +275,7 @@ def evaluate_forgetting(args, base, device, dtype, described):
         multiple = fast.row_multiple(device, False, model.config.max_position_embeddings)
         return mean_loss(model, pieces, min(args.batch, 8), device, multiple)
 
-    pieces = batching.general_text(base)
+    pieces = prose.pieces(base.tokenizer, base.model.config.max_position_embeddings)
     print(f"data      {len(pieces)} pieces of {prose.LENGTH} tokens of pydoc_data.topics, Python "
           f"{platform.python_version()}", flush=True)
     loss = loss_of(base.model)

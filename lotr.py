@@ -50,7 +50,10 @@ class LoTRFactors(nn.Module):
     def __init__(self, A, B, frozen=False):
         super().__init__()
         for name, factor in (("A", A), ("B", B)):
-            self.register_buffer(name, factor) if frozen else self.register_parameter(name, nn.Parameter(factor))
+            if frozen:
+                self.register_buffer(name, factor)
+            else:
+                self.register_parameter(name, nn.Parameter(factor))
 
 
 class LoTRLinear(adapter.AdaptedLinear):
@@ -99,12 +102,13 @@ def attach(model, rank: int = 64, alpha: float | None = None, targets: list = ad
     groups = make_groups(adapter.find_linears(model, targets, rank), group_by)
     generator, shared, scales = torch.Generator().manual_seed(seed), {}, {}
     for key, members in groups.items():
-        out, inner = members[0][1].weight.shape
+        weight = members[0][1].weight
+        out, inner = weight.shape
         scales[key] = adapter.scaling(3 / inner ** 0.5 if alpha is None else alpha, rank)
         A = torch.randn(inner, rank, generator=generator)  # (in, r)
         B = torch.randn(out, rank, generator=generator)  # (out, r)
-        device = members[0][1].weight.device
-        shared[key] = LoTRFactors(A.to(device, torch.float32), B.to(device, torch.float32), core_only)
+        A, B = (factor.to(weight.device, torch.float32) for factor in (A, B))
+        shared[key] = LoTRFactors(A, B, core_only)
     adapter.freeze(model)
     model.lotr = adapter.Shared(shared)
     for key, members in groups.items():

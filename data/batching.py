@@ -16,6 +16,7 @@ from data import gsm8k, instructions, prompting, prose
 
 IGNORE = -100  # the target of a position without loss: the question, and padding
 ANSWERS = ("full", "equations")  # the forms that --answers asks for: as the data has them, or gsm8k.equations
+LONGER = "raise --max-tokens, or --cut them"  # what to do where all examples are too long
 SPLIT_SEED = 0  # which examples are held out never changes with --seed: held-out losses of all runs compare
 
 
@@ -47,8 +48,7 @@ def in_form(examples, places, answers):
     return kept
 
 
-def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None), where="",
-                    fix="raise --max-tokens, or --cut them"):
+def encode_examples(tokenizer, examples, max_tokens, template="plain", cut=(None, None), where="", fix=LONGER):
     """{place in examples: (ids, prompt_length)} of those of at most max_tokens tokens. ValueError if none is, which
     begins with `where` and ends with `fix`."""
     encoded = [prompting.encode(tokenizer, example, template, cut) for example in examples]
@@ -88,33 +88,26 @@ class Data(NamedTuple):
 def encode_data(args, examples, base):
     """Data from all examples: those that are held out apart, the same whatever --answers is; those that are too long,
     or without the answer that is asked for, left out."""
-    apart_sha256 = texts_sha256(split(examples, args.held_out + args.report, args.limit)[1][:args.held_out])
+    places, apart = split(range(len(examples)), args.held_out + args.report, args.limit)
+    apart_sha256 = texts_sha256([examples[i] for i in apart[:args.held_out]])
     if args.strip_annotations:
         examples = without_annotations(examples)
-    args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), base.model.config.max_position_embeddings)
-    places, apart = split(range(len(examples)), args.held_out + args.report, args.limit)
+    context = base.model.config.max_position_embeddings
+    args.max_tokens = min(args.max_tokens or sum(args.cut or (512,)), context)
     parts = places, apart[:args.held_out], *([apart[args.held_out:]] if args.report else [])
     told = [in_form(examples, part, args.answers) for part in parts]
-    fix = ({"fix": "that is the model's context; --cut them, or give other --data"}
-           if args.max_tokens == base.model.config.max_position_embeddings else {})
+    fix = ("that is the model's context; --cut them, or give other --data" if args.max_tokens == context else
+           LONGER)
     encoded = [encode_examples(base.tokenizer, list(part.values()), args.max_tokens, args.template,
-                               args.cut or (None, None), **fix) for part in told]
+                               args.cut or (None, None), fix=fix) for part in told]
     kept, held_out, *report = [list(part.values()) for part in encoded]
-    report, prose_pieces = report[0] if report else [], general_text(base) if args.forgetting else []
+    report = report[0] if report else []
+    prose_pieces = prose.pieces(base.tokenizer, context) if args.forgetting else []
     places, example = list(told[0]), next(iter(told[1].values()))
     total, annotated, fitting = [sum(map(len, sets)) for sets in (parts, told, encoded)]
     return Data(kept, [1 + places[i] for i in encoded[0]], held_out, report, prose_pieces, example,
                 annotated - fitting, total - annotated, examples_sha256(kept, held_out, report, prose_pieces),
                 apart_sha256)
-
-
-def general_text(base):
-    """The encoded pieces of prose for a base. ValueError where its context is too short for them."""
-    context = base.model.config.max_position_embeddings
-    if context < prose.LENGTH:
-        raise ValueError(f"--forgetting is measured on pieces of {prose.LENGTH} tokens, and the model's context is "
-                         f"{context}: leave it out")
-    return prose.pieces(base.tokenizer)
 
 
 def data_name(given, source):

@@ -15,9 +15,12 @@ def prose():
                                                           for line in text.splitlines()) and text.endswith((".", ":")))
 
 
-def pieces(tokenizer):
+def pieces(tokenizer, context=LENGTH):
     """PIECES examples (ids, 1) of LENGTH tokens, evenly spaced over the text: all tokens but a piece's first carry
-    loss. ValueError where the tokenizer makes fewer tokens of it."""
+    loss. ValueError where a model's context is too short for them, or the tokenizer makes fewer tokens of the text."""
+    if context < LENGTH:
+        raise ValueError(f"--forgetting is measured on pieces of {LENGTH} tokens, and the model's context is "
+                         f"{context}: leave it out")
     ids = tokenizer.encode(prose())
     if len(ids) < PIECES * LENGTH:
         raise ValueError(f"the tokenizer makes {len(ids)} tokens of the text for --forgetting, fewer than "

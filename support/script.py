@@ -151,6 +151,7 @@ def run_script(main, memory_advice="take a smaller model, or a machine with more
     2, any other as a traceback.
     `memory_advice` says what to do where memory ran out, `go_on` how a run that was cut off continues. Ctrl-C ends with
     status 130. What stdout and stderr cannot encode is spelled out."""
+    more = f"; {go_on}" if go_on else ""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -164,15 +165,14 @@ def run_script(main, memory_advice="take a smaller model, or a machine with more
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            error = "; ".join([f"out of memory: {memory_advice}", *([go_on] if go_on else [])])
+            error = f"out of memory: {memory_advice}{more}"
         elif isinstance(error, RuntimeError):
             raise
         elif isinstance(error, BrokenPipeError):
             sys.stdout = None  # there is nobody to flush it to
-            error = "; ".join(["nobody reads the output any more", *([go_on] if go_on else [])])
+            error = f"nobody reads the output any more{more}"
         elif isinstance(error, OSError) and error.errno is not None:  # the system's own error, not our words
             where = error.filename or "the log or what the output goes to"
-            error = f"{where}: {error.strerror}; check that path, its permissions and the space left there"
-            error = "; ".join([error, *([go_on] if go_on else [])])
+            error = f"{where}: {error.strerror}; check that path, its permissions and the space left there{more}"
         print(one_line(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

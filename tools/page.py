@@ -16,9 +16,9 @@ from statistics import fmean, median, stdev
 from support.script import Parser, run_script
 from tools.compare import ROOT, read_records, size
 from tools.intervals import mcnemar, over_seeds
-from tools.study import (ACCURACY, ALPHA, ARMS, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS, STEPS, WITH_SPECTRA,
-                         best_rate, by_rate, default_rate, difference, diverged, evaluations, losses_by_rate, reported,
-                         spectra)
+from tools.study import (ACCURACY, ALPHA, ARMS, DEPTHS, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS, STEPS,
+                         WITH_SPECTRA, best_rate, by_rate, default_rate, difference, diverged, evaluations,
+                         losses_by_rate, reported, spectra)
 from weights.files import atomic_write
 
 NOT_YET = "not run yet"
@@ -38,10 +38,14 @@ def spread(values, form=".4f"):
     return text + (f" ({len(values)} of {len(SEEDS)} seeds)" if len(values) < len(SEEDS) else "")
 
 
-def absent(records, *names):
-    """Why nothing is reported of methods or arms."""
-    gone = [f"`{name}` diverged" for name in names if diverged(records, name)]
-    return gone[0] if gone else NOT_YET
+def absent(records, name):
+    """Why nothing is reported of a method or an arm."""
+    return "diverged" if diverged(records, name) else NOT_YET
+
+
+def none_of(records, *names):
+    """The same in a sentence about several of them."""
+    return next((f"`{name}` diverged" for name in names if diverged(records, name)), NOT_YET)
 
 
 def over_runs(records, name, number, form=".4f"):
@@ -49,7 +53,7 @@ def over_runs(records, name, number, form=".4f"):
     runs = reported(records, name).values()
     lost = len(diverged(records, name))
     if not runs:
-        return "diverged" if lost else NOT_YET
+        return absent(records, name)
     return spread([number(run) for run in runs], form) + f", {lost} diverged" * bool(lost)
 
 
@@ -82,14 +86,14 @@ def rates_table(records, names, key="held_out_after", form=".4f", mark=lambda lo
     """A number of the runs that choose the rates by learning rate, that at the best rate of each name in bold; a star
     at the rate mark(losses)."""
     found = {name: by_rate(records, name, key) for name in names}
+    losses = {name: losses_by_rate(records, name) for name in names}
     columns = sorted({rate for numbers in found.values() for rate in numbers}, key=float)
 
     def cell(name, rate):
         if rate not in found[name]:
             return ""
-        losses = losses_by_rate(records, name)
         text = f"{found[name][rate]:{form}}" if math.isfinite(found[name][rate]) else "diverged"
-        return (f"**{text}**" if rate == best_rate(losses) else text) + r" \*" * (rate == mark(losses))
+        return (f"**{text}**" if rate == best_rate(losses[name]) else text) + r" \*" * (rate == mark(losses[name]))
 
     return table(["", *columns], [[f"`{name.removesuffix(', own size')}`", *(cell(name, rate) for rate in columns)]
                                   for name in names])
@@ -150,7 +154,7 @@ def movement(records):
     def cells(name):
         found = list(spectra(records, name).values())
         if not found:
-            return ["diverged" if diverged(records, name) else NOT_YET, "", "", "", ""]
+            return [absent(records, name), "", "", "", ""]
         mean = {key: fmean([numbers[key] for numbers in found]) for key in found[0]}
         return [f"{mean['delta_sigma']:.2e}", f"{mean['delta_d']:.2e}", f"{mean['change']:.2e}",
                 f"{mean['kappa_start']:.4f} → {mean['kappa']:.4f}" if "kappa" in mean else "-",
@@ -165,7 +169,7 @@ def movement(records):
 def depth(records):
     """LoTR and LoRA of one budget on the last layers."""
     rows = []
-    for blocks in (5, 30):
+    for blocks in DEPTHS:
         lotr, lora = f"lotr, last {blocks}", f"lora, last {blocks}"
         losses = [over_runs(records, name, lambda run: run["report_loss"]) for name in (lotr, lora)]
         rows.append([str(blocks), *losses, str(difference(records, lotr, lora) or "-")])
@@ -230,43 +234,43 @@ def claim(text, name, other, unseen="not seen here", losses="report_losses"):
     def verdict(records):
         interval = difference(records, name, other, losses)
         if interval is None:
-            return f"- {text}: {absent(records, name, other)}."
+            return f"- {text}: {none_of(records, name, other)}."
         return f"- {text}: **{judged(interval, unseen)}**; difference to `{other}` {interval}."
     return verdict
 
 
+def seed_by_seed(text, mine, its, said, form):
+    """The verdict on the claim that a number per seed is lower than another: [of each seed] of both."""
+    interval = over_seeds([a - b for a, b in zip(mine, its)])
+    reach = f" [{interval.low:{form}}, {interval.high:{form}}]" if interval.seeds > 1 else ""
+    return f"- {text}: **{judged(interval, 'not seen here')}**; {said}: {interval.mean:{form}}{reach}."
+
+
 def moved_less(text, number, name, other=None):
-    """A verdict on the claim that a number of `tools.spectra` is lower for `name` than for `other`, seed by seed, or
-    without another lower than 1."""
+    """A verdict on the claim that a number of `tools.spectra` is lower for `name` than for `other`, or without another
+    lower than 1."""
     def verdict(records):
-        mine = spectra(records, name)
-        its = spectra(records, other) if other else dict.fromkeys(mine, dict.fromkeys(("kappa", "kappa_start"), 1.0))
-        seeds = sorted(mine.keys() & its.keys())
+        a, b = (spectra(records, which) for which in (name, other or name))
+        seeds = sorted(a.keys() & b.keys())
         if not seeds:
-            return f"- {text}: {absent(records, *filter(None, (name, other)))}."
-        mine, its = ([number(found[seed]) for seed in seeds] for found in (mine, its))
-        interval = over_seeds([x - y for x, y in zip(mine, its)])
-        reach = f" [{interval.low:+.2e}, {interval.high:+.2e}]" if interval.seeds > 1 else ""
+            return f"- {text}: {none_of(records, name, other or name)}."
+        mine, its = [number(a[seed]) for seed in seeds], [number(b[seed]) if other else 1.0 for seed in seeds]
         beside = f", and {fmean(its):.6g} for `{other}`" if other else ""
-        return (f"- {text}: **{judged(interval, 'not seen here')}**; {fmean(mine):.6g}{beside}: "
-                f"{interval.mean:+.2e}{reach}.")
+        return seed_by_seed(text, mine, its, f"{fmean(mine):.6g}{beside}", "+.2e")
     return verdict
 
 
 def sooner(loss, other):
-    """A verdict on the claim that SORSA converges faster than another: reaches a loss in fewer steps, seed by seed."""
+    """A verdict on the claim that SORSA converges faster than another: reaches a loss in fewer steps."""
     def verdict(records):
-        text = f"- SORSA reaches a loss of {loss:.2f} in fewer steps than `{other}`"
-        mine, its = (reported(records, name) for name in ("sorsa", other))
-        steps = [(steps_to(mine[seed], loss), steps_to(its[seed], loss)) for seed in sorted(mine.keys() & its.keys())]
+        text = f"SORSA reaches a loss of {loss:.2f} in fewer steps than `{other}`"
+        a, b = (reported(records, name) for name in ("sorsa", other))
+        steps = [(steps_to(a[seed], loss), steps_to(b[seed], loss)) for seed in sorted(a.keys() & b.keys())]
         both = [pair for pair in steps if None not in pair]
         if not both:
-            return f"{text}: {'never reached' if steps else absent(records, 'sorsa', other)}."
-        interval = over_seeds([a - b for a, b in both])
-        reach = f" [{interval.low:+.1f}, {interval.high:+.1f}]" if interval.seeds > 1 else ""
-        a, b = map(fmean, zip(*both))
-        return (f"{text}: **{judged(interval, 'not seen here')}**; after {a:.1f} and {b:.1f}: "
-                f"{interval.mean:+.1f}{reach}.")
+            return f"- {text}: {'never reached' if steps else none_of(records, 'sorsa', other)}."
+        mine, its = zip(*both)
+        return seed_by_seed(text, mine, its, f"after {fmean(mine):.1f} and {fmean(its):.1f}", "+.1f")
     return verdict
 
 
@@ -275,7 +279,7 @@ def overall(records):
     losses = {name: fmean([run["report_loss"] for run in runs.values()])
               for name in METHODS if len(runs := reported(records, name)) == len(SEEDS)}
     if len(losses) < len(METHODS):
-        return f"- All methods at their own best rate: {absent(records, *METHODS)}."
+        return f"- All methods at their own best rate: {none_of(records, *METHODS)}."
     order = sorted(losses, key=losses.get)
 
     def apart(sign, comparisons):

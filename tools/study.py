@@ -44,19 +44,15 @@ METHODS = {
 }
 
 
-def last(blocks, method):
-    """Flags that spend LoRA's budget at rank 2 on the last of the default model's 30 blocks."""
-    pattern = {5: "layers.2[5-9].*", 30: "layers.*"}[blocks]
-    return ("--method", method, "--params", "610560", "--targets", pattern)
-
-
 ALPHA = {"lora, alpha 32": ((*METHODS["lora"][0], "--alpha", "32"), "1e-3")}  # does the best rate follow the scale?
 OWN_SIZE = {f"{name}, own size": (("--method", name), middle) for name, (_, middle) in METHODS.items()
             if name != "full"}
 # Arms of another rank than their method's above: the best rate moves with it, so each has rates of its own.
+# {how many: (the default model's last blocks, the rate in the middle)}, on which LoRA's budget at rank 2 is spent.
+DEPTHS = {5: ("layers.2[5-9].*", "3e-3"), 30: ("layers.*", "1e-2")}
 OTHER_RANK = {"lora, r 8": (("--method", "lora", "--rank", "8", *TARGETS), "3e-3"),
-              **{f"{method}, last {blocks}": (last(blocks, method), middle) for blocks, middle in (
-                  (5, "3e-3"), (30, "1e-2")) for method in ("lotr", "lora")}}
+              **{f"{method}, last {blocks}": (("--method", method, "--params", "610560", "--targets", last), middle)
+                 for blocks, (last, middle) in DEPTHS.items() for method in ("lotr", "lora")}}
 WITH_RATES = METHODS | ALPHA | OWN_SIZE | OTHER_RANK  # those that rates are tried for
 # name: (flags, whose best rate it takes)
 ARMS = {
