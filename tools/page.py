@@ -16,9 +16,9 @@ from statistics import fmean, median, stdev
 from support.script import Parser, run_script
 from tools.compare import ROOT, read_records, size
 from tools.intervals import mcnemar, over_seeds
-from tools.study import (ACCURACY, ALPHA, ARMS, DEPTHS, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS, STEPS,
+from tools.study import (ALPHA, ARMS, ASKED, DEPTHS, LONGER, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS, STEPS,
                          WITH_SPECTRA, best_rate, by_rate, default_rate, difference, diverged, evaluations,
-                         losses_by_rate, reported, spectra)
+                         losses_by_rate, most_right, reported, spectra)
 from weights.files import atomic_write
 
 NOT_YET = "not run yet"
@@ -178,14 +178,16 @@ def depth(records):
 
 def accuracy(records):
     """Right answers, in %, and McNemar's p against LoRA without the calculator."""
-    rows = []
-    for method in METHODS:
-        cells = [f"`{method}`"]
-        for name in ACCURACY:
-            found, lora = evaluations(records, f"{method}, {name}"), evaluations(records, f"lora, {name}")
-            cells += [NOT_YET, "", ""] if not found else [*map(percent, found), p_value(found[0], lora and lora[0])]
-        rows.append(cells)
-    header = [text for name in ACCURACY for text in (f"{name}, %", "with calculator, %", "p")]
+    def cells(method, name, beside):
+        found, lora = evaluations(records, f"{method}, {name}"), evaluations(records, f"lora, {beside}")
+        return [*map(percent, found), p_value(found[0], lora and lora[0])] if found else [NOT_YET, "", ""]
+
+    rows = [[f"`{method}`", *(cell for name in ASKED for cell in cells(method, name, name))]
+            for method in METHODS]
+    best = most_right(records, "equations")
+    rows.append([f"`{best}`, three epochs" if best else "the best, three epochs", "", "", "",
+                 *cells(best, LONGER, "equations")])
+    header = [text for name in ASKED for text in (f"{name}, %", "with calculator, %", "p")]
     return table(["", *header], rows)
 
 

@@ -2,9 +2,9 @@
 
 First every method at learning rates half a decade apart, with one seed: the best is the one with the lowest loss on 128
 held-out examples, and the rates go on where it would lie at an end. What is reported are other seeds at that rate, on
-other examples. Then the rates of every method at its own size, the defaults of train.py; the arms, which the claims of
-the papers call for, at the rate of the method that they vary, or one chosen in the same way where their rank is
-another; and longer runs for an accuracy.
+other examples. Then the rates of every method at its own size, the defaults of train.py; longer runs for an accuracy;
+and the arms, which the claims of the papers call for, at the rate of the method that they vary, or one chosen in the
+same way where their rank is another.
 """
 import support
 
@@ -81,7 +81,9 @@ WITH_SPECTRA = {*WATCHED, *(f"{name}, rate {ONE_RATE}" for name in WATCHED),
 ACCURACY = {
     "practice": (("--data", "practice", "--steps", "240", "--batch", "8"), "500"),
     "equations": (("--answers", "equations", "--steps", "400", "--batch", "16"), "0"),
+    "equations, three epochs": (("--answers", "equations", "--steps", "1380", "--batch", "16"), "0"),
 }
+*ASKED, LONGER = ACCURACY  # of every method; of the one alone whose equations are right most often
 
 
 # ---- what is to be run ----------------------------------------------------------------------------------------------
@@ -135,9 +137,10 @@ def jobs(records):
         arms += [job(name, flags, settled[of], seed) for seed in SEEDS if of in settled]
     arms += [job(f"{name}, rate {ONE_RATE}", METHODS[name][0], ONE_RATE, SEEDS[0]) for name in WATCHED
              if settled.get(name, ONE_RATE) != ONE_RATE]
-    counted = [accuracy_job(name, method, settled[method]) for name in ACCURACY for method in METHODS
-               if method in settled]
-    return found + far + own + arms + counted
+    counted = [accuracy_job(name, method, settled[method]) for name in ASKED for method in METHODS if method in settled]
+    best = most_right(records, "equations")
+    longer = [accuracy_job(LONGER, best, settled[best])] if best else []
+    return found + far + own + counted + arms + longer
 
 
 # ---- what the records say -------------------------------------------------------------------------------------------
@@ -171,6 +174,14 @@ def spectra(records, name):
 def evaluations(records, name):
     """(without the calculator, with it) of an accuracy's run, as tools.compare keeps them; None without such a run."""
     return next((record["evaluations"] for record in at_best_rate(records, name) if "evaluations" in record), None)
+
+
+def most_right(records, name):
+    """The method with the most right answers of an accuracy's runs; None before all of them have ended."""
+    runs = {method: at_best_rate(records, f"{method}, {name}") for method in METHODS}
+    right = {method: evaluations(records, f"{method}, {name}")[0]["accuracy"] for method, found in runs.items()
+             if any("evaluations" in record for record in found)}  # those that diverged have none
+    return max(right, key=right.get) if right and all(runs.values()) else None
 
 
 def best_rate(losses):

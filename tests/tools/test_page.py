@@ -103,6 +103,19 @@ def test_a_better_rate_found_late_is_what_counts():
     assert study.reported(records, "lora").keys() == {"2"}
 
 
+def test_the_method_with_the_most_right_equations_runs_longer():
+    """It alone, and not before all have been asked; one that diverged has no answers."""
+    records = study_of(valley({}))
+    assert sum(found["name"].endswith(study.LONGER) for found in records) == 1
+    asked = {found["name"]: found for found in records if found["name"].endswith(", equations")}
+    asked["cora, equations"]["evaluations"] = [{"accuracy": 0.75, "n": 4, "right": "1110"}] * 2
+    assert study.most_right(records, "equations") == "cora" and "| `cora`, three epochs |" in page.accuracy(records)
+    del asked["cora, equations"]["evaluations"]
+    assert study.most_right(records, "equations") == "full"
+    records.remove(asked["lotr, equations"])
+    assert study.most_right(records, "equations") is None and "| the best, three epochs |" in page.accuracy(records)
+
+
 def test_differences_and_verdicts():
     """By hand: lower by 0.5 a token where every example is lower by 5; as a claim expects, against it, or neither."""
     def report_of(planned):
