@@ -29,8 +29,8 @@ from support import fast, resume, run_folder
 from support.generate import complete, usual_batch
 from support.loss import mean_loss
 from support.report import duration, per_second
-from support.script import (Parser, check_folder, choose_device, folder, one_line, positive, run_script, whole,
-                            write_json)
+from support.script import (Parser, check_folder, choose_device, device_name, folder, one_line, positive, run_script,
+                            whole, write_json)
 from weights import adapter_file, base_model
 from weights.files import atomic_write, fault, printable, read_json
 
@@ -376,7 +376,7 @@ def main(argv=None):
     for note in base.tokenizer.notes:
         print(f"          {one_line(note)}")
     described = {"model": base.name, "method": method, "benchmark": args.benchmark, "data": str(args.data),
-                 "dtype": precision, "device": str(device), "torch": torch.__version__}
+                 "dtype": precision, "device": device_name(device), "torch": torch.__version__}
     out = args.out or Path("runs") / f"base-{Path(base.name).name.removesuffix('.gguf')}"
     files = [out / name for name in run_folder.EVAL_FILES[args.benchmark]]
     if args.benchmark in ("loss", "forgetting"):

@@ -242,13 +242,13 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
     `sets` is n, `router_rank` q, `v_mode` "branch" or "output"; `equal_gates` leaves the router out. `seed` draws Lam
     and the router, on the CPU. Of an earlier attach, `ks` {name: k} takes the place of the rank rule, `norms`
     {name: |W0|_F} checks that this is its base, and `saved`, an `adapter.state`, gives U and Vt in place of an SVD.
-    Raises ValueError on an unknown target or v_mode, a threshold outside 0 < m <= 1, less than one set, a router rank
-    below 1, `ks` or `norms` that do not fit this model, or a second attach.
+    Raises ValueError on an unknown target or v_mode, a threshold outside 0 < m <= 1, sets or a router rank outside
+    1 .. 1000, `ks` or `norms` that do not fit this model, or a second attach.
     """
     if v_mode not in ("branch", "output"):
         raise ValueError(f"unknown v_mode {v_mode!r}: choose branch or output")
-    if sets < 1 or router_rank < 1:
-        raise ValueError(f"sets {sets} and router_rank {router_rank} must be at least 1")
+    if not (1 <= sets <= 1000 and 1 <= router_rank <= 1000):
+        raise ValueError(f"sets {sets} and router_rank {router_rank} are out of range: both must be 1 .. 1000")
     routed = sets > 1 and not equal_gates
     linears = adapter.find_linears(model, targets)
     if ks is None:

@@ -16,7 +16,7 @@ from data.batching import answer_tokens, endless_batches, examples_sha256, token
 from methods import METHODS
 from model import Decoder
 from support.fast import CHUNK, eagerly, onednn_multiplies
-from support.script import has_bf16_units, one_line
+from support.script import device_name, has_bf16_units, one_line
 from weights.files import printable
 
 try:
@@ -81,7 +81,7 @@ def hardware(device, weight):
     """What computes, in words, and what it lacks."""
     if device.type == "cuda":
         lacks = "" if has_bf16_units(device) else ", no bf16 units: fp32 by default"
-        return torch.cuda.get_device_name(device) + lacks
+        return device_name(device) + lacks
     if device.type == "mps":
         return "untried: this code has run on Linux only"
     return f"{torch.get_num_threads()} threads" + ", fp32 products by oneDNN" * onednn_multiplies(weight)
@@ -249,7 +249,7 @@ def result_of(args, regularizer, base, data, source, progress, losses, adapter_p
             **more, "resumed_at": progress.resumed_at, "tokens": progress.tokens,
             "tokens_per_second": per_second(progress.tokens, seconds), "seconds_in_steps": seconds,
             "seconds": progress.seconds,
-            "memory_gb": peak_memory(device), "device": str(device), "threads": torch.get_num_threads(),
+            "memory_gb": peak_memory(device), "device": device_name(device), "threads": torch.get_num_threads(),
             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
             "command": command}
 

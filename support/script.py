@@ -32,6 +32,11 @@ def choose_device(device, dtype="auto", plain=False):
     return torch.device(device), getattr(torch, dtype)
 
 
+def device_name(device):
+    """The device in records: which GPU it is, as its address says nothing; "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def has_bf16_units(device):
     """Whether a GPU multiplies bf16: not before compute capability 8.0 (V100, T4). torch.cuda.is_bf16_supported() says
     yes there too, but counts emulation. fp16, which such a GPU has, ends at 65,504: activations of the default model

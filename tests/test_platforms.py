@@ -93,6 +93,7 @@ def test_a_gpu_gets_weights_that_it_multiplies(capability, dtype, words, monkeyp
     assert script.choose_device("cuda", "float32")[1] == torch.float32
     assert script.choose_device("cpu") == (torch.device("cpu"), torch.float32)
     assert report.hardware(torch.device("cuda"), torch.ones(1)).startswith("Name of it" + f", {words}" * bool(words))
+    assert [script.device_name(torch.device(name)) for name in ("cuda:1", "cpu")] == ["Name of it", "cpu"]  # what records hold
 
 
 def test_a_macs_gpu_is_taken_where_it_is_asked_for(monkeypatch):

@@ -178,10 +178,12 @@ def test_what_does_not_fit_is_refused(attach, options, message):
     (sara.attach, {"init": "zeros"}, "unknown init 'zeros': choose lam or lora"),
     (sara.attach, {"alpha": 0}, "alpha 0 is out of range: it must be above 0"),
     (sara.attach_mosara, {"v_mode": "none"}, "unknown v_mode 'none': choose branch or output"),
-    (sara.attach_mosara, {"sets": 0}, "sets 0 and router_rank 1 must be at least 1"),
-    (sara.attach_mosara, {"router_rank": 0}, "sets 5 and router_rank 0 must be at least 1")])
+    (sara.attach_mosara, {"sets": 0}, "sets 0 and router_rank 1 are out of range: both must be 1 .. 1000"),
+    (sara.attach_mosara, {"sets": 10 ** 6}, "sets 1000000 and router_rank 1 are out of range"),
+    (sara.attach_mosara, {"router_rank": 0}, "sets 5 and router_rank 0 are out of range")])
 def test_settings_that_do_not_exist_are_refused(attach, options, message):
-    """An unknown start or mode is answered with those that exist; there is at least one set and one router column."""
+    """An unknown start or mode is answered with those that exist; there is at least one set and one router column,
+    and no more than memory can be asked for."""
     host, _ = linear_host()
     with pytest.raises(ValueError, match=message):
         attach(host, targets=["0"], **options)
