@@ -55,6 +55,8 @@ def switch_on(names=None, chosen=None, device="auto"):
     for name, (owner, attribute, _, fast) in FORMS.items():
         if name in names:
             setattr(owner, attribute, fast)
+    if "attention" in names:  # cuDNN's, which torch prefers on an H100 or B200, plans anew for every shape of a batch
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if "malloc" in names:
         keep_freed_memory()
     if "onednn" in names and (str(device) == "cpu" or not torch.cuda.is_available()):
@@ -65,6 +67,7 @@ def switch_off():
     """The plain forms again, and products by torch's default. (What malloc was told, it keeps.)"""
     for owner, attribute, plain, _ in FORMS.values():
         setattr(owner, attribute, plain)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     if has_onednn_switch():
         torch.backends.mkldnn.matmul.fp32_precision = "none"  # what a new process has
 

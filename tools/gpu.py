@@ -287,6 +287,14 @@ def answers(task):
         clean()
 
 
+def with_cudnn(task):
+    """What fast.switch_on leaves out: an epoch as written, one recorded, and the answers, by cuDNN's attention."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    cases(task, ("lora",), task.batches[-1:], EPOCH)
+    cases(task, ("lora",), task.batches[1:2], EPOCH, graphs="on")
+    answers(task)
+
+
 def large(task):
     """Llama 2 7B's shape, LoRA r 128, steps of 8k tokens, and more with blocks recomputed; SORSA's start of a block."""
     shape, (rank, length) = ({}, (8, 32)) if task.tiny else (LLAMA_7B, (128, 512))
@@ -325,7 +333,7 @@ def others(task):
 # {name: (function, limit in seconds)}
 PARTS = {"machine": (machine, 40), "correct": (correct, 90), "recorded": (recorded, 110), "step": (step, 60),
          "answers": (answers, 60), "peers": (peers, 90), "large": (large, 90), "compiled": (compiled, 150),
-         "as_written": (as_written, 120), "others": (others, 90)}
+         "as_written": (as_written, 120), "with_cudnn": (with_cudnn, 120), "others": (others, 90)}
 
 
 # ---- the real model -------------------------------------------------------------------------------------------------

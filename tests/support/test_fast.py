@@ -234,17 +234,22 @@ def in_use():
     return {name for name, (owner, attribute, _, form) in fast.FORMS.items() if getattr(owner, attribute) is form}
 
 
+def state():
+    """What is in use, in this process as a whole."""
+    return f"{in_use()} {precision()} {torch.backends.cuda.cudnn_sdp_enabled()}\n"
+
+
 def test_switching_on_and_off():
     """All, or those that are named; off again, everything is as a new process has it. Nothing is on by import."""
-    code = "import torch, train, eval; from tests.support import test_fast as t; print(t.in_use(), t.precision())"
+    code = "import torch, train, eval; from tests.support import test_fast as t; print(t.state(), end='')"
     new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert new == f"{set()} {precision()}\n" and in_use() == set()
+    assert new == state() and in_use() == set()
     fast.switch_on(["norm", "head"])
-    assert in_use() == {"norm", "head"}
+    assert in_use() == {"norm", "head"} and torch.backends.cuda.cudnn_sdp_enabled()
     fast.switch_on()
-    assert in_use() == set(fast.FORMS)
+    assert in_use() == set(fast.FORMS) and not torch.backends.cuda.cudnn_sdp_enabled()
     fast.switch_off()
-    assert new == f"{in_use()} {precision()}\n"
+    assert new == state()
 
 
 def test_on_a_gpu_nothing_is_chosen_for_a_cpus_products(monkeypatch):
