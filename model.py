@@ -18,6 +18,7 @@ are what the methods adapt; this file knows nothing of adapters, files or tokeni
 Shapes: B rows, T tokens, S cached slots, d hidden_size, H query heads, K key/value heads, D head_dim, V vocab_size.
 """
 import copy
+import functools
 import math
 from dataclasses import dataclass
 
@@ -60,13 +61,19 @@ def rope_frequencies(config, device):
     if scaling is None:
         return frequencies
     if scaling["rope_type"] == "factors":
-        return frequencies / torch.tensor(scaling["factors"], device=device)
+        return frequencies / constant(tuple(scaling["factors"]), device)
     slow = frequencies / scaling["factor"]
     if scaling["rope_type"] == "linear":
         return slow
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # (D/2,)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     return torch.lerp(slow, frequencies, ((turns - low) / (high - low)).clamp(0, 1))
+
+
+@functools.cache
+def constant(numbers, device):
+    """A tuple of numbers as a tensor (n,). Made once: a GPU is waited for, and a CUDA graph could not record that."""
+    return torch.tensor(numbers, device=device)
 
 
 def rope_tables(positions, config):

@@ -272,15 +272,16 @@ def simulated_cuda():
 def operators_of_a_step(method, layers):
     """How many operators a GPU is given in one step of a model of so many blocks."""
     Seen.part = "start"
-    toy = toy_model(num_hidden_layers=layers)
+    toy = toy_model(num_hidden_layers=layers, rope_scaling={"rope_type": "factors", "factors": [1.0, 2.0, 4.0, 8.0]})
     model, dtype = base_model.empty_model(toy.config), torch.float32 if method == "full" else torch.bfloat16
     model.load_state_dict({name: x.detach().to(CUDA, dtype) for name, x in toy.state_dict().items()}, assign=True)
     model.tie()
     parameters = list(adapter.trainable(attach(model, method)).values())
     optimizer = torch.optim.AdamW(train.decay_groups(model, 0.0), lr=1e-3, fused=True)
     args = argparse.Namespace(micro_batch=4, multiple=16, autocast=None)
-    for _ in range(2):  # the first one makes what the optimizer keeps
+    for _ in range(2):  # the first one makes what is kept
         Seen.operators.clear()
+        Seen.waits.clear()
         train.accumulate_gradients(args, model, toy_examples(4))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if METHODS[method].regularize:
