@@ -284,7 +284,9 @@ def evaluate_forgetting(args, base, device, dtype, described):
     if args.run is None:
         print(f"\nloss per token {loss:.4f}")
         return summary
-    before = loss_of(base_model.load(args.model or base.name, dtype, device).model)
+    plain = base_model.load(args.model or base.name, dtype, device).model.requires_grad_(False)
+    adapter.cast_frozen(plain, dtype)  # rounded as the run is
+    before = loss_of(plain)
     print(f"\nforgot {loss - before:+.4f}: the loss per token on general text, {before:.4f} of the base, {loss:.4f} of "
           "the run")
     return {**summary, "loss_of_base": before, "forgot": loss - before}

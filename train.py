@@ -163,6 +163,16 @@ def print_sample(args, base, example, when):
         print(printable(shown), flush=True)
 
 
+def record(args, model, encoded, device):
+    """Have the decoder's passes recorded (support/graphs.py), those over the longest batch at once: in the memory that
+    they take all others find room, and it is known before the first step whether there is enough."""
+    graphs.RecordedDecoder(model)
+    longest = max(encoded, key=lambda pair: len(pair[0]))
+    with mixed_precision(args, device):
+        model.model(collate([longest] * args.micro_batch, device, args.multiple)[0])
+    model.zero_grad(set_to_none=True)
+
+
 # ---- the script -----------------------------------------------------------------------------------------------------
 
 def main(argv=None):
@@ -253,7 +263,7 @@ def carry_out(args, base, data, source, regularizer, originals, device, began, c
                 expected += math.ceil(args.steps / every) * (time.perf_counter() - started)
             print(f"expecting about {report.duration(expected)} of training", flush=True)
         if args.recorded:
-            graphs.RecordedDecoder(model)
+            record(args, model, data.train, device)
         with resume.noted_signals() as signals:
             train(args, model, optimizer, data.train,
                   Monitor(args, model, optimizer, data, gflop[1], progress, measures, save, log, signals),

@@ -139,6 +139,7 @@ def usual_batch(model):
     if weight.device.type != "cuda":
         return 128
     row = KVCache(model.config, 1, 1024, weight.dtype, "meta")
+    torch.cuda.empty_cache()  # what loading needed
     free, _ = torch.cuda.mem_get_info(weight.device)
     return max(1, min(2048, free // 2 // (row.k.nbytes + row.v.nbytes)))
 

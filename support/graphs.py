@@ -31,13 +31,14 @@ class RecordedDecoder:
     def __init__(self, model):
         self.plain, model.model.forward = model.model.forward, self.forward
         self.parameters = list(adapter.trainable(model).values())
+        self.trains = any(p.requires_grad for p in model.model.parameters())  # or the head alone does
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
         device = self.gradients[0].device
         self.followed = torch.zeros((), device=device, requires_grad=True)  # leads autograd to Replay
         self.recordings, self.side = {}, Side(device)
 
     def forward(self, tokens, cache=None):
-        if cache is not None or not torch.is_grad_enabled():
+        if cache is not None or not torch.is_grad_enabled() or not self.trains:
             return self.plain(tokens, cache)
         if self.parameters[0].grad is None:  # a new step
             torch._foreach_zero_(self.gradients)
@@ -53,6 +54,7 @@ class Recording:
 
     def __init__(self, decoder, tokens, side):
         self.decoder, self.tokens, self.hidden, self.d_hidden = decoder, tokens.clone(), None, None
+        self.side = side
         side.run(self.run_forward, self.run_backward)
         self.forward, self.backward = side.record(self.run_forward), side.record(self.run_backward)
 
@@ -82,6 +84,10 @@ class Side:
                 one()
         before.wait_stream(self.stream)
 
+    def join(self):
+        """What comes next waits for what was begun here."""
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
     def record(self, work):
         """A function that starts all the kernels that `work` starts; now none of them runs."""
         graph = torch.cuda.CUDAGraph()
@@ -103,6 +109,7 @@ class Replay(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_hidden):
+        ctx.recording.side.join()  # there autograd adds up the gradient of a head that is the embedding, too
         ctx.recording.d_hidden.copy_(d_hidden)
         ctx.recording.backward()
         return None, None, None

@@ -29,6 +29,8 @@ def choose_device(device, dtype="auto", plain=False):
         kind = device.partition(":")[0]
         bf16 = has_bf16_units(device) if kind == "cuda" else kind == "cpu" and not plain and fast.bf16_pays()
         dtype = "bfloat16" if bf16 else "float32"
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # else CUDA graphs take a context on the first GPU, too
     return torch.device(device), getattr(torch, dtype)
 
 

@@ -224,6 +224,8 @@ def check_attention(q, k, v, mask):
     """Kernels for a GPU set themselves up for every shape, and want masks with aligned rows."""
     if mask is not None and mask.shape[-1] % 64:
         Seen.note(Seen.faults, f"a mask over {mask.shape[-1]} keys")
+    if q.shape[1] != k.shape[1] and q.dtype == torch.float32:
+        Seen.note(Seen.faults, "attention of grouped heads in fp32")
     if mask is None and len(q) > 1 and q.shape[2] % 16:
         Seen.note(Seen.faults, f"attention over {q.shape[2]} tokens")
 
@@ -247,7 +249,8 @@ def simulated_cuda():
     answers = {"is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "simulated", "_lazy_init": None,
                "get_device_capability": (9, 0), "is_bf16_supported": True, "max_memory_allocated": 0, "is_initialized": False,
                "mem_get_info": (10 ** 9, 10 ** 9),
-               "reset_peak_memory_stats": None, "set_rng_state": None, "is_current_stream_capturing": False}
+               "reset_peak_memory_stats": None, "set_rng_state": None, "is_current_stream_capturing": False,
+               "set_device": None}
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)

@@ -259,9 +259,12 @@ def test_forgetting_is_the_same_from_either_script(made, tiny_gguf, tmp_path, mo
     assert summary["loss"] == pytest.approx(losses[4], abs=1e-5) and summary["loss_of_base"] == pytest.approx(losses[0], abs=1e-5)
     assert summary["prose_sha256"] == trained["prose_sha256"] and summary["forgot"] == summary["loss"] - summary["loss_of_base"]
     assert json.loads((tmp_path / "run" / "eval-forgetting.json").read_text()) == summary
-    alone = evaluate("--model", tiny_gguf, "--forgetting", "--out", tmp_path / "base")
+    of_base = "--model", tiny_gguf, "--out", tmp_path / "base"
+    alone = evaluate(*of_base, "--forgetting")
     assert alone["loss"] == pytest.approx(summary["loss_of_base"], abs=1e-5) and "forgot" not in alone
     assert "loss per token" in capsys.readouterr().out
+    summary, alone = (evaluate(*run, "--forgetting", "--dtype", "bfloat16") for run in ([tmp_path / "run"], of_base))
+    assert alone["loss"] == summary["loss_of_base"] != losses[0]  # the base is rounded as the run is
 
 
 @pytest.mark.parametrize("benchmark, name, record, gold", [

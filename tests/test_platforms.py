@@ -85,10 +85,12 @@ def test_a_gpu_gets_weights_that_it_multiplies(capability, dtype, words, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Name of it")
-    asked = []
+    asked, current = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: asked.append(str(device)) or capability)
     assert script.choose_device("auto") == (torch.device("cuda"), dtype)
     assert script.choose_device("cuda:1") == (torch.device("cuda:1"), dtype) and asked[-1] == "cuda:1"
+    assert current == ["cuda:1"]
     assert script.choose_device("cuda", "bfloat16")[1] == torch.bfloat16
     assert script.choose_device("cuda", "float32")[1] == torch.float32
     assert script.choose_device("cpu") == (torch.device("cpu"), torch.float32)

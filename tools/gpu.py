@@ -7,6 +7,7 @@ lengths (see LENGTHS). With --real the default model, or --model FILE, is traine
 as a user would, and answers the test problems. --tiny rehearses either on a CPU.
 """
 import argparse
+import gc
 import importlib.util
 import itertools
 import json
@@ -96,6 +97,7 @@ def settings(side, batch, **more):
 
 def clean():
     """Nothing of the case before is left on the GPU, nor counts in the peak of the next."""
+    gc.collect()  # a recorded model refers to itself
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

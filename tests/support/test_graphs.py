@@ -57,6 +57,26 @@ def test_only_training_passes_are_replayed():
     assert Again.recorded == 2
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_head_that_trains_alone_needs_no_recording(method):
+    """The hidden states have no gradient then."""
+    model = attach(toy_model(tie_word_embeddings=False), method, targets=["lm_head"])
+    graphs.RecordedDecoder(model)
+    args = types.SimpleNamespace(micro_batch=3, multiple=8, autocast=None)
+    assert train.accumulate_gradients(args, model, toy_examples(6)) > 0 and Again.recorded == 0
+    assert any(p.grad.any() for p in adapter.trainable(model).values())
+
+
+def test_the_longest_batch_is_recorded_first():
+    """It is there before the first step, and leaves nothing in the gradients."""
+    model, examples = attach(toy_model(), "lora"), toy_examples(6)
+    args = types.SimpleNamespace(micro_batch=3, multiple=8, autocast=None)
+    train.record(args, model, examples, torch.device("cpu"))
+    assert all(p.grad is None for p in model.parameters()) and Again.recorded == 2
+    train.accumulate_gradients(args, model, [max(examples, key=lambda pair: len(pair[0]))] * 3)
+    assert Again.recorded == 2
+
+
 def test_what_is_recorded_by_default():
     """On a GPU, models that are not large where memory is not short; on a CPU nothing, and to ask for it there is an error that says so."""
     model = toy_model()
