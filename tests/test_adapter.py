@@ -348,8 +348,9 @@ def test_an_adapter_of_another_base_can_be_forced(method, tmp_path):
     ("lora", {"method": ["lora"]}, r"unknown method \['lora'\]; known: full, lora"),
     ("lotr", {"core_only": 1}, "the setting core_only is 1, expected true or false"),
     ("sara", {"ks": {"a": "1"}}, "expected a map of numbers"),
-    ("mosara", {"sets": 10**9}, "Lam has shape .* in the saved state, expected .1000000000, "),
-    ("mosara", {"router_rank": 10**9}, "W_g1 has shape .* in the saved state, expected ")])
+    ("mosara", {"sets": 10**9}, "sets 1000000000 and router_rank 1 are out of range"),
+    ("mosara", {"sets": 900}, "Lam has shape .* in the saved state, expected .900, "),
+    ("mosara", {"router_rank": 900}, "W_g1 has shape .* in the saved state, expected ")])
 def test_settings_that_cannot_be_are_refused(method, settings, message, tmp_path):
     """A setting of another type, or a size that the file's tensors do not have: one line with the file's name, before
     anything is allocated."""
