@@ -221,7 +221,8 @@ def fused(function, check=lambda *inputs: None):
 
 
 def check_attention(q, k, v, mask):
-    """Kernels for a GPU set themselves up for every shape, and want masks with aligned rows."""
+    """Kernels for a GPU set themselves up for every shape, and want masks with aligned rows; in fp32 none of the fast ones
+    shares keys between heads."""
     if mask is not None and mask.shape[-1] % 64:
         Seen.note(Seen.faults, f"a mask over {mask.shape[-1]} keys")
     if q.shape[1] != k.shape[1] and q.dtype == torch.float32:

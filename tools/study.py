@@ -178,10 +178,10 @@ def evaluations(records, name):
 
 def most_right(records, name):
     """The method with the most right answers of an accuracy's runs; None before all of them have ended."""
-    runs = {method: at_best_rate(records, f"{method}, {name}") for method in METHODS}
-    right = {method: evaluations(records, f"{method}, {name}")[0]["accuracy"] for method, found in runs.items()
-             if any("evaluations" in record for record in found)}  # those that diverged have none
-    return max(right, key=right.get) if right and all(runs.values()) else None
+    ended = all(at_best_rate(records, f"{method}, {name}") for method in METHODS)
+    right = {method: found[0]["accuracy"] for method in METHODS
+             if (found := evaluations(records, f"{method}, {name}"))}  # those that diverged have none
+    return max(right, key=right.get) if ended and right else None
 
 
 def best_rate(losses):
