@@ -482,7 +482,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if args.side is None:
         dtype = ["bfloat16" if DEVICE.type == "cuda" else "float32"]
-        for name, value in {"rounds": 1, "rank": 16, "length": 256, "dtype": dtype, **DEFAULTS.get(args.what, {})}.items():
+        defaults = {"rounds": 1, "rank": 16, "length": 256, "dtype": dtype, **DEFAULTS.get(args.what, {})}
+        for name, value in defaults.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
         if args.peer and args.what not in ("train", "generate", "init", "memory"):

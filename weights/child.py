@@ -11,8 +11,8 @@ import sys
 
 def run(module, arguments, folder, stdout=subprocess.PIPE, **options):
     """`python -m module arguments`, with `folder` as the first place to import from, and without the current folder,
-    where anybody's file may lie under a module's name. Returns what subprocess.run does, with stdout as text (unless that
-    goes elsewhere) and stderr; `options` are those of subprocess.Popen."""
+    where anybody's file may lie under a module's name. Returns what subprocess.run does, with stderr as text,
+    and stdout unless that goes elsewhere; `options` are those of subprocess.Popen."""
     stdin, held = os.pipe()
     command = [sys.executable, __file__, str(folder), module, *map(str, arguments)]
     process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, errors="replace",
