@@ -238,7 +238,7 @@ def result_of(args, regularizer, base, data, source, progress, losses, adapter_p
                  "report_tokens": [answer_tokens([example]) for example in data.report]}
     if progress.prose:
         more |= {"prose_loss": progress.prose, "forgot": progress.prose[args.steps] - progress.prose[0],
-                 "prose_sha256": examples_sha256(data.prose), "python": platform.python_version()}
+                 "prose_sha256": examples_sha256(data.prose)}
     return {**settings, **regularizer, "out": str(args.out), "adapter": model.adapter_config, "source": source,
             "base_sha256": base.sha256, "data_sha256": data.sha256,
             "held_out_sha256": data.held_out_sha256,
@@ -251,7 +251,7 @@ def result_of(args, regularizer, base, data, source, progress, losses, adapter_p
             "seconds": progress.seconds,
             "memory_gb": peak_memory(device), "device": device_name(device), "threads": torch.get_num_threads(),
             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
-            "command": command}
+            "python": platform.python_version(), "command": command}
 
 
 def print_result(args, result, adapter_path):

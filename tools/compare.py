@@ -152,6 +152,8 @@ def rounded(numbers):
 def size(record):
     """The size of a method, as its paper counts it."""
     config = record["adapter"]
+    if config.get("ranks") == "even" and record.get("ranks"):  # of SARA: the same in all layers
+        return f"k {next(iter(record['ranks'].values()))[0]}"
     return f"r {config['rank']}" if "rank" in config else f"m {config['threshold']:g}" if "threshold" in config else "-"
 
 

@@ -16,13 +16,14 @@ from statistics import fmean, median, stdev
 from support.script import Parser, run_script
 from tools.compare import ROOT, read_records, size
 from tools.intervals import mcnemar, over_seeds
-from tools.study import (ALPHA, ARMS, ASKED, DEPTHS, LONGER, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS, STEPS,
+from tools.study import (ALPHA, ARMS, ASKED, DEPTHS, LONGER, LOWER, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS, STEPS,
                          WITH_SPECTRA, best_rate, by_rate, default_rate, difference, diverged, evaluations,
                          losses_by_rate, most_right, reported, spectra)
 from weights.files import atomic_write
 
 NOT_YET = "not run yet"
 LEVELS = 0.8, 0.77  # losses on the selection slice that most methods pass on the way and near the end
+SIX_DIGITS = 1e-3  # in %: by so much the rounding of tools.compare may have moved the ratio of two condition numbers
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -131,10 +132,41 @@ def steps_to(record, loss):
     return None
 
 
+def measured_at(records):
+    """The steps at which the reported runs have measured their loss on the selection slice."""
+    return sorted({int(step) for name in METHODS for run in reported(records, name).values()
+                   for step in run["held_out_loss"]})
+
+
+def ahead(records, name, other, step):
+    """The Interval, over seeds, of the loss of `name` on the selection slice after a step less that of `other`; None
+    where no seed has both."""
+    a, b = (reported(records, which) for which in (name, other))
+    lead = [a[seed]["held_out_loss"][str(step)] - b[seed]["held_out_loss"][str(step)] for seed in a if seed in b]
+    return over_seeds(lead) if lead else None
+
+
+def leads(records):
+    """Which methods are below LoRA's loss on the selection slice after each step, and which above, zero being outside
+    of the interval over all seeds."""
+    def found(step, sign):
+        beside = {name: ahead(records, name, "lora", step) for name in METHODS if name != "lora"}
+        return names([name for name, interval in beside.items() if interval and interval.sure
+                      and interval.seeds == len(SEEDS) and sign * interval.mean > 0])
+
+    steps = measured_at(records)[1:]
+    return "; ".join(f"after {step} steps below `lora`: {found(step, -1)}, above: {found(step, 1)}" for step in steps)
+
+
+def names(some):
+    """The names of methods in a sentence."""
+    return f"`{'`, `'.join(some)}`" if some else "none"
+
+
 def convergence(records):
-    """Loss on the selection slice over the steps of the reported runs, and the steps that two losses take."""
-    steps = sorted({int(step) for name in METHODS for run in reported(records, name).values()
-                    for step in run["held_out_loss"]})
+    """Loss on the selection slice over the steps of the reported runs, the steps that two losses take, and by whom
+    LoRA is led."""
+    steps = measured_at(records)
 
     def reached(name, loss):
         found = [steps_to(run, loss) for run in reported(records, name).values()]
@@ -145,8 +177,9 @@ def convergence(records):
         return over_runs(records, name, lambda run: run["held_out_loss"][str(step)])
 
     header = ["", *(f"after {step} steps" for step in steps), *(f"{loss:.2f} after" for loss in LEVELS)]
-    return table(header, [[f"`{name}`", *(measured(name, step) for step in steps),
-                           *(reached(name, loss) for loss in LEVELS)] for name in METHODS])
+    rows = [[f"`{name}`", *(measured(name, step) for step in steps), *(reached(name, loss) for loss in LEVELS)]
+            for name in METHODS]
+    return f"{table(header, rows)}\n\nBy intervals over the seeds, {leads(records) or NOT_YET}."
 
 
 def movement(records):
@@ -154,15 +187,16 @@ def movement(records):
     def cells(name):
         found = list(spectra(records, name).values())
         if not found:
-            return [absent(records, name), "", "", "", ""]
+            return [absent(records, name), "", "", "", "", ""]
         mean = {key: fmean([numbers[key] for numbers in found]) for key in found[0]}
-        return [f"{mean['delta_sigma']:.2e}", f"{mean['delta_d']:.2e}", f"{mean['change']:.2e}",
+        return [f"{fmean([run['report_loss'] for run in reported(records, name).values()]):.4f}",
+                f"{mean['delta_sigma']:.2e}", f"{mean['delta_d']:.2e}", f"{mean['change']:.2e}",
                 f"{mean['kappa_start']:.4f} → {mean['kappa']:.4f}" if "kappa" in mean else "-",
                 f"{mean['u_error']:.1e}, {mean['v_error']:.1e}" if "u_error" in mean else "-"]
 
     names = [name for name in (*METHODS, *ARMS) if name in WITH_SPECTRA]
     names += [name for name in sorted(WITH_SPECTRA) if name not in names]
-    header = ["", "ΔΣ", "ΔD", "&#124;dW&#124; / &#124;W&#124;", "κ(W_p)", "‖UᵀU − I‖, ‖VᵀV − I‖"]
+    header = ["", "loss", "ΔΣ", "ΔD", "&#124;dW&#124; / &#124;W&#124;", "κ(W_p)", "‖UᵀU − I‖, ‖VᵀV − I‖"]
     return table(header, [[f"`{name}`", *cells(name)] for name in names])
 
 
@@ -184,11 +218,14 @@ def accuracy(records):
 
     rows = [[f"`{method}`", *(cell for name in ASKED for cell in cells(method, name, name))]
             for method in METHODS]
-    best = most_right(records, "equations")
-    rows.append([f"`{best}`, three epochs" if best else "the best, three epochs", "", "", "",
-                 *cells(best, LONGER, "equations")])
+    best, nothing = most_right(records, "equations"), ["", "", ""]
+    rows.append(["`lora` at a rate of 0.003", *cells("lora", LOWER, ASKED[0]), *nothing])
+    rows.append([f"`{best}`, three epochs" if best else "the best, three epochs", *nothing,
+                 *cells(best, LONGER, "equations")[:2], ""])  # no p: other steps than LoRA's, and the best of many
     header = [text for name in ASKED for text in (f"{name}, %", "with calculator, %", "p")]
-    return table(["", *header], rows)
+    capped = [evaluation["capped"] for record in records for evaluation in record.get("evaluations", ())]
+    return table(["", *header], rows) + (f"\n\nOf the answers {100 * min(capped):.1f} to {100 * max(capped):.1f} % ran "
+                                         "into the cap of new tokens." if capped else "")
 
 
 def percent(evaluation):
@@ -198,19 +235,25 @@ def percent(evaluation):
 
 
 def p_value(one, other):
-    """McNemar's p of two evaluations on the same problems."""
+    """McNemar's p of two evaluations on the same problems, in words."""
     if other is None or one is other:
         return "-"
-    _, _, p = mcnemar([digit == "1" for digit in one["right"]], [digit == "1" for digit in other["right"]])
+    p = beside(one, other)[2]
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def beside(one, other):
+    """How often one evaluation alone is right, how often the other, and McNemar's p."""
+    return mcnemar(*([digit == "1" for digit in evaluation["right"]] for evaluation in (one, other)))
 
 
 def made(records):
     """With what the records were made: all that differs between them is named."""
+    ended = [record for record in records if "error" not in record]
     keys = {"Python": "python", "torch": "torch", "threads": "threads", "device": "device", "model": "model"}
-    said = [f"{words} {', '.join(sorted({str(record[key]) for record in records if key in record}))}"
+    said = [f"{words} {', '.join(sorted({str(record.get(key, 'not recorded')) for record in ended}))}"
             for words, key in keys.items()]
-    runs = [record for record in records if record.get("steps") == int(STEPS) and "tokens" in record]
+    runs = [record for record in ended if record.get("steps") == int(STEPS) and "tokens" in record]
     if runs:
         tokens = [record["tokens"] for record in runs]
         said.append(f"{min(tokens):,} to {max(tokens):,} tokens in {STEPS} steps")
@@ -241,58 +284,90 @@ def claim(text, name, other, unseen="not seen here", losses="report_losses"):
     return verdict
 
 
-def seed_by_seed(text, mine, its, said, form):
-    """The verdict on the claim that a number per seed is lower than another: [of each seed] of both."""
-    interval = over_seeds([a - b for a, b in zip(mine, its)])
-    reach = f" [{interval.low:{form}}, {interval.high:{form}}]" if interval.seeds > 1 else ""
-    return f"- {text}: **{judged(interval, 'not seen here')}**; {said}: {interval.mean:{form}}{reach}."
-
-
-def moved_less(text, number, name, other=None):
+def moved_less(text, number, name, other=None, form=".3g", error=0.0):
     """A verdict on the claim that a number of `tools.spectra` is lower for `name` than for `other`, or without another
-    lower than 1."""
+    lower than 0. error: by how much the records' rounding may have moved it."""
     def verdict(records):
         a, b = (spectra(records, which) for which in (name, other or name))
         seeds = sorted(a.keys() & b.keys())
         if not seeds:
             return f"- {text}: {none_of(records, name, other or name)}."
-        mine, its = [number(a[seed]) for seed in seeds], [number(b[seed]) if other else 1.0 for seed in seeds]
-        beside = f", and {fmean(its):.6g} for `{other}`" if other else ""
-        return seed_by_seed(text, mine, its, f"{fmean(mine):.6g}{beside}", "+.2e")
+        mine, its = [number(a[seed]) for seed in seeds], [number(b[seed]) if other else 0.0 for seed in seeds]
+        found = over_seeds([x - y for x, y in zip(mine, its)])
+        found = found._replace(low=found.low - error, high=found.high + error)
+        reach = f" [{found.low:+{form}}, {found.high:+{form}}]" if found.seeds > 1 else ""
+        said = f"{fmean(mine):{form}}, and {fmean(its):{form}} for `{other}`: " if other else ""
+        return f"- {text}: **{judged(found, 'not seen here')}**; {said}{found.mean:+{form}}{reach}."
     return verdict
 
 
-def sooner(loss, other):
-    """A verdict on the claim that SORSA converges faster than another: reaches a loss in fewer steps."""
+def sooner(other):
+    """A verdict on the claim that SORSA converges faster than another: that its loss is lower on the way."""
     def verdict(records):
-        text = f"SORSA reaches a loss of {loss:.2f} in fewer steps than `{other}`"
-        a, b = (reported(records, name) for name in ("sorsa", other))
-        steps = [(steps_to(a[seed], loss), steps_to(b[seed], loss)) for seed in sorted(a.keys() & b.keys())]
-        both = [pair for pair in steps if None not in pair]
-        if not both:
-            return f"- {text}: {'never reached' if steps else none_of(records, 'sorsa', other)}."
-        mine, its = zip(*both)
-        return seed_by_seed(text, mine, its, f"after {fmean(mine):.1f} and {fmean(its):.1f}", "+.1f")
+        text = f"SORSA converges faster than `{other}`, a lower loss on the way"
+        found = {step: ahead(records, "sorsa", other, step) for step in measured_at(records)[1:-1]}
+        if None in found.values() or not found:
+            return f"- {text}: {none_of(records, 'sorsa', other)}."
+        return f"- {text}: " + "; ".join(f"after {step} steps **{judged(interval, 'not seen here')}**, {interval}"
+                                        for step, interval in found.items()) + "."
     return verdict
+
+
+def told_apart(found):
+    """The methods that can be told from LoRA, of found(comparisons) -> {method: (difference, whether it is sure)}: a
+    function of the sign that the difference is to have."""
+    def of_sign(sign, comparisons):
+        return [name for name, (difference, sure) in found(comparisons).items() if sure and sign * difference > 0]
+
+    several = len(METHODS) - 1
+    return lambda sign: names(of_sign(sign, 1)) + (
+        f" (as {several} comparisons at once: {names(of_sign(sign, several))})" if of_sign(sign, 1) else "")
+
+
+def told_by_loss(records, losses="report_losses"):
+    """`told_apart` by the loss on the report's examples, or by its rise on general text; None where runs are lacking."""
+    if any(len(reported(records, name)) < len(SEEDS) for name in METHODS):
+        return None
+
+    def found(comparisons):
+        intervals = {name: difference(records, name, "lora", losses, comparisons) for name in METHODS if name != "lora"}
+        return {name: (interval.mean, interval.sure) for name, interval in intervals.items()}
+    return told_apart(found)
 
 
 def overall(records):
     """How far the methods lie apart, each at its best rate, and which of them can be told from LoRA."""
-    losses = {name: fmean([run["report_loss"] for run in runs.values()])
-              for name in METHODS if len(runs := reported(records, name)) == len(SEEDS)}
-    if len(losses) < len(METHODS):
+    told = told_by_loss(records)
+    if told is None:
         return f"- All methods at their own best rate: {none_of(records, *METHODS)}."
-    order = sorted(losses, key=losses.get)
+    losses = {name: fmean([run["report_loss"] for run in reported(records, name).values()]) for name in METHODS}
+    best, worst = min(losses, key=losses.get), max(losses, key=losses.get)
+    return (f"- Each at its own best rate, the nine methods lie between {losses[best]:.4f} (`{best}`) and "
+            f"{losses[worst]:.4f} (`{worst}`). Worse than `lora`: {told(1)}. Better: {told(-1)}.")
 
-    def apart(sign, comparisons):
-        names = [name for name in order if name != "lora" and (
-            beside := difference(records, name, "lora", comparisons=comparisons)).sure and sign * beside.mean > 0]
-        return f"`{'`, `'.join(names)}`" if names else "none"
 
-    several = len(METHODS) - 1
-    return (f"- Each at its own best rate, the nine methods lie between {losses[order[0]]:.4f} (`{order[0]}`) and "
-            f"{losses[order[-1]]:.4f} (`{order[-1]}`). Worse than `lora`, each interval by itself: {apart(1, 1)}; "
-            f"with intervals for {several} comparisons at once: {apart(1, several)}. Better: {apart(-1, 1)}.")
+def forgotten(records):
+    """Which methods forget more than LoRA, and which less, each at its best rate."""
+    told = told_by_loss(records, "prose_losses")
+    if told is None:
+        return f"- What is forgotten, against `lora`: {none_of(records, *METHODS)}."
+    return f"- At these rates more than `lora` forget: {told(1)}. Less: {told(-1)}."
+
+
+def answers(name, said):
+    """A verdict on which methods give more right answers than LoRA, or fewer."""
+    def verdict(records):
+        found = {method: evaluation[0] for method in METHODS
+                 if (evaluation := evaluations(records, f"{method}, {name}"))}
+        lacking, lora = names([method for method in METHODS if method not in found]), found.pop("lora", None)
+        if not lora or not found:
+            return f"- {said}: {NOT_YET}."
+        tests = {method: beside(evaluation, lora) for method, evaluation in found.items()}
+        told = told_apart(lambda comparisons: {method: (mine - its, p * comparisons < 0.05)
+                                               for method, (mine, its, p) in tests.items()})
+        return (f"- {said}, one training seed: more answers right than `lora`: {told(1)}. Fewer: {told(-1)}."
+                + f" {lacking}: {NOT_YET}." * (lacking != "none"))
+    return verdict
 
 
 def rate_ratio(records):
@@ -306,34 +381,36 @@ def rate_ratio(records):
 
 
 def growth_of_kappa(found):
-    """W_p's condition number at the end of a run against that at its start."""
-    return found["kappa"] / found["kappa_start"]
+    """By how much W_p's condition number has risen in a run, in %."""
+    return 100 * (found["kappa"] / found["kappa_start"] - 1)
 
 
 SORSA_BELOW_LORA = claim("SORSA ends at a lower loss than LoRA", "sorsa", "lora")
 VERDICTS = (
     overall, rate_ratio,
-    *(sooner(loss, other) for other in ("lora", "pissa") for loss in LEVELS),
-    SORSA_BELOW_LORA,
+    answers("practice", "Practice problems"), answers("equations", "GSM-8K by equations"),
+    sooner("lora"), sooner("pissa"), SORSA_BELOW_LORA,
     claim("SORSA ends at a lower loss than PiSSA", "sorsa", "pissa"),
     claim("SORSA's regularizer lowers its loss", "sorsa", "sorsa, gamma 0"),
-    moved_less("SORSA's training lowers the condition number of W_p (κ after / κ before)", growth_of_kappa, "sorsa"),
-    moved_less("SORSA's regularizer keeps it lower than without (κ after / κ before)", growth_of_kappa, "sorsa",
-               "sorsa, gamma 0"),
+    moved_less("SORSA's training lowers the condition number κ of W_p (rise in %)", growth_of_kappa, "sorsa",
+               form=".4f", error=SIX_DIGITS),
+    moved_less("SORSA's regularizer keeps κ(W_p) lower than training without it (rise in %)", growth_of_kappa, "sorsa",
+               "sorsa, gamma 0", form=".4f", error=SIX_DIGITS),
     moved_less("SORSA's regularizer keeps W's singular vectors in place (ΔD)", lambda found: found["delta_d"], "sorsa",
                "sorsa, gamma 0"),
     moved_less("SORSA's regularizer keeps W's singular values in place (ΔΣ)", lambda found: found["delta_sigma"],
                "sorsa", "sorsa, gamma 0"),
+    forgotten,
     *(claim(text, name, other, losses="prose_losses") for text, name, other in (
-        ("LoRA forgets less than full fine-tuning", "lora", "full"), ("SORSA forgets less than LoRA", "sorsa", "lora"),
-        ("SORSA forgets less than PiSSA", "sorsa", "pissa"), ("CoRA forgets less than LoRA", "cora", "lora"))),
+        ("LoRA forgets less than full fine-tuning", "lora", "full"),
+        ("SORSA forgets less than PiSSA", "sorsa", "pissa"))),
     claim("SARA's ranks from the spectrum are better than the same budget spread evenly", "sara", "sara, even"),
     claim("Mo-SARA's five sets are better than one", "mosara", "mosara, one set"),
     claim("Mo-SARA's router is better than equal gates", "mosara", "mosara, no router"),
     claim("Mo-SARA's router is better with an inner width of 2", "mosara, router of rank 2", "mosara"),
     claim("CoRA's frozen basis, at twice the rank, is better than LoRA of as many parameters", "cora", "lora"),
-    claim("CoRA's frozen basis loses nothing against LoRA of its rank, with twice its parameters", "cora", "lora, r 8",
-          unseen="no loss seen here"),
+    claim("CoRA's frozen basis, at rank 8, costs nothing against LoRA of rank 8, which trains twice as many parameters",
+          "cora", "lora, r 8", unseen="no cost seen here"),
     claim("CoRA's basis from the weights is better than a random one", "cora", "cora, random basis"),
     claim("CoRA's basis is a better start for LoRA", "cora-init", "lora"),
     claim("CoRA's start from the weights is better than a random one", "cora-init", "cora-init, random basis"),

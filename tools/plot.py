@@ -210,7 +210,7 @@ def arms(records):
     found = {}
     for name in study.WITH_SPECTRA:
         for record in study.reported(records, name).values():
-            if "spectra" in record:
+            if "spectra" in record and record["name"] == name:
                 arm = list(LOOKS).index(record["method"]), record.get("gamma", 0), name, record["lr"]
                 found.setdefault(arm, []).append({int(step): numbers for step, numbers in record["spectra"].items()})
     return dict(sorted(found.items()))
@@ -267,11 +267,11 @@ def loss_by_rate(records):
 
 
 def loss_by_forgetting(records):
-    """Held-out loss after training against what the loss on general English text has risen by, at each rate."""
+    """Held-out loss after training against what the loss on other text has risen by, at each rate."""
     return rate_panels("What each method learns and what it forgets",
                        "A point per learning rate, one seed, filled: the best; at the top: higher; x is linear to 0.01",
                        of_each(records, forgetting), "{0:+.4f}",
-                       "forgotten: rise of the loss on general English text (nats per token)",
+                       "forgotten: rise of the loss on Python's manual (nats per token)",
                        {"value": "symlog", "linthresh": 0.01}, "{x:g}")
 
 

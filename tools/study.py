@@ -51,6 +51,7 @@ OWN_SIZE = {f"{name}, own size": (("--method", name), middle) for name, (_, midd
 # {how many: (the default model's last blocks, the rate in the middle)}, on which LoRA's budget at rank 2 is spent.
 DEPTHS = {5: ("layers.2[5-9].*", "3e-3"), 30: ("layers.*", "1e-2")}
 OTHER_RANK = {"lora, r 8": (("--method", "lora", "--rank", "8", *TARGETS), "3e-3"),
+              "lotr, cores only": ((*METHODS["lotr"][0], "--core-only"), "1e-2"),
               **{f"{method}, last {blocks}": (("--method", method, "--params", "610560", "--targets", last), middle)
                  for blocks, (last, middle) in DEPTHS.items() for method in ("lotr", "lora")}}
 WITH_RATES = METHODS | ALPHA | OWN_SIZE | OTHER_RANK  # those that rates are tried for
@@ -63,7 +64,6 @@ ARMS = {
     "sorsa, gamma 0": ((*METHODS["sorsa"][0], "--gamma", "0"), "sorsa"),
     "sorsa, gamma 4e-3": ((*METHODS["sorsa"][0], "--gamma", "4e-3"), "sorsa"),
     "cora-init, random basis": ((*METHODS["cora-init"][0], "--basis", "random"), "cora-init"),
-    "lotr, cores only": ((*METHODS["lotr"][0], "--core-only"), "lotr"),
     "lotr, by name": ((*METHODS["lotr"][0], "--group-by", "name"), "lotr"),
     **{name: (flags, name) for name, (flags, _) in OTHER_RANK.items()},
     "mosara, router of rank 2": ((*METHODS["mosara"][0], "--router-rank", "2"), "mosara"),
@@ -84,6 +84,8 @@ ACCURACY = {
     "equations, three epochs": (("--answers", "equations", "--steps", "1380", "--batch", "16"), "0"),
 }
 *ASKED, LONGER = ACCURACY  # of every method; of the one alone whose equations are right most often
+# Longer runs may want a lower rate than the short ones that chose it: LoRA's, beside which all stand, is tried at one.
+LOWER = f"{ASKED[0]}, rate 3e-3"
 
 
 # ---- what is to be run ----------------------------------------------------------------------------------------------
@@ -138,6 +140,7 @@ def jobs(records):
     arms += [job(f"{name}, rate {ONE_RATE}", METHODS[name][0], ONE_RATE, SEEDS[0]) for name in WATCHED
              if settled.get(name, ONE_RATE) != ONE_RATE]
     counted = [accuracy_job(name, method, settled[method]) for name in ASKED for method in METHODS if method in settled]
+    counted += [accuracy_job(ASKED[0], "lora", "3e-3")._replace(name=f"lora, {LOWER}")]
     best = most_right(records, "equations")
     longer = [accuracy_job(LONGER, best, settled[best])] if best else []
     return found + far + own + counted + arms + longer
@@ -196,17 +199,22 @@ def default_rate(losses):
 
 
 def at_best_rate(records, name):
-    """[record] of a method, an arm or an accuracy, but those whose rate is no longer the best of the method."""
+    """[record] of a method, an arm or an accuracy, but those whose rate is no longer the best of the method (unless the
+    name says which it is to be)."""
     found = [record for record in records if record["name"] == name]
     method = ARMS[name][1] if name in ARMS else name.partition(", ")[0]
-    if f", rate {ONE_RATE}" in name or not losses_by_rate(records, method):
+    if ", rate " in name or not losses_by_rate(records, method):
         return found
     best = best_rate(losses_by_rate(records, method))
     return [record for record in found if flag(record, "--lr") == best]
 
 
 def reported(records, name):
-    """{seed: record} of the runs that are reported of a method or an arm: those that did not diverge."""
+    """{seed: record} of the runs that are reported of a method or an arm: those that did not diverge. A method whose best
+    rate is ONE_RATE is not run at it again: the first seed of its own runs stands for that."""
+    method, _, rate = name.partition(", rate ")
+    if rate == ONE_RATE and method in METHODS and rate == best_rate(losses_by_rate(records, method) or {"": 0}):
+        return {seed: record for seed, record in reported(records, method).items() if seed == SEEDS[0]}
     return {flag(record, "--seed"): record for record in at_best_rate(records, name) if "report_losses" in record}
 
 
@@ -217,17 +225,20 @@ def diverged(records, name):
 
 
 def difference(records, name, other, losses="report_losses", comparisons=1):
-    """The Interval of the loss per token of `name` less that of `other`, on the report's examples or on general text
-    ("prose_losses"), over the seeds that both have; None without. comparisons: as of intervals.paired."""
+    """The Interval of the loss per token of `name` less that of `other`, on the report's examples, or of the rise of
+    that on general text ("prose_losses"), over the seeds that both have; None without. comparisons: as of
+    intervals.paired."""
     a, b = ({seed: record for seed, record in reported(records, which).items() if losses in record}
             for which in (name, other))
     seeds = sorted(a.keys() & b.keys())
     if not seeds:
         return None
 
-    def per_token(record):  # its mean over examples is the loss per token
-        tokens = record["report_tokens"] if losses == "report_losses" else [prose.LENGTH - 1] * prose.PIECES
-        return [loss * len(tokens) / sum(tokens) for loss in record[losses]]
+    def per_token(record):  # its mean over examples is the loss per token, or by how much that has risen
+        prose_tokens = [prose.LENGTH - 1] * prose.PIECES
+        tokens, before = ((record["report_tokens"], 0.0) if losses == "report_losses" else
+                          (prose_tokens, record["prose_loss"]["0"]))
+        return [loss * len(tokens) / sum(tokens) - before for loss in record[losses]]
     return paired([[x - y for x, y in zip(per_token(a[seed]), per_token(b[seed]), strict=True)] for seed in seeds],
                   comparisons)
 
