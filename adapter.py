@@ -111,10 +111,15 @@ def find_linears(model, targets, rank=1):
     nn.Linear is left out: its parent may read the weight past its forward (nn.MultiheadAttention does).
 
     Raises ValueError, before anything has changed, if a method is already attached, if there is no target, if one
-    matches nothing or a weight that another module uses too (a head tied to the embedding, one linear at two places) or
-    that is no matrix of usable numbers, or if `rank` is not in 1 .. min(out, in) of every match.
+    matches nothing, or a weight that is used elsewhere too (a head tied to the embedding, one linear at two places), or
+    that is no matrix of usable numbers, or that an nn.TransformerEncoderLayer will read past the adapter, or if `rank`
+    is not a whole number in 1 .. min(out, in) of every match.
     """
     refuse_a_second(model)
+    if type(model) is nn.Linear:
+        raise ValueError("the model is itself a linear, in whose place nothing can be put: give nn.Sequential(model)")
+    if isinstance(targets, str):
+        raise ValueError(f"targets is {targets!r}: give a list of names, as in ['q_proj', 'v_proj']")
     linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     names = [name.rpartition(".")[2] for name, _ in linears]
     if tuple(targets) == TARGETS and set(TARGETS) & set(names):
@@ -125,19 +130,28 @@ def find_linears(model, targets, rank=1):
     for target in targets:
         if not any(matches(name, target) for name, _ in linears):
             raise ValueError(f"target {target!r} matches no linear layer: this model has "
-                             f"{', '.join(dict.fromkeys(names))}")
+                             f"{', '.join(dict.fromkeys(names)) or 'none'}")
     found = [(name, linear) for name, linear in linears if any(matches(name, target) for target in targets)]
-    users = Counter(id(getattr(module, "weight", None)) for _, module in model.named_modules(remove_duplicate=False))
+    users = Counter(place(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, linear in found:
-        if users[id(linear.weight)] > 1:
+        if users[place(linear.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise ValueError(f"{name} lies in an nn.TransformerEncoderLayer, which in eval mode reads its weight and "
+                             "leaves the adapter out: call torch.backends.mha.set_fastpath_enabled(False) first")
         check_numbers(name, linear.weight)
     if not found:
         raise ValueError("no targets given: name the linear layers to adapt, as in targets=['q_proj', 'v_proj']")
     name, smallest = min(((n, min(m.weight.shape)) for n, m in found), key=lambda pair: pair[1])
-    if not 1 <= rank <= smallest:
+    if type(rank) is not int or not 1 <= rank <= smallest:
         raise ValueError(f"rank {rank} is out of range: it must be 1 .. {smallest}, the smaller side of {name}")
     return found
+
+
+def place(parameter):
+    """Where a parameter's numbers lie, by which two that share them are known; on the meta device its identity."""
+    return parameter.data_ptr() or id(parameter)
 
 
 def check_numbers(name, weight):
@@ -161,7 +175,7 @@ def cast_frozen(model, dtype):
     """Round what does not train to `dtype`, in place, one parameter at a time. It comes after attach, which takes W
     apart in the precision that it was loaded in. Factors stay fp32, and so do the buffers that methods keep of them."""
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
@@ -229,7 +243,10 @@ def full_precision(device_type):
 
 
 def with_fp64(weight):
-    """The weight where fp64 is computed: on its device, or for a Mac's GPU, which has none, on the CPU."""
+    """The weight where fp64 is computed: on its device, or for a Mac's GPU, which has none, on the CPU. ValueError for
+    one on the meta device."""
+    if weight.is_meta:
+        raise ValueError("a weight on the meta device has no numbers to start from: load the weights first")
     return weight.cpu() if weight.device.type == "mps" else weight
 
 
@@ -338,6 +355,8 @@ def state(model):
     """{name: tensor}: what attach added to the model, and what trains. With model.adapter_config and the base it is all
     that is needed to rebuild: attach with that config less "method" (and saved=state, where attach has it), then
     `fill`."""
+    if not hasattr(model, "base_keys"):
+        raise ValueError("no method is attached to this model: there is no state of one")
     added = {name: tensor for name, tensor in model.state_dict().items() if name not in model.base_keys}
     return {**added, **{name: parameter.detach() for name, parameter in trainable(model).items()}}
 

@@ -29,8 +29,8 @@ from support import fast, resume, run_folder
 from support.generate import complete, usual_batch
 from support.loss import mean_loss
 from support.report import duration, per_second
-from support.script import (Parser, check_folder, choose_device, device_name, folder, one_line, positive, run_script,
-                            whole, write_json)
+from support.script import (Parser, check_folder, choose_device, device_name, filled, folder, one_line, positive,
+                            run_script, whole, write_json)
 from weights import adapter_file, base_model
 from weights.files import atomic_write, fault, printable, read_json
 
@@ -79,12 +79,13 @@ def parse_arguments(argv):
     parser.add_argument("run", nargs="?", type=folder, metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
     parser.add_argument("--force", action="store_true", help="take the adapter although it was trained on another base")
-    parser.add_argument("--benchmark", choices=[*BENCHMARKS, "loss"], help="accuracy on gsm8k or math, or the loss per "
-                        "answer token on a file (default: gsm8k; loss for a run that was trained on a file)")
-    parser.add_argument("--forgetting", action="store_const", dest="benchmark", const="forgetting", help="measure the "
-                        "loss on general English text instead, and by how much a run has raised that of its base")
-    parser.add_argument("--data", help="gsm8k, practice, or a folder with test.jsonl (default: the run's own data); "
-                                       "for math a .jsonl of problems; for loss a file of instructions and responses")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--benchmark", choices=[*BENCHMARKS, "loss"], help="accuracy on gsm8k or math, or the loss per "
+                      "answer token on a file (default: gsm8k; loss for a run that was trained on a file)")
+    what.add_argument("--forgetting", action="store_const", dest="benchmark", const="forgetting", help="measure the "
+                      "loss on general English text instead, and by how much a run has raised that of its base")
+    parser.add_argument("--data", type=filled, help="gsm8k, practice, or a folder with test.jsonl (default: the run's "
+                        "own data); for math a .jsonl of problems; for loss a file of instructions and responses")
     parser.add_argument("--template", choices=list(prompting.TEMPLATES), help="of the prompt; alpaca-steps asks to "
                                                                               "think step by step (default: the run's)")
     parser.add_argument("--answers", choices=batching.ANSWERS, help="as in train.py: in what --shots shows and a loss "
@@ -107,9 +108,13 @@ def parse_arguments(argv):
         parser.error("--ask is empty: write a question behind it")
     if args.benchmark == "math" and args.data is None and args.ask is None:
         parser.error("--benchmark math needs --data FILE: a .jsonl file of problems with answers")
-    unused = [flag for flag in ("ask", "data", "template", "answers", "limit") if getattr(args, flag) is not None]
+    given = {name.replace("_", "-") for name, value in vars(args).items() if value is not None}
+    unused = given & {"ask", "data", "template", "answers", "limit", "max-new"}
     if args.benchmark == "forgetting" and unused:
-        parser.error(f"--forgetting is measured on a text of its own: leave out --{unused[0]}")
+        parser.error(f"--forgetting is measured on a text of its own: leave out --{min(unused)}")
+    unused = given & {"limit", "batch", "out"}
+    if args.ask is not None and unused:
+        parser.error(f"--ask answers one question and writes nothing: leave out --{min(unused)}")
     if args.benchmark in ("math", "loss", "forgetting") and (args.shots or args.calculator):
         parser.error("--shots and --calculator are for GSM-8K: what is here has no training problems and no << >>")
     return args
@@ -296,6 +301,9 @@ def worked_problems(args):
     """The training problems that --shots puts in front of every question: the first that --answers has a form of."""
     if not args.shots:
         return []
+    if instructions.is_file(args.data):
+        raise ValueError(f"--shots takes training problems, and {args.data} is one file: give --data gsm8k, practice, "
+                         "or a folder with train.jsonl and test.jsonl")
     examples = gsm8k.load(args.data, "train")[0]
     return list(batching.in_form(examples, range(len(examples)), args.answers).values())[:args.shots]
 
@@ -381,6 +389,8 @@ def main(argv=None):
                  "dtype": precision, "device": device_name(device), "torch": torch.__version__}
     out = args.out or Path("runs") / f"base-{Path(base.name).name.removesuffix('.gguf')}"
     files = [out / name for name in run_folder.EVAL_FILES[args.benchmark]]
+    for path in filter(Path.is_dir, files):
+        raise ValueError(f"{path} is a folder, and a file is to be written there: name another folder with --out")
     if args.benchmark in ("loss", "forgetting"):
         summary = (evaluate_loss(args, base, run, described) if args.benchmark == "loss" else
                    evaluate_forgetting(args, base, device, dtype, described))

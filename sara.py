@@ -77,8 +77,8 @@ def spectrum(weight):
     rounding of zero, below about 1e-6 of the largest singular value, is set to zero (their sum hardly notices): without
     this floor a rank-8 matrix of width 64 would seem to have rank 32.
     """
-    with adapter.full_precision(weight.device.type):
-        W = adapter.with_fp64(weight).double()
+    W = adapter.with_fp64(weight).double()
+    with adapter.full_precision(W.device.type):
         eigenvalues = torch.linalg.eigvalsh(W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W).flip(0)  # (p,)
     floor = max(W.shape) * torch.finfo(W.dtype).eps * eigenvalues[0]
     return torch.where(eigenvalues > floor, eigenvalues, 0).sqrt()

@@ -8,7 +8,7 @@ import sys
 from data.batching import ANSWERS
 from methods import METHODS, arguments, method, spelled
 from support import resume
-from support.script import Parser, above_zero, amount, at_least_zero, folder, positive, two_lengths, whole
+from support.script import Parser, above_zero, amount, at_least_zero, filled, folder, positive, two_lengths, whole
 from weights import base_model
 from weights.files import fault
 
@@ -36,8 +36,8 @@ def make_parser():
     add("--method", default="sorsa", type=spelled, help=f"one of {', '.join(METHODS)}")
     add("--model", default=base_model.DEFAULT_MODEL,
         help="base model: a name, a .gguf file, a folder in Hugging Face layout, or a hub id (owner/name)")
-    add("--data", default="auto", help="gsm8k, practice, a folder with train.jsonl and test.jsonl, auto, or a .json or "
-                                       ".jsonl file of instructions and responses, MetaMathQA-395K.json for one")
+    add("--data", default="auto", type=filled, help="gsm8k, practice, a folder with train.jsonl and test.jsonl, auto, "
+        "or a .json or .jsonl file of instructions and responses, MetaMathQA-395K.json for one")
     add("--template", choices=("plain", "alpaca"), default="plain", help="of the prompt")
     add("--answers", choices=ANSWERS, default="full", help="equations: train on the <<48/2=24>> calculator annotations "
                                                            "and #### 72 alone; answers without them are left out")
@@ -163,6 +163,8 @@ def settled(parser, argv):
         parser.error(f"--epochs {args.epochs:g} is more than a million: give fewer")
     if args.steps and args.epochs:
         parser.error("give --steps or --epochs, not both")
+    if args.graphs == "on" and args.plain:
+        parser.error("--plain leaves off what --graphs on asks for: give one of them")
     if args.strip_annotations and args.answers == "equations":
         parser.error("--strip-annotations removes what --answers equations trains on: give one of them")
     if args.warmup > 1:

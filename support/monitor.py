@@ -2,6 +2,7 @@
 import collections
 import json
 import math
+import shlex
 import time
 
 import torch
@@ -83,7 +84,7 @@ class Monitor:
             self.save()
         if to_stop:
             print(f"\nstopped by {self.signals[0].name} after step {step} of {args.steps}; to go on: "
-                  f"python train.py --resume {args.out}", flush=True)
+                  f"python train.py --resume {shlex.quote(str(args.out))}", flush=True)
             raise SystemExit(128 + self.signals[0])
         self.since, self.started = [], time.perf_counter()
 

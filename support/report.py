@@ -55,7 +55,7 @@ def describe(args, base, optimizer, regularizer, device, source, data, gflop):
           f"{answers:.0f} of them answer, calculator annotations {annotations}")
     if args.cut:
         cut = sum(ids[-1] != base.tokenizer.eos_id for ids, _ in encoded)
-        print(f"          prompts cut at {args.cut[0]} tokens, answers at {args.cut[1]} ({cut} of them were longer)")
+        print(f"          prompts cut at {args.cut[0]} tokens, answers at {args.cut[1]} ({cut} answers were longer)")
     print(f"method    {', '.join([args.method, *shown])}; targets {', '.join(targets or ['every parameter'])}")
     if args.params:
         total = sum(p.numel() for p in adapter.trainable(model).values())

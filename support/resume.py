@@ -195,7 +195,7 @@ def noted_signals():
     def note(number, frame):
         noted.append(signal.Signals(number))
         put_back()
-        if noted[0].name == "SIGHUP" and sys.stdout.isatty():
+        if noted[0].name == "SIGHUP" and sys.stdout and sys.stdout.isatty():
             sys.stdout = open(os.devnull, "w")  # there is nothing any more to print to
 
     def put_back():

@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import json
+import shlex
 from pathlib import Path
 
 from support import resume
@@ -40,7 +41,7 @@ def check_free(args):
     if args.resume:
         resume.checkpoint(args.resume)
     elif args.out and holds_a_run(args.out) and not args.overwrite:
-        more = f", or --resume {args.out} to go on" if (args.out / resume.FILE).exists() else ""
+        more = f", or --resume {shlex.quote(str(args.out))} to go on" if (args.out / resume.FILE).exists() else ""
         raise ValueError(f"--out {args.out} already holds a run: give another folder, or --overwrite to replace it"
                          f"{more}")
 

@@ -55,10 +55,11 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with defaults in the help and one line per error."""
+    """argparse, with defaults in the help and one line per error. The description may be a whole docstring, whose first
+    line counts (python -OO has none)."""
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=Help, **options)
+    def __init__(self, description=None, **options):
+        super().__init__(formatter_class=Help, description=(description or "").partition("\n")[0], **options)
 
     def error(self, message):
         self.exit(2, one_line(f"error: {message} (--help lists every option)") + "\n")
@@ -87,8 +88,15 @@ def at_least_zero(text):
     return value
 
 
+def filled(text):
+    """An argparse type: a text, not the empty one of a shell's variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def folder(text):
-    """An argparse type: the path of a folder; an empty one is a shell's variable that is not set."""
+    """An argparse type: the path of a folder."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: name a folder")
     return Path(text).expanduser()

@@ -412,6 +412,7 @@ def test_targets_that_cannot_be_are_refused(method):
     refused("lm_head shares its weight with another module", method, targets=["lm_head"])
     if method != "full":
         refused("no targets given", method, targets=[])
+    refused("targets is 'q_proj': give a list of names", method, targets="q_proj")
     attach(toy_model(tie_word_embeddings=False), method, targets=["lm_head"])
 
 
@@ -426,6 +427,49 @@ def test_linears_that_cannot_be_replaced_are_refused(method):
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "q_proj": nn.Linear(8, 8)})
     with pytest.raises(ValueError, match="target 'out_proj' matches no linear layer: this model has q_proj$"):
         METHODS[method].attach(model, **{**options, "targets": ["out_proj"]})
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q_proj": nn.Linear(8, 8)}), "b": nn.ModuleDict({"q_proj": nn.Linear(8, 8)})})
+    for share in (lambda weight: weight, lambda weight: nn.Parameter(weight.data)):  # registered again, or its numbers alone
+        model["b"].tied = share(model["a"]["q_proj"].weight)
+        with pytest.raises(ValueError, match="a.q_proj shares its weight with another module"):
+            METHODS[method].attach(model, **options)
+    with pytest.raises(ValueError, match=r"the model is itself a linear.*: give nn.Sequential\(model\)"):
+        METHODS[method].attach(nn.Linear(8, 8), **{**options, "targets": ["*"]})
+    assert not adapter.adapted_layers(model) and not hasattr(model, "adapter_config")
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
+def test_a_layer_that_reads_weights_past_its_linears(method):
+    """torch's encoder layer, in eval mode: it is refused; with that path off the adapter counts there as in training."""
+    layer, x = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), torch.randn(2, 5, 32)
+    options = {**SIZES.get(method, {"rank": 4}), "targets": ["linear1", "linear2"]}
+    with pytest.raises(ValueError, match=r"linear1 lies in an nn.TransformerEncoderLayer.*set_fastpath_enabled\(False\) first"):
+        METHODS[method].attach(layer, **options)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        METHODS[method].attach(layer, **options)
+        perturb(layer)
+        with torch.no_grad():
+            torch.testing.assert_close(layer.eval()(x), layer.train()(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_what_is_no_number_is_not_cast():
+    """An index table and a complex filter are left as they are."""
+    model = toy_model()
+    model.table = nn.Parameter(torch.arange(3), requires_grad=False)
+    model.filter = nn.Parameter(torch.tensor([1j]), requires_grad=False)
+    adapter.cast_frozen(attach(model, "lora"), torch.bfloat16)
+    assert (model.table.dtype, model.filter.dtype, model.lm_head.weight.dtype) == (torch.int64, torch.complex64, torch.bfloat16)
+
+
+def test_a_model_without_numbers_or_without_a_method_is_named():
+    """On the meta device nothing can be decomposed; a plain model has no state of a method."""
+    for method in ("pissa", "sorsa", "sara", "mosara", "cora", "cora-init"):
+        with pytest.raises(ValueError, match="^a weight on the meta device has no numbers to start from: load the weights first$"):
+            attach(toy_model().to("meta"), method)
+    with pytest.raises(ValueError, match="^no method is attached to this model"):
+        adapter.state(toy_model())
 
 
 def test_targets_match_whole_names_only():
@@ -438,7 +482,7 @@ def test_targets_match_whole_names_only():
 @pytest.mark.parametrize("method", RANKED)
 def test_rank_out_of_range_is_refused(method):
     """The rank must be 1 .. the smallest side of any target: 16 for the toy model's k and v, 32 for its down_proj."""
-    for rank in (0, -1, 17):
+    for rank in (0, -1, 17, 2.0):
         refused(f"rank {rank} is out of range: it must be 1 .. 16", method, rank=rank)
     refused("rank 33 is out of range: it must be 1 .. 32", method, rank=33, targets=["down_proj"])
 

@@ -453,7 +453,7 @@ def device_name():
 
 def parse_arguments(argv=None):
     parser = Parser(prog="python -m tools.bench", usage="python -m tools.bench WHAT [flags]",
-                    description=__doc__.split("\n")[0])
+                    description=__doc__)
     parser.add_argument("what", choices=[*SIDES, "fast", "gpu"], help="of gpu see: python -m tools.bench gpu --help")
     parser.add_argument("--peer", action="store_true", help="also transformers + peft (pip install transformers peft)")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS),

@@ -169,13 +169,16 @@ def table_row(record):
 
 def read_records(path):
     """The records of a results file, in its order; none where there is no file. A line that was cut as it was written
-    is none."""
+    is none. ValueError for one of another kind."""
     records = []
     for number, line in enumerate(path.read_text().split("\n") if path.exists() else [], 1):
         try:
             records += [json_object(line, f"{path}:{number}", fix="its run is made again")] if line else []
         except ValueError as error:
             print(error, file=sys.stderr)
+    for record in records:
+        if not all(isinstance(record.get(key), str) for key in ("name", "flags")):
+            raise fault(path, "holds lines that are no records of tools.compare", "name another file")
     return records
 
 
@@ -232,7 +235,7 @@ def taken(jobs, folder):
 
 def main(argv):
     own, extra = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
-    parser = Parser(prog="python -m tools.compare", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tools.compare", description=__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), required=True)
     parser.add_argument("--lrs", nargs="+", type=above_zero, default=[None],
                         help="peak rates (default: the method's own)")

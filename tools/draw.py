@@ -194,7 +194,7 @@ def draw():
 
 
 def main(argv=None):
-    Parser(prog="python -m tools.draw", description=__doc__.split("\n")[0]).parse_args(argv)
+    Parser(prog="python -m tools.draw", description=__doc__).parse_args(argv)
     FILE.write_text(draw(), encoding="utf-8")
     print(f"{FILE}: {len(PANELS)} methods")
 

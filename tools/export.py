@@ -11,7 +11,9 @@ import support
 
 support.interruptible(__name__)  # before torch, which takes seconds to import
 
+import shlex
 import shutil
+from collections import Counter
 
 import torch
 
@@ -58,7 +60,13 @@ def write_peft(model, base_name, folder):
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": rank,
         "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others, "lora_dropout": 0.0, "bias": "none",
         "fan_in_fan_out": gpt2, "inference_mode": True,
-        "target_modules": sorted({".".join(name.split(".")[-2 if gpt2 else -1:]) for name in ranks})})
+        "target_modules": target_modules(list(ranks), 2 if gpt2 else 1, model.config.num_hidden_layers)})
+
+
+def target_modules(names, parts, layers):
+    """What peft is to adapt: the last parts of the names, where all layers have each; else the names themselves."""
+    ends = Counter(".".join(name.split(".")[-parts:]) for name in names)
+    return sorted(ends if set(ends.values()) == {layers} else names)
 
 
 # ---- the merged model as a Hugging Face folder ----------------------------------------------------------------------
@@ -108,14 +116,14 @@ def beside(source):
 def main(argv=None):
     parser = Parser(prog="python -m tools.export",
                     usage="python -m tools.export RUN DIR --to peft|hf, or DIR --model MODEL --to hf",
-                    description=__doc__.split("\n")[0])
+                    description=__doc__)
     parser.add_argument("run", type=folder, nargs="?", metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("folder", type=folder, metavar="DIR", help="where to write: a new or empty folder")
     parser.add_argument("--to", choices=("peft", "hf"), required=True, help="a LoRA for peft, or the merged model")
     parser.add_argument("--force", action="store_true", help="take the adapter although it was trained on another base")
     parser.add_argument("--model", help="base model, as in train.py (default: the run's own base)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the merged model")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.run is None and (args.model is None or args.to == "peft"):
         parser.error("name a run and a folder, or for a base model alone --model MODEL --to hf")
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
@@ -142,7 +150,7 @@ def main(argv=None):
     size = sum(path.stat().st_size for path in args.folder.iterdir())
     print(f"{args.folder}: {method} on {base.name} as {args.to}, {size / 1e6:.1f} MB")
     if args.to == "peft" and base_model.model_path(base.name).is_file():
-        print(f"its base for transformers: python -m tools.export BASE_DIR --model {base.name} --to hf")
+        print(f"its base for transformers: python -m tools.export BASE_DIR --model {shlex.quote(base.name)} --to hf")
 
 
 if __name__ == "__main__":

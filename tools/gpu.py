@@ -413,7 +413,7 @@ def run(words, limit):
 
 
 def parse_arguments(argv):
-    parser = Parser(prog="python -m tools.bench gpu", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tools.bench gpu", description=__doc__)
     parser.add_argument("--minutes", type=above_zero, default=7, help="when all must have ended")
     parser.add_argument("--results", type=Path, default=Path("results/gpu.jsonl"))
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="these only (not --real)")

@@ -16,8 +16,8 @@ from statistics import fmean, median, stdev
 from support.script import Parser, run_script
 from tools.compare import ROOT, read_records, size
 from tools.intervals import mcnemar, over_seeds
-from tools.study import (ALPHA, ARMS, ASKED, DEPTHS, LONGER, LOWER, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS, STEPS,
-                         WITH_SPECTRA, best_rate, by_rate, default_rate, difference, diverged, evaluations,
+from tools.study import (ALPHA, ARMS, ASKED, DEPTHS, LONGER, LOWER, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS,
+                         STEPS, WITH_SPECTRA, best_rate, by_rate, default_rate, difference, diverged, evaluations,
                          losses_by_rate, most_right, reported, spectra)
 from weights.files import atomic_write
 
@@ -325,7 +325,7 @@ def told_apart(found):
 
 
 def told_by_loss(records, losses="report_losses"):
-    """`told_apart` by the loss on the report's examples, or by its rise on general text; None where runs are lacking."""
+    """`told_apart` by the loss on the report's examples, or its rise on general text; None where runs are lacking."""
     if any(len(reported(records, name)) < len(SEEDS) for name in METHODS):
         return None
 
@@ -458,7 +458,7 @@ def rewritten(page, records, blocks=BLOCKS):
 
 
 def main(argv):
-    parser = Parser(prog="python -m tools.page", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tools.page", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, and fail where a number is not right")
     args = parser.parse_args(argv)
     records = read_records(RECORDS)

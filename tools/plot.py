@@ -362,7 +362,7 @@ def svg(figure):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m tools.plot", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tools.plot", description=__doc__)
     parser.add_argument("--records", type=Path, default=study.RECORDS)
     parser.add_argument("--out", type=Path, default=study.RECORDS.parent, help="folder of the figures")
     args = parser.parse_args(argv)
@@ -371,6 +371,8 @@ def main(argv=None):
     except ModuleNotFoundError:
         raise ValueError("figures need matplotlib: python -m pip install matplotlib") from None
     check_folder(args.out, "--out")
+    if not args.records.is_file():
+        raise ValueError(f"--records {args.records}: no such file: name one that tools.study has made")
     args.out.mkdir(parents=True, exist_ok=True)
     records = read_records(args.records)
     for draw in FIGURES:

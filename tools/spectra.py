@@ -65,7 +65,8 @@ def print_table(layers, per_layer):
     """A line per kind of matrix, means over its layers; with per_layer one per matrix before them."""
     rows = {name.removeprefix("model."): [numbers] for name, numbers in layers.items()} if per_layer else {}
     rows |= by_projection(layers)
-    width, pairs = max(map(len, rows)) + 2, {key: how for key, how in FROM_START.items() if key in rows["all"][0]}
+    known = spectra.means(rows["all"])
+    width, pairs = max(map(len, rows)) + 2, {key: how for key, how in FROM_START.items() if key in known}
     print(f"{'matrix':<{width}}{'layers':>6}" + "".join(f"{title:>13}" for title in NUMBERS.values())
           + "".join(f"{title:>22}" for title, _ in pairs.values()))
     for label, some in rows.items():
@@ -85,7 +86,7 @@ def record(run, base, method, layers):
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m tools.spectra", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tools.spectra", description=__doc__)
     parser.add_argument("runs", type=folder, nargs="+", metavar="RUN", help="folder that train.py made, or its adapter")
     parser.add_argument("--per-layer", action="store_true", help="a line for every matrix too")
     parser.add_argument("--results", type=Path, metavar="FILE", help="append a line of JSON per run to this file")

@@ -210,8 +210,8 @@ def at_best_rate(records, name):
 
 
 def reported(records, name):
-    """{seed: record} of the runs that are reported of a method or an arm: those that did not diverge. A method whose best
-    rate is ONE_RATE is not run at it again: the first seed of its own runs stands for that."""
+    """{seed: record} of the runs that are reported of a method or an arm: those that did not diverge. A method whose
+    best rate is ONE_RATE is not run at it again: the first seed of its own runs stands for that."""
     method, _, rate = name.partition(", rate ")
     if rate == ONE_RATE and method in METHODS and rate == best_rate(losses_by_rate(records, method) or {"": 0}):
         return {seed: record for seed, record in reported(records, method).items() if seed == SEEDS[0]}
@@ -244,7 +244,7 @@ def difference(records, name, other, losses="report_losses", comparisons=1):
 
 
 def main(argv):
-    parser = Parser(prog="python -m tools.study", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tools.study", description=__doc__)
     parser.add_argument("--data", default="gsm8k")
     parser.add_argument("--plan", action="store_true", help="print the runs that are left, and stop")
     args = parser.parse_args(argv)

@@ -98,7 +98,7 @@ def measure(args):
 
 
 def main():
-    parser = Parser(prog="python -m tools.where", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m tools.where", description=__doc__)
     parser.add_argument("--method", choices=list(METHODS), default="lora")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
     parser.add_argument("--model", default=base_model.DEFAULT_MODEL)

@@ -59,12 +59,13 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def names_file(path):
-    """An OSError of the system from inside the block names `path`, if nothing else: a full disk does not say where."""
+    """An OSError of the system from inside the block names `path`, if it names nothing, as where a disk is full, or
+    only the temporary file."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
+        if error.errno is not None and (error.filename is None or str(error.filename).endswith(TEMPORARY)):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -91,7 +91,10 @@ def begin(folder, revision):
 
 def fetch_files(name, folder):
     """Bring all files of the model into the folder, from where an earlier attempt stopped."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if not re.match(r"https?://([^/\[\]\s]+|\[[0-9a-fA-F:.]+\](:\d+)?)(/|$)", endpoint):
+        raise ValueError(f"HF_ENDPOINT is {endpoint!r}, which is no address: set it as in https://huggingface.co, or "
+                         "unset it")
     url, text = f"{endpoint}/api/models/{name}?blobs=true", io.BytesIO()
     with request(url, name) as reply:
         copy(reply, text, url, name, LARGEST_HEADER)

@@ -1,10 +1,12 @@
 """What goes on beside the steps: signals, numbers that are not finite, spikes of the loss, the lines of the log."""
+import io
 import itertools
 import json
 import math
 import os
 import re
 import signal
+import sys
 import time
 import types
 
@@ -48,6 +50,15 @@ def test_a_signal_ends_the_run_after_a_checkpoint(kind, owner, name, call, step,
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
     go_on(run)
     assert_same(whole, run)
+
+
+@pytest.mark.parametrize("stdout", [None, io.StringIO()])
+def test_a_terminal_that_is_gone_is_heard_without_a_stdout(stdout, monkeypatch):
+    """SIGHUP comes to jobs whose output was closed, too: they are to save like any other."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with resume.noted_signals() as noted:
+        signal.raise_signal(signal.SIGHUP)
+    assert noted == [signal.SIGHUP]
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(place, whole, tmp_path, monkeypatch):

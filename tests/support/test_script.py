@@ -163,3 +163,12 @@ def test_a_tokenizer_that_knows_no_part_of_the_prompt_is_refused():
         with pytest.raises(ValueError, match="tokenizer has no token for any part of the prompt 'Question: Why?") as error:
             call()
         assert one_line(error)
+
+
+# ---- what a parser says of itself -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("described", ["Does this.\n\nAnd more.", "Does this.", None])
+def test_help_has_the_first_line_alone(described):
+    """Of a docstring, which python -OO leaves out."""
+    text = script.Parser(prog="it", description=described).format_help()
+    assert ("Does this." in text) == bool(described) and "And more" not in text

@@ -91,3 +91,9 @@ def test_the_tables(runs, records, capsys):
                                  f"{means['kappa_start']:.6g}", "->", f"{means['kappa']:.6g}",
                                  *(word for key in ("u_error", "v_error")
                                    for word in (f"{means[f'{key}_start']:.1e}", "->", f"{means[key]:.1e}"))]
+
+
+def test_a_base_of_zeros_has_no_table():
+    """Said in one line, as by train.py --spectra-every."""
+    with pytest.raises(ValueError, match="^all adapted matrices of the base are zero: there are no singular vectors to compare$"):
+        spectra.print_table({}, per_layer=False)

@@ -50,6 +50,14 @@ def test_a_failed_write_leaves_the_old_file(step, tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_what_cannot_be_put_in_place_is_named_by_its_own_name(tmp_path):
+    """Not by that of the temporary file, which is gone."""
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError) as error, files.atomic_write(tmp_path / "a"):
+        pass
+    assert (error.value.filename, error.value.filename2) == (str(tmp_path / "a"), None) and len([*tmp_path.iterdir()]) == 1
+
+
 def test_a_checksum_is_of_all_the_files_bytes(tmp_path):
     """Several files count as one that holds their bytes one after the other."""
     for name, content in (("a", b"1" * (1 << 20) + b"2"), ("b", b"3"), ("both", b"1" * (1 << 20) + b"23")):

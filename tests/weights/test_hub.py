@@ -361,6 +361,14 @@ def test_without_a_connection(monkeypatch, tmp_path):
         hub.fetch("owner/model", tmp_path / "m")
 
 
+@pytest.mark.parametrize("endpoint", ["/api", "huggingface.co", "http://", "http://[::1", "ftp://there"])
+def test_an_endpoint_that_is_no_address_is_named(endpoint, monkeypatch, tmp_path):
+    """Instead of what urllib says of it."""
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(ValueError, match="^HF_ENDPOINT is .* no address: set it as in https://huggingface.co, or unset it$"):
+        hub.fetch("owner/model", tmp_path / "m")
+
+
 def test_what_is_a_hub_id():
     """owner/name; not a path, and not a file."""
     assert hub.is_hub_id("owner/model-1.5_b")
