@@ -3,7 +3,7 @@
 A method is `attach(model, ...)`: it replaces `nn.Linear` layers of any torch model, in place, and leaves
 `requires_grad` True exactly on what the method trains. The layers it puts in derive from `AdaptedLinear`. The frozen
 `weight` and `bias` stay under their old names, so the base model's state dict keeps its keys (PiSSA and SORSA take a
-part out of `weight`: at step 0 the original is weight + delta()), and
+part out of `weight`: at step 0 the original is weight + delta()), all on one device, and
 
     layer.forward(x)       the paper's equation, which never builds delta() while training
     layer.delta()          (out, in), what forward adds to `weight`
@@ -96,7 +96,9 @@ class Method(NamedTuple):
 # ---- attaching ------------------------------------------------------------------------------------------------------
 
 def refuse_a_second(model):
-    """ValueError if a method is already attached."""
+    """ValueError if a method is already attached, or the model is torch.compile's wrapper of another."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled already: attach first, then torch.compile it")
     if hasattr(model, "adapter_config") or adapted_layers(model):
         method = getattr(model, "adapter_config", {}).get("method", "a method")
         raise ValueError(f"{method} is already attached to this model: "
@@ -120,6 +122,7 @@ def find_linears(model, targets, rank=1):
         raise ValueError("the model is itself a linear, in whose place nothing can be put: give nn.Sequential(model)")
     if isinstance(targets, str):
         raise ValueError(f"targets is {targets!r}: give a list of names, as in ['q_proj', 'v_proj']")
+    targets = list(targets)
     linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     names = [name.rpartition(".")[2] for name, _ in linears]
     if tuple(targets) == TARGETS and set(TARGETS) & set(names):
@@ -136,6 +139,9 @@ def find_linears(model, targets, rank=1):
     for name, linear in found:
         if users[place(linear.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
+        if "weight" not in dict(linear.named_parameters()):
+            raise ValueError(f"{name}'s weight is computed from other tensors, by pruning or weight norm: make it plain "
+                             "first, as with torch.nn.utils.prune.remove or remove_weight_norm")
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise ValueError(f"{name} lies in an nn.TransformerEncoderLayer, which in eval mode reads its weight and "
@@ -255,7 +261,8 @@ def principal_triplets(weight, rank, svd="gram"):
     """The `rank` leading singular triplets of weight (out, in): U (out, r), S (r,) descending, Vt (r, in), all fp32.
 
     svd="exact"  economy SVD in fp32.
-    svd="gram"   the same to fp32's accuracy, several times faster, by eigenvectors of the smaller of W W^T and W^T W.
+    svd="gram"   the same to fp32's accuracy, several times faster, by eigenvectors of the smaller of W W^T and W^T W;
+                 single vectors less exactly where one singular value dwarfs a flat rest.
     The sign that an SVD leaves free is fixed: the entry of largest magnitude in each row of Vt is positive.
     """
     if svd not in ("exact", "gram"):
@@ -342,11 +349,10 @@ def merge(model):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = nn.Parameter(merged, requires_grad=False), layer.bias
         replace(model, name, linear)
-    for name in [name for name, child in model.named_children() if isinstance(child, Shared)]:
-        delattr(model, name)
-    for note in ("adapter_config", "base_keys"):
-        if hasattr(model, note):
-            delattr(model, note)
+    for module in list(model.modules()):  # the one that attach was given may lie inside
+        shared = [name for name, child in module.named_children() if isinstance(child, Shared)]
+        for name in [*shared, *({"adapter_config", "base_keys"} & vars(module).keys())]:
+            delattr(module, name)
 
 
 # ---- state out and in -----------------------------------------------------------------------------------------------
@@ -354,9 +360,10 @@ def merge(model):
 def state(model):
     """{name: tensor}: what attach added to the model, and what trains. With model.adapter_config and the base it is all
     that is needed to rebuild: attach with that config less "method" (and saved=state, where attach has it), then
-    `fill`."""
-    if not hasattr(model, "base_keys"):
-        raise ValueError("no method is attached to this model: there is no state of one")
+    `fill`. ValueError unless it is the model that attach was given."""
+    if "base_keys" not in vars(model):
+        raise ValueError("no method is attached to this model itself: give the one that attach was given, and no wrapper "
+                         "or part of it")
     added = {name: tensor for name, tensor in model.state_dict().items() if name not in model.base_keys}
     return {**added, **{name: parameter.detach() for name, parameter in trainable(model).items()}}
 

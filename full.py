@@ -15,11 +15,13 @@ def attach(model, targets: list | None = None):
     Raises ValueError on an unknown target or a second attach.
     """
     adapter.refuse_a_second(model)
-    trained = [linear.weight for _, linear in adapter.find_linears(model, targets)] if targets else model.parameters()
+    trained = model.parameters()
+    if targets is not None:
+        trained = [linear.weight for _, linear in adapter.find_linears(model, targets)]
     adapter.freeze(model)
     for parameter in trained:
         parameter.requires_grad_(True)
-    adapter.record(model, "full", targets=list(targets) if targets else None)
+    adapter.record(model, "full", targets=None if targets is None else list(targets))
 
 
 METHODS = {"full": adapter.Method(attach, learning_rate=1e-4)}

@@ -16,6 +16,7 @@ As a LoRA on the original W the change is B A - B_0 A_0, a product of rank 2r.
 
 What is left open, and what we chose: scale 1, no alpha; the exact triplets (a randomised SVD is only nearly principal
 on these slowly decaying spectra); the residual is formed from the factors as stored, so their rounding costs nothing.
+Where a singular value is 0, its row of A and column of B are 0 too, and never move.
 """
 from typing import Literal
 

@@ -208,9 +208,9 @@ class MoSARALinear(adapter.AdaptedLinear):
         U, Vt, v = self.U.to(x), self.Vt.to(x), self.v.to(x)
         z = x @ Vt.T  # (..., k)
         mix = (self.gates(z) @ self.Lam).to(x.dtype)  # Lam^T g (..., k): one product with U for all sets
-        if self.v_mode == "output":
-            return (1 + v) * (self.base(x) + (mix * z) @ U.T)  # (..., out)
         h = self.base(x)  # (..., out)
+        if self.v_mode == "output":
+            return ((1 + v) * (h + (mix * z) @ U.T)).to(h.dtype)
         h += (mix * z) @ (v[:, None] * U).T  # v folded into U, which is smaller than the output
         return h
 

@@ -107,6 +107,7 @@ def regularizer(model, reduction: Literal["mean", "sum"] = "mean"):
     for _, layer in adapter.adapted_layers(model):
         for M in (layer.U.T, layer.Vt):  # (r, out) and (r, in): rows that should be orthonormal
             with adapter.full_precision(M.device.type):
+                M = M.to(torch.promote_types(M.dtype, torch.float32))  # also where the whole model was cast
                 E = M @ M.T - torch.eye(len(M), device=M.device)  # (r, r)
                 norms.append(torch.linalg.matrix_norm(E))
     return sum(norms) / len(norms) if reduction == "mean" else sum(norms)
@@ -129,6 +130,7 @@ def add_regularizer_grad(model, coefficient, reduction: Literal["mean", "sum"] =
     R = 0.0
     for stack in stacks.values():
         M = torch.stack([factor.T if turned else factor for factor, turned in stack])  # (n, r, d)
+        M = M.to(torch.promote_types(M.dtype, torch.float32))
         with adapter.full_precision(M.device.type):
             E = torch.bmm(M, M.mT) - torch.eye(M.shape[1], device=M.device)  # (n, r, r)
             norm = torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True)  # (n, 1, 1)

@@ -36,9 +36,9 @@ from weights.files import printable
 def train(args, model, optimizer, encoded, monitor, regularize=None):
     """Train from where the monitor's progress is to the last step, on `encoded`: [(ids, prompt_length)].
 
-    `regularize()` adds its gradient and returns the penalty R, or None. After SIGINT or SIGTERM the monitor ends the
-    step, saves, and raises SystemExit. A number that is not finite never reaches the weights: FloatingPointError (on a
-    GPU at the next logged step).
+    `regularize()` adds its gradient and returns the penalty R, or None. After a signal (resume.noted_signals) the
+    monitor ends the step, saves, and raises SystemExit. A number that is not finite never reaches the weights:
+    FloatingPointError (on a GPU at the next logged step).
     """
     parameters, done = list(adapter.trainable(model).values()), monitor.progress.step
     batches = endless_batches([len(ids) for ids, _ in encoded], args.batch, args.seed)
@@ -59,7 +59,7 @@ def train(args, model, optimizer, encoded, monitor, regularize=None):
 
 
 def learning_rate(step, steps, peak, schedule, warmup):
-    """The rate of step 0 .. steps-1: a linear rise over `warmup` of them, then cosine, linear or constant."""
+    """The rate of step 0 .. steps-1: a linear rise over the share `warmup` of them, then cosine, linear or constant."""
     rise = math.ceil(warmup * steps)
     if step < rise:
         return peak * (step + 1) / rise

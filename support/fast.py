@@ -355,8 +355,8 @@ class SwiGLU(torch.autograd.Function):
 
 
 def head_loss(hidden, head, targets):
-    """loss.head_loss by chunks of answer tokens; where the head is frozen, with its gradient taken at once."""
-    if not any(parameter.requires_grad for parameter in head.parameters()):
+    """loss.head_loss by chunks of answer tokens; where the head is a frozen matrix, with its gradient taken at once."""
+    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
         return FrozenHeadLoss.apply(hidden, head.weight, targets)
     return sum(F.cross_entropy(head(h).float(), t, reduction="sum")
                for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK)))

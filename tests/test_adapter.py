@@ -7,9 +7,11 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.utils import prune
 
 import adapter
 import methods
+import sorsa
 from lora import LoRALinear
 from methods import METHODS
 from support import report
@@ -410,8 +412,7 @@ def test_targets_that_cannot_be_are_refused(method):
     """One that matches nothing is answered with what there is; none at all and a head tied to the embedding are refused."""
     refused("'w_pack' matches no linear layer: this model has q_proj, k_proj", method, targets=["q_proj", "w_pack"])
     refused("lm_head shares its weight with another module", method, targets=["lm_head"])
-    if method != "full":
-        refused("no targets given", method, targets=[])
+    refused("no targets given", method, targets=[])
     refused("targets is 'q_proj': give a list of names", method, targets="q_proj")
     attach(toy_model(tie_word_embeddings=False), method, targets=["lm_head"])
 
@@ -435,6 +436,56 @@ def test_linears_that_cannot_be_replaced_are_refused(method):
     with pytest.raises(ValueError, match=r"the model is itself a linear.*: give nn.Sequential\(model\)"):
         METHODS[method].attach(nn.Linear(8, 8), **{**options, "targets": ["*"]})
     assert not adapter.adapted_layers(model) and not hasattr(model, "adapter_config")
+
+
+@pytest.mark.parametrize("computed", ["pruned", "weight_norm"])
+def test_a_weight_that_is_computed_is_refused(computed):
+    """It is no parameter: frozen in the adapter's place it would no longer be part of the model."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
+    if computed == "pruned":
+        prune.l1_unstructured(model["q_proj"], "weight", 0.5)
+    else:
+        torch.nn.utils.weight_norm(model["q_proj"])
+    with pytest.raises(ValueError, match="^q_proj's weight is computed from other tensors.*make it plain first"):
+        METHODS["lora"].attach(model, rank=2, targets=["q_proj"])
+
+
+@pytest.mark.parametrize("method", ["lora", "lotr", "cora"])
+def test_wrappers_and_parts_of_a_model(method, tmp_path):
+    """A state is that of the model that attach was given; a merge leaves nothing behind, whichever module it is called on."""
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def __getattr__(self, name):  # as some wrappers do
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.module, name)
+
+    model = attach(toy_model(), method)
+    wrapper, keys = Wrapper(model), toy_model().state_dict().keys()
+    for other in (wrapper, model.model):
+        with pytest.raises(ValueError, match="^no method is attached to this model itself"):
+            adapter.state(other)
+    adapter.merge(wrapper)
+    assert model.state_dict().keys() == keys and not hasattr(model, "adapter_config") and not hasattr(model, "base_keys")
+    attach(model, method)  # again, as on a fresh base
+    with pytest.raises(ValueError, match="^the model is compiled already: attach first"):
+        attach(torch.compile(toy_model()), method)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_was_cast_as_a_whole_is_kept_orthonormal(dtype):
+    """By SORSA's penalty in fp32, of the factors as they are then: the closed form's gradient is autograd's."""
+    model = perturb(attach(toy_model(), "sorsa")).to(dtype)
+    trained = [layer.U for _, layer in adapter.adapted_layers(model)]
+    R = sorsa.regularizer(model)
+    expected = torch.autograd.grad(R, trained)
+    assert R.dtype == torch.float32 and sorsa.add_regularizer_grad(model, 1.0).item() == pytest.approx(R.item(), rel=1e-5)
+    for factor, gradient in zip(trained, expected):
+        torch.testing.assert_close(factor.grad, gradient, rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
@@ -468,7 +519,7 @@ def test_a_model_without_numbers_or_without_a_method_is_named():
     for method in ("pissa", "sorsa", "sara", "mosara", "cora", "cora-init"):
         with pytest.raises(ValueError, match="^a weight on the meta device has no numbers to start from: load the weights first$"):
             attach(toy_model().to("meta"), method)
-    with pytest.raises(ValueError, match="^no method is attached to this model"):
+    with pytest.raises(ValueError, match="^no method is attached to this model itself"):
         adapter.state(toy_model())
 
 

@@ -50,6 +50,21 @@ def test_gradients_are_those_of_plain_cross_entropy(method, targets, changes):
         assert plain.any() and torch.allclose(ours, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", [None, "lora", "mosara"])
+def test_a_frozen_head_counts_with_all_that_it_adds(method):
+    """A bias, and an adapter that is measured and not merged, are parts of it: it is not its weight alone."""
+    model = toy_model(tie_word_embeddings=False)
+    if method:
+        perturb(attach(model, method, targets=["lm_head"]))
+    else:
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
+    model.requires_grad_(False)
+    tokens, targets = batching.collate(toy_examples(5), "cpu")
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
+    by_weight = F.cross_entropy(F.linear(model.model(tokens), model.lm_head.weight).flatten(0, 1), targets.flatten(), reduction="sum")
+    assert torch.allclose(loss.answer_loss(model, tokens, targets), expected, rtol=1e-6) and abs(by_weight - expected) > 0.01
+
+
 def test_nothing_flows_below_the_first_adapted_layer():
     """With LoRA in the last block only, what the first block computes takes no part in the backward pass."""
     model, seen = toy_model().requires_grad_(False), []
