@@ -438,6 +438,7 @@ def test_linears_that_cannot_be_replaced_are_refused(method):
     assert not adapter.adapted_layers(model) and not hasattr(model, "adapter_config")
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("computed", ["pruned", "weight_norm"])
 def test_a_weight_that_is_computed_is_refused(computed):
     """It is no parameter: frozen in the adapter's place it would no longer be part of the model."""
@@ -450,6 +451,7 @@ def test_a_weight_that_is_computed_is_refused(computed):
         METHODS["lora"].attach(model, rank=2, targets=["q_proj"])
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", ["lora", "lotr", "cora"])
 def test_wrappers_and_parts_of_a_model(method, tmp_path):
     """A state is that of the model that attach was given; a merge leaves nothing behind, whichever module it is called on."""
