@@ -359,8 +359,7 @@ def merge(model):
 
 def state(model):
     """{name: tensor}: what attach added to the model, and what trains. With model.adapter_config and the base it is all
-    that is needed to rebuild: attach with that config less "method" (and saved=state, where attach has it), then
-    `fill`. ValueError unless it is the model that attach was given."""
+    that is needed to rebuild: attach with that config less "method", and saved=state, then `fill`. ValueError unless it is the model that attach was given."""
     if "base_keys" not in vars(model):
         raise ValueError("no method is attached to this model itself: give the one that attach was given, and no wrapper "
                          "or part of it")
@@ -398,6 +397,13 @@ def saved_tensor(saved, name, shape):
     if tuple(saved[name].shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(saved[name].shape)} in the saved state, expected {tuple(shape)}")
     return saved[name]
+
+
+def check_saved(saved, shapes):
+    """ValueError unless a saved state, where there is one, has tensors of the shapes {name: shape}: asked before memory
+    is taken for what `fill` will replace."""
+    for name, shape in shapes.items() if saved is not None else ():
+        saved_tensor(saved, name, shape)
 
 
 # ---- a method at work -----------------------------------------------------------------------------------------------

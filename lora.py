@@ -46,14 +46,17 @@ class LoRALinear(adapter.AdaptedLinear):
         return self.A, self.scale * self.B
 
 
-def attach(model, rank: int = 16, alpha: float | None = None, targets: list = adapter.TARGETS, seed: int = 0):
+def attach(model, rank: int = 16, alpha: float | None = None, targets: list = adapter.TARGETS, seed: int = 0,
+           saved=None):
     """Replace every target linear of `model` by a LoRALinear, in place; only the A and B train afterwards.
 
-    `alpha=None` means alpha = rank. `seed` draws A, on the CPU, so that every device gets the same.
+    `alpha=None` means alpha = rank. `seed` draws A, on the CPU, so that every device gets the same. `saved`, an
+    `adapter.state` that is to be filled in, must have this rank.
     Raises ValueError on an unknown target, a rank outside 1 .. min(out, in), an alpha of 0 or less, or a second attach.
     """
     linears = adapter.find_linears(model, targets, rank)
     scale = adapter.scaling(alpha, rank)
+    adapter.check_saved(saved, {f"{name}.A": (rank, linear.in_features) for name, linear in linears})
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in linears:

@@ -91,15 +91,19 @@ class LoTRLinear(adapter.AdaptedLinear):
 
 
 def attach(model, rank: int = 64, alpha: float | None = None, targets: list = adapter.TARGETS,
-           group_by: Literal["shape", "name"] = "shape", core_only: bool = False, seed: int = 0):
+           group_by: Literal["shape", "name"] = "shape", core_only: bool = False, seed: int = 0,
+           saved=None):
     """Replace every target linear by a LoTRLinear, in place, and register the groups' A and B as `model.lotr`.
 
     `alpha=None` means 3 / sqrt(in) per group. `group_by` is "shape" (all targets of one shape) or "name" (a projection,
-    over all layers). `seed` draws A and B, on the CPU.
+    over all layers). `seed` draws A and B, on the CPU. `saved`, an `adapter.state` that is to be filled in, must have
+    this rank.
     Raises ValueError on an unknown target or grouping, a rank outside 1 .. min(out, in), a group whose layers have not
     all one shape, or a second attach.
     """
-    groups = make_groups(adapter.find_linears(model, targets, rank), group_by)
+    linears = adapter.find_linears(model, targets, rank)
+    groups = make_groups(linears, group_by)
+    adapter.check_saved(saved, {f"{name}.G": (rank, rank) for name, _ in linears})
     generator, shared, scales = torch.Generator().manual_seed(seed), {}, {}
     for key, members in groups.items():
         weight = members[0][1].weight

@@ -142,12 +142,13 @@ class SARALinear(adapter.AdaptedLinear):
 
 def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Literal["lam", "lora"] = "lam",
            alpha: float | None = None, ranks: Literal["spectrum", "even"] = "spectrum", seed: int = 0,
-           ks: dict | None = None, norms: dict | None = None):
+           ks: dict | None = None, norms: dict | None = None, saved=None):
     """Replace every target linear of `model` by a SARALinear of its own rank, in place; A, lam and B train afterwards.
 
     `init` names the start, "lam" or "lora". `alpha=None` means no scale. `ranks="even"` gives all layers the same k.
     `seed` draws the factors, on the CPU. Of an earlier attach, `ks` {name: k} takes the place of the rank rule, `norms`
-    {name: |W0|_F} checks that this is its base.
+    {name: |W0|_F} checks that this is its base, and `saved`, an `adapter.state` that is to be filled in, must have these
+    ranks.
     Raises ValueError on an unknown target, init or ranks, a threshold outside 0 < m <= 1, `ks` or `norms` that do not
     fit this model, or a second attach.
     """
@@ -161,6 +162,7 @@ def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Litera
     norms = check_base(linears, ks, norms)
     ks = even_ranks(linears, ks) if ranks == "even" else ks
     scales = {k: adapter.scaling(alpha, k) for k in ks.values()}
+    adapter.check_saved(saved, {f"{name}.A": (ks[name], linear.in_features) for name, linear in linears})
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in linears:
@@ -254,11 +256,9 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
     if ks is None:
         ks = choose_ranks(linears, threshold)
     norms = check_base(linears, ks, norms)
-    if saved is not None and sets > 1:  # before memory is taken for so many sets
-        for name, _ in linears:
-            if routed:
-                adapter.saved_tensor(saved, f"{name}.W_g1", (ks[name], router_rank))
-            adapter.saved_tensor(saved, f"{name}.Lam", (sets, ks[name]))
+    shapes = {f"{name}.Lam": (sets, ks[name]) for name, _ in linears}
+    shapes |= {f"{name}.W_g1": (ks[name], router_rank) for name, _ in linears if routed}
+    adapter.check_saved(saved, shapes)
     bases = [singular_bases(name, linear, ks[name], saved) for name, linear in linears]
     adapter.freeze(model)
     generator = torch.Generator().manual_seed(seed)

@@ -351,6 +351,10 @@ def test_an_adapter_of_another_base_can_be_forced(method, tmp_path):
     ("lotr", {"core_only": 1}, "the setting core_only is 1, expected true or false"),
     ("sara", {"ks": {"a": "1"}}, "expected a map of numbers"),
     ("mosara", {"sets": 10**9}, "sets 1000000000 and router_rank 1 are out of range"),
+    ("lora", {"rank": 16}, "q_proj.A has shape .* in the saved state, expected .16, "),
+    ("lotr", {"rank": 16}, "q_proj.G has shape .* in the saved state, expected .16, 16"),
+    ("sara", {"targets": ["q_proj"], "ks": {f"model.layers.{i}.self_attn.q_proj": 16 for i in (0, 1)}, "norms": None},
+     "q_proj.A has shape .* in the saved state, expected .16, "),
     ("mosara", {"sets": 900}, "Lam has shape .* in the saved state, expected .900, "),
     ("mosara", {"router_rank": 900}, "W_g1 has shape .* in the saved state, expected ")])
 def test_settings_that_cannot_be_are_refused(method, settings, message, tmp_path):
@@ -361,9 +365,11 @@ def test_settings_that_cannot_be_are_refused(method, settings, message, tmp_path
     tensors, metadata = read_safetensors(path)
     config = json.dumps({**json.loads(metadata["adapter"]), **settings})
     write_safetensors(path, {name: tensor.clone() for name, tensor in tensors.items()}, {**metadata, "adapter": config})
+    model = toy_model()
     with pytest.raises(ValueError, match=message) as error:
-        adapter_file.load(toy_model(), path)
+        adapter_file.load(model, path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not adapter.adapted_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", ATTACHED)

@@ -359,8 +359,8 @@ def read_wheel(folder, name):
 
 
 def build_hub():
-    siblings = [{"rfilename": "config.json", "size": 2}, {"rfilename": "model.safetensors", "size": 2, "lfs": {
-        "sha256": hashlib.sha256(b"{}").hexdigest()}}, {"rfilename": "README.md"}]
+    siblings = [{"rfilename": "config.json", "size": 2}, {"rfilename": "tokenizer.json", "size": 2}, {"rfilename": "README.md"},
+                {"rfilename": "model.safetensors", "size": 2, "lfs": {"sha256": hashlib.sha256(b"{}").hexdigest()}}]
     return {}, [("listing", json.dumps({"sha": "a" * 40, "siblings": siblings}).encode(), either(mutate_bytes, mutate_json, mutate_json))]
 
 
@@ -375,7 +375,7 @@ def read_hub(folder, name):
             hub.fetch("owner/model", folder / "hub")
         assert {path.name for path in (folder / "hub").iterdir()} <= {*hub.NAMED, "revision.txt", "model.safetensors"}
     except (ValueError, OSError) as error:  # these name the model or the file to fetch: put the fuzz's own in place
-        assert any(part in str(error) for part in ("owner/model", "config.json", "model.safetensors")), error
+        assert any(part in str(error) for part in ("owner/model", "config.json", "tokenizer.json", "model.safetensors")), error
         raise type(error)(f"listing: {error}") from None
     finally:
         shutil.rmtree(folder / "hub", ignore_errors=True)

@@ -5,11 +5,13 @@ ValueError names the file and the fault.
 """
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import json
 import mmap
 import os
+import platform
 import shutil
 import struct
 import sys
@@ -71,12 +73,18 @@ def names_file(path):
 
 def temporary(path):
     """The name under which this process makes the file or folder `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    return path.with_name(f".{path.name}.{host()}.{os.getpid()}{TEMPORARY}")
+
+
+@functools.cache
+def host():
+    """A short name of this machine or container, as others may use the same folder and the same process numbers."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def sweep(path):
-    """Remove what processes that are gone have left under temporary names for `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+    """Remove what processes of this machine that are gone have left under temporary names for `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{host()}.*{TEMPORARY}"):
         pid = left.name.removesuffix(TEMPORARY).rpartition(".")[2]
         if pid.isdecimal() and not lives(int(pid)):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -110,6 +110,10 @@ def fetch_files(name, folder):
                          "can run code")
     if not re.fullmatch("[0-9a-f]{40}", str(revision)):
         raise ConnectionError(f"{name}: the hub gave no revision; try again later")
+    lacking = {"config.json", "tokenizer.json"} - {file["rfilename"] for file in wanted}
+    if lacking:
+        raise ValueError(f"{name}: this model has no {' and no '.join(sorted(lacking))}, without which it is not loaded: "
+                         "take another")
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "revision.part"
     if not begun.is_file() or begun.read_text(errors="replace") != revision:  # what is there is of another, or unknown
@@ -142,14 +146,19 @@ def token():
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows the hub to its storage: over https, or to this machine."""
+    """Follows the hub to its storage: over https, or to this machine; and to another place of its own, where a model has
+    been renamed, with the token, which nobody else is to see."""
 
     def redirect_request(self, request, reply, code, message, headers, url):
         where = urllib.parse.urlsplit(url)
-        if where.scheme != "https" and not (where.scheme == "http" and is_this_machine(where.hostname)):
+        home = where[:2] == urllib.parse.urlsplit(request.full_url)[:2]  # the same scheme, host and port
+        if not home and where.scheme != "https" and not (where.scheme == "http" and is_this_machine(where.hostname)):
             message = f"sent on to {url}, which is not https"
             raise urllib.error.HTTPError(request.full_url, code, message, headers, reply)
-        return super().redirect_request(request, reply, code, message, headers, url)
+        follow = super().redirect_request(request, reply, code, message, headers, url)
+        if home and request.has_header("Authorization"):
+            follow.add_unredirected_header("Authorization", request.get_header("Authorization"))
+        return follow
 
 
 def is_this_machine(host):
@@ -165,7 +174,7 @@ def request(url, name, start=0):
     headers = {"User-Agent": "lora-reference", **({"Range": f"bytes={start}-"} if start else {})}
     asked, secret = urllib.request.Request(url, headers=headers), token()
     if secret:
-        # Not passed on when the hub sends us to its storage: that host must not see it.
+        # Not passed on when the hub sends us to its storage: see Redirects.
         asked.add_unredirected_header("Authorization", f"Bearer {secret}")
     try:
         return in_time(2 * PATIENCE, lambda: urllib.request.build_opener(Redirects).open(asked, timeout=PATIENCE))

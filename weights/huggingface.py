@@ -129,8 +129,10 @@ def rope(path, fields):
                                                                "original_max_position_embeddings")}
     if not isinstance(kind, str) or kind not in needed:
         raise fault(path, f"RoPE scaling of type {kind!r} is not supported", f"supported: {', '.join(needed)}")
-    if kind == "llama3":  # without it, the context is the original one: as transformers has it
-        given = {"original_max_position_embeddings": fields.get("max_position_embeddings", 2048), **given}
+    if kind == "llama3":  # the original context is what the top of the file says, or the scaling, or else the context
+        original = "original_max_position_embeddings"
+        given = {original: fields.get("max_position_embeddings", 2048), **given}
+        given |= {original: fields[original]} if original in fields else {}
     scaling = {key: number(path, given, key, float) for key in needed[kind]}
     return theta, {"rope_type": kind, **scaling} if scaling else None
 

@@ -370,14 +370,16 @@ def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None, b
     Raises ValueError for a kind that this project has no code for, or parts that do not fit together.
     """
     model, listed = required(fields, "model", dict, path), required(fields, "added_tokens", list, path)
-    if model.get("type") != "BPE":
-        raise fault(path, f"a tokenizer of type {model.get('type')!r} is not supported", "supported: 'BPE'")
+    if model.get("type", "BPE") != "BPE":  # GPT-2's own file has none
+        raise fault(path, f"a tokenizer of type {model['type']!r} is not supported", "supported: 'BPE'")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise fault(path, f"{key} = {model[key]!r} is not supported", "use another model")
     vocabulary, merges = required(model, "vocab", dict, path), required(model, "merges", list, path)
     if not all(type(i) is int and i >= 0 for i in vocabulary.values()):
         raise fault(path, "a token without a number")
+    if len({*vocabulary.values()}) < len(vocabulary):
+        raise fault(path, "two tokens with one number")
     if rows is not None and vocabulary and max(vocabulary.values()) >= rows:
         raise fault(path, f"{1 + max(vocabulary.values())} tokens for an embedding of {rows} rows", "use another model")
     added, notes = added_tokens([*listed, *beside], vocabulary, path)
@@ -391,6 +393,9 @@ def from_tokenizer_json(fields, eos_id=None, path="tokenizer.json", rows=None, b
         name, pattern = "byte-level", splitting_pattern(fields.get("pre_tokenizer"), path)
         spelled = {token.content for token in added}
         ranks, ids, pieces = byte_level(vocabulary, merges, model.get("ignore_merges") is True, spelled, path)
+        if model.get("unk_token") is not None and not {bytes([byte]) for byte in range(256)} <= {*pieces.values()}:
+            raise fault(path, f"bytes that have no token stand for {model['unk_token']!r}: that is not supported",
+                        "use another model")
     else:
         name, pattern = "sentencepiece", r"(?s:.+)"
         ranks, ids, pieces = sentencepiece(vocabulary, merges, model, path)
@@ -491,7 +496,10 @@ def splitting_pattern(pre_tokenizer, path):
 
 def first_ids(post_processor, path):
     """The ids that the post-processor puts before a text."""
-    for step in parts(post_processor, "processors", path):
+    steps = parts(post_processor, "processors", path)
+    if sum(step["type"] == "TemplateProcessing" for step in steps) > 1:
+        raise fault(path, "two templates of the post-processor are not supported", "use another model")
+    for step in steps:
         if step["type"] not in ("TemplateProcessing", "ByteLevel"):
             raise fault(path, f"a post-processor of {step['type']} is not supported", "supported: TemplateProcessing")
         if step["type"] == "TemplateProcessing":
@@ -542,8 +550,9 @@ def sentencepiece(vocabulary, merges, model, path):
     together before anything else is, then the merges. A byte or beginning that is left over is spelled in byte tokens.
     """
     byte_ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
-    if not model.get("byte_fallback") or None in byte_ids:
-        raise fault(path, "a SentencePiece vocabulary without byte fallback is not supported", "use another model")
+    if not model.get("byte_fallback") or None in byte_ids or model.get("ignore_merges"):
+        raise fault(path, "a SentencePiece vocabulary without byte fallback, or that ignores its merges, is not supported",
+                    "use another model")
     if not all(map(is_text, vocabulary)):
         raise fault(path, "a token without text")
     vocabulary = {token: i for token, i in vocabulary.items() if " " not in token}  # no text has spaces by then
@@ -563,12 +572,12 @@ def sentencepiece(vocabulary, merges, model, path):
 
 
 def merge_pairs(merges, vocabulary, path):
-    """The merges, written "a b" or ["a", "b"], as pairs of tokens. ValueError if one makes no known token."""
+    """The merges, written "a b" or ["a", "b"], as pairs of tokens. ValueError if one is not of known tokens."""
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(token, str) for token in pair) \
-                or "".join(pair) not in vocabulary:
-            raise fault(path, f"the merge {merge!r} does not make a token of the vocabulary")
+                or not vocabulary.keys() >= {*pair, "".join(pair)}:
+            raise fault(path, f"the merge {merge!r} does not make a token of the vocabulary out of two")
         yield pair
 
 

@@ -78,11 +78,13 @@ def dead():
 
 def test_only_what_dead_processes_of_ours_left_is_removed(tmp_path, dead):
     """Files and folders of that name; nothing of another name, of a process that lives, or of anybody else."""
-    theirs = [".thesis.docx.tmp", f".a.{dead}.tmp", ".a.x.sorsa.tmp", f".b.{dead}.sorsa.tmp", f".a.{os.getppid()}.sorsa.tmp", "a.sorsa.tmp"]
-    for name in (*theirs, f".a.{dead}.sorsa.tmp", f".a.{10 ** 30}.sorsa.tmp"):
+    here, other = files.host(), "0badcafe"  # where the same number may be a process that lives
+    theirs = [".thesis.docx.tmp", f".a.{dead}.tmp", f".a.{here}.x.sorsa.tmp", f".b.{here}.{dead}.sorsa.tmp", "a.sorsa.tmp",
+              f".a.{here}.{os.getppid()}.sorsa.tmp", f".a.{other}.{dead}.sorsa.tmp"]
+    for name in (*theirs, f".a.{here}.{dead}.sorsa.tmp", f".a.{here}.{10 ** 30}.sorsa.tmp"):
         (tmp_path / name).write_text("x")
-    (tmp_path / f".a.0{dead}.sorsa.tmp").mkdir()
-    (tmp_path / f".a.0{dead}.sorsa.tmp" / "file").touch()
+    (tmp_path / f".a.{here}.0{dead}.sorsa.tmp").mkdir()
+    (tmp_path / f".a.{here}.0{dead}.sorsa.tmp" / "file").touch()
     with files.atomic_write(tmp_path / "a") as file:
         file.write(b"new")
     assert {path.name for path in tmp_path.iterdir()} == {"a", *theirs}

@@ -40,6 +40,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.reply(state["status"], b"")
         if self.path.startswith("/api/models/"):
             return self.reply(200, state["listing"] or listing(state["files"], state["revision"]))
+        if self.path.startswith("/old/name/"):  # which has been renamed
+            self.send_response(307)
+            self.send_header("Location", f"http://{self.headers['Host']}/owner/model/{self.path.split('/', 3)[3]}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if self.path.startswith(f"/owner/model/resolve/{state['revision']}/"):
             self.send_response(302)
             self.send_header("Location", state["sends_to"] + self.path.split("/", 5)[5])
@@ -98,13 +103,14 @@ def test_only_data_files_of_the_top_folder_are_fetched_and_only_once(server, tmp
 def test_a_broken_download_goes_on_where_it_stopped(server, ranges, tmp_path):
     """What came stays; the next call asks for the rest, and takes the whole where the server cannot continue."""
     body = FILES["model.safetensors"]
-    server |= {"ranges": ranges, "files": {"model.safetensors": body}, "cut": 300_000}
+    server |= {"ranges": ranges, "cut": 300_000, "files": {name: FILES[name] for name in (
+        "model.safetensors", "config.json", "tokenizer.json")}}
     with pytest.raises(ConnectionError, match="run again to continue"):
         hub.fetch("owner/model", tmp_path / "m")
     assert (tmp_path / "m" / "model.safetensors.part").stat().st_size == 300_000
     assert not (tmp_path / "m" / "model.safetensors").exists()
     hub.fetch("owner/model", tmp_path / "m")
-    assert server["asked"][-1][:2] == ("/model.safetensors", "bytes=300000-")
+    assert ("/model.safetensors", "bytes=300000-") in [asked[:2] for asked in server["asked"]]
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == body
 
 
@@ -114,6 +120,18 @@ def test_the_token_goes_to_the_hub_and_not_to_its_storage(server, tmp_path, monk
     hub.fetch("owner/model", tmp_path / "m")
     for path, _, authorization in server["asked"]:
         assert authorization == ("Bearer secret" if path.startswith(("/api/", "/owner/")) else None), path
+
+
+def test_the_token_follows_the_hub_to_a_models_new_name(server, tmp_path, monkeypatch):
+    """A redirect within the hub carries it, and the one behind that to the storage does not; over http too, if the hub is asked so."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError, match="which is not https"):
+        patch.setattr(hub, "is_this_machine", lambda host: False)  # the storage is not the hub: it is what is refused
+        hub.fetch("old/name", tmp_path / "m")
+    hub.fetch("old/name", tmp_path / "m")
+    asked = {path: authorization for path, _, authorization in server["asked"]}
+    assert asked[f"/owner/model/resolve/{REVISION}/config.json"] == "Bearer secret" and asked["/config.json"] is None
+    assert (tmp_path / "m" / "config.json").read_bytes() == FILES["config.json"]
 
 
 @pytest.mark.parametrize("text", [" hf_secret\n", "\thf_secret", "hf_secret\r\n"])
@@ -352,6 +370,15 @@ def test_a_model_with_pickled_weights_only_is_refused(server, tmp_path):
     server["files"] = {"config.json": b"{}", "pytorch_model.bin": b"x"}
     with pytest.raises(ValueError, match="has no safetensors files"):
         hub.fetch("owner/model", tmp_path / "m")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_a_model_that_could_not_be_loaded_is_not_fetched(missing, server, tmp_path):
+    """Nothing is downloaded of one without its configuration, or a tokenizer."""
+    server["files"] = {name: content for name, content in FILES.items() if name != missing}
+    with pytest.raises(ValueError, match=f"this model has no {missing}, without which"):
+        hub.fetch("owner/model", tmp_path / "m")
+    assert len(server["asked"]) == 1 and not (tmp_path / "m").exists()
 
 
 def test_without_a_connection(monkeypatch, tmp_path):

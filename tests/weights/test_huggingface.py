@@ -136,6 +136,8 @@ CONTRADICTIONS = {  # family, fields, change of the tensors, files: what is load
     "both RoPE fields": ("llama2", {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 2e4,
                                     "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, add(), 1, {}),
     "llama3 without its context": ("llama2", {"rope_parameters": L3}, add(), 1, {}),
+    "llama3, its context at the top too": ("llama2", {"rope_parameters": {**L3, "original_max_position_embeddings": 64},
+                                                      "original_max_position_embeddings": 32}, add(), 1, {}),
     "llama3, older names": ("llama2", {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {
         key: value for key, value in L3.items() if key != "rope_theta"}}, add(), 1, {}),
     "heads left out": ("llama1", {"num_key_value_heads": None, "head_dim": None}, add(), 1, {"num_key_value_heads": 4}),

@@ -492,6 +492,16 @@ def test_texts_of_one_thing_repeated_are_encoded(kind):
         assert ours.encoding.encode_ordinary(text) == plain.encode_ordinary(text)
 
 
+def test_a_model_without_a_type_is_bpe():
+    """As in the tokenizer.json that GPT-2 was published with."""
+    fields = byte_vocabulary()
+    typed = tokenizer.from_tokenizer_json(fields, 2).encode("ab the 12")
+    untyped = {**fields, "model": {key: value for key, value in fields["model"].items() if key != "type"}}
+    assert tokenizer.from_tokenizer_json(untyped, 2).encode("ab the 12") == typed
+    with pytest.raises(ValueError, match="a tokenizer of type None is not supported"):
+        tokenizer.from_tokenizer_json({**fields, "model": {**fields["model"], "type": None}}, 2)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"added_tokens": [{"id": 0, "content": ""}]}, "an added token without text, number or flags"),
     ({"added_tokens": [{"id": 0, "content": "\ud800"}]}, "an added token without text, number or flags"),
@@ -500,6 +510,10 @@ def test_texts_of_one_thing_repeated_are_encoded(kind):
     ({"post_processor": {"type": "RobertaProcessing", "cls": ["<s>", 1]}}, "a post-processor of RobertaProcessing is not supported"),
     ({"post_processor": {"type": "TemplateProcessing", "single": [{}]}}, "a template of the post-processor that gives no ids"),
     ({"model": {"type": "Unigram"}}, "a tokenizer of type 'Unigram' is not supported"),
+    ({"model": {**byte_vocabulary()["model"], "vocab": {"a": 1, "b": 1}}}, "two tokens with one number"),
+    ({"model": {**byte_vocabulary()["model"], "vocab": {"a": 1, "ab": 2}, "merges": ["a b"]}}, "does not make a token of the vocabulary out of two"),
+    ({"model": {**byte_vocabulary()["model"], "vocab": {"a": 1}, "merges": [], "unk_token": "a"}}, "bytes that have no token stand for 'a'"),
+    ({"post_processor": {"type": "Sequence", "processors": 2 * [{"type": "TemplateProcessing", "single": []}]}}, "two templates"),
     ({"pre_tokenizer": {"type": "Whitespace"}}, "a pre-tokenizer of Whitespace"),
     ({"normalizer": {"type": "Lowercase"}}, "a normalizer of Lowercase is not supported"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
