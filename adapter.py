@@ -140,8 +140,8 @@ def find_linears(model, targets, rank=1):
         if users[place(linear.weight)] > 1:
             raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
         if "weight" not in dict(linear.named_parameters()):
-            raise ValueError(f"{name}'s weight is computed from other tensors, by pruning or weight norm: make it plain "
-                             "first, as with torch.nn.utils.prune.remove or remove_weight_norm")
+            raise ValueError(f"{name}'s weight is computed from other tensors, by pruning or weight norm: make it "
+                             "plain first, as with torch.nn.utils.prune.remove or remove_weight_norm")
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
             raise ValueError(f"{name} lies in an nn.TransformerEncoderLayer, which in eval mode reads its weight and "
@@ -359,10 +359,11 @@ def merge(model):
 
 def state(model):
     """{name: tensor}: what attach added to the model, and what trains. With model.adapter_config and the base it is all
-    that is needed to rebuild: attach with that config less "method", and saved=state, then `fill`. ValueError unless it is the model that attach was given."""
+    that is needed to rebuild: attach with that config less "method", and saved=state, then `fill`. ValueError unless
+    it is the model that attach was given."""
     if "base_keys" not in vars(model):
-        raise ValueError("no method is attached to this model itself: give the one that attach was given, and no wrapper "
-                         "or part of it")
+        raise ValueError("no method is attached to this model itself: give the one that attach was given, and no "
+                         "wrapper or part of it")
     added = {name: tensor for name, tensor in model.state_dict().items() if name not in model.base_keys}
     return {**added, **{name: parameter.detach() for name, parameter in trainable(model).items()}}
 

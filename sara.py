@@ -147,8 +147,8 @@ def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Litera
 
     `init` names the start, "lam" or "lora". `alpha=None` means no scale. `ranks="even"` gives all layers the same k.
     `seed` draws the factors, on the CPU. Of an earlier attach, `ks` {name: k} takes the place of the rank rule, `norms`
-    {name: |W0|_F} checks that this is its base, and `saved`, an `adapter.state` that is to be filled in, must have these
-    ranks.
+    {name: |W0|_F} checks that this is its base, and `saved`, an `adapter.state` that is to be filled in, must have
+    these ranks.
     Raises ValueError on an unknown target, init or ranks, a threshold outside 0 < m <= 1, `ks` or `norms` that do not
     fit this model, or a second attach.
     """

@@ -112,8 +112,8 @@ def fetch_files(name, folder):
         raise ConnectionError(f"{name}: the hub gave no revision; try again later")
     lacking = {"config.json", "tokenizer.json"} - {file["rfilename"] for file in wanted}
     if lacking:
-        raise ValueError(f"{name}: this model has no {' and no '.join(sorted(lacking))}, without which it is not loaded: "
-                         "take another")
+        raise ValueError(f"{name}: this model has no {' and no '.join(sorted(lacking))}, without which it is not "
+                         "loaded: take another")
     folder.mkdir(parents=True, exist_ok=True)
     begun = folder / "revision.part"
     if not begun.is_file() or begun.read_text(errors="replace") != revision:  # what is there is of another, or unknown
@@ -146,8 +146,8 @@ def token():
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows the hub to its storage: over https, or to this machine; and to another place of its own, where a model has
-    been renamed, with the token, which nobody else is to see."""
+    """Follows the hub to its storage: over https, or to this machine; and to another place of its own, where a model
+    has been renamed, with the token, which nobody else is to see."""
 
     def redirect_request(self, request, reply, code, message, headers, url):
         where = urllib.parse.urlsplit(url)

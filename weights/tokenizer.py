@@ -551,8 +551,8 @@ def sentencepiece(vocabulary, merges, model, path):
     """
     byte_ids = [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
     if not model.get("byte_fallback") or None in byte_ids or model.get("ignore_merges"):
-        raise fault(path, "a SentencePiece vocabulary without byte fallback, or that ignores its merges, is not supported",
-                    "use another model")
+        raise fault(path, "a SentencePiece vocabulary without byte fallback, or that ignores its merges, is not "
+                    "supported", "use another model")
     if not all(map(is_text, vocabulary)):
         raise fault(path, "a token without text")
     vocabulary = {token: i for token, i in vocabulary.items() if " " not in token}  # no text has spaces by then
