@@ -251,7 +251,7 @@ def full_precision(device_type):
 def with_fp64(weight):
     """The weight where fp64 is computed: on its device, or for a Mac's GPU, which has none, on the CPU. ValueError for
     one on the meta device."""
-    if weight.is_meta:
+    if weight.device.type == "meta":
         raise ValueError("a weight on the meta device has no numbers to start from: load the weights first")
     return weight.cpu() if weight.device.type == "mps" else weight
 
