@@ -75,13 +75,14 @@ class Shared(nn.Module):
 class Method(NamedTuple):
     """What a script reads of a method. Each method file ends with its own: METHODS = {name: Method(...)}.
 
-    attach         its signature says which flags there are: their kinds (annotations), choices (Literal) and defaults
+    attach         its signature says which flags there are: their kinds (annotations), choices (Literal) and defaults;
+                   whole numbers from 1, others from 0, a bool starts False; a name that another method has is its kind
     learning_rate  the peak rate to start from
     help           {argument: what its flag says}, for the arguments that support/flags.py does not know
     fit            fit(model, params, ...) -> {argument: value}: the size that comes nearest to a budget of parameters
     regularize     regularize(model, peak_lr, ...) adds to the gradients once per step, after clipping, and returns the
                    penalty R; the arguments behind the first two are flags too
-    watch          watch(model, tokens) -> {name: number}, logged with each held-out loss
+    watch          watch(model, tokens) -> {name: float}, logged with each held-out loss
     table          table(model) -> lines of text, printed before training
     """
     attach: Callable
@@ -375,7 +376,9 @@ def fill(model, tensors):
     targets = state(model)
     wrong = [f"missing {key}" for key in targets if key not in tensors]
     wrong += [f"unexpected {key}" for key in tensors if key not in targets]
-    wrong += [f"{key} has dtype {tensor.dtype}" for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    wrong += [f"{key} has dtype {tensors[key].dtype}, expected {target.dtype}" for key, target in targets.items()
+              if key in tensors and tensors[key].dtype != target.dtype
+              and not (tensors[key].is_floating_point() and target.is_floating_point())]
     wrong += [f"{key} holds NaN or infinity" for key, tensor in tensors.items() if not is_finite(tensor)]
     wrong += [f"{key} has shape {tuple(tensors[key].shape)}, expected {tuple(target.shape)}"
               for key, target in targets.items() if key in tensors and tensors[key].shape != target.shape]

@@ -46,7 +46,11 @@ def arguments(function):
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints.get(name, type(parameter.default))
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:  # float | None
-            hint, = set(typing.get_args(hint)) - {types.NoneType}
+            kinds = set(typing.get_args(hint)) - {types.NoneType}
+            if len(kinds) != 1:
+                raise ValueError(f"the argument {name} of {function.__module__}.{function.__name__} is {hint}: one kind, "
+                                 "or one and None, is what a flag can have")
+            hint, = kinds
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         kind = type(choices[0]) if choices else list if hint is tuple else typing.get_origin(hint) or hint
         if parameter.default is not parameter.empty and kind in (int, float, bool, str, list, dict):

@@ -8,6 +8,7 @@ import support
 
 support.interruptible(__name__)  # before torch, which takes seconds to import
 
+import contextlib
 import itertools
 import json
 import math
@@ -99,13 +100,22 @@ def mixed_precision(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.autocast is not None, cache_enabled=False)
 
 
+@contextlib.contextmanager
+def measuring(args, model):
+    """A block in which compiled blocks run as they are written, and what knows a mode (dropout) is in evaluation's."""
+    model.eval()
+    with fast.eagerly(args.compile):
+        yield
+    model.train()
+
+
 # ---- what is shown of a run -----------------------------------------------------------------------------------------
 
 def measure(args, model, data, progress, step, log):
     """The held-out loss after `step` steps, and what --forgetting asks for, into `progress`: printed and logged with
     what the method's weights or routers look like."""
     device, watch = model.lm_head.weight.device, METHODS[args.method].watch
-    with fast.eagerly(args.compile):
+    with measuring(args, model):
         line = {"step": step, "held_out_loss": loss_of(args, model, data.held_out, step)}
         if data.prose:
             progress.prose[step] = loss_of(args, model, data.prose, step)
@@ -145,7 +155,7 @@ def losses_one_by_one(args, model, data):
     end of a run with --report; those that there are."""
     device = model.lm_head.weight.device
     measured = {"report_losses": data.report, "prose_losses": data.prose if data.report else []}
-    with fast.eagerly(args.compile), mixed_precision(args, device):
+    with measuring(args, model), mixed_precision(args, device):
         losses = {name: example_losses(model, examples, args.micro_batch, device, args.multiple)
                   for name, examples in measured.items() if examples}
     return {name: [round(loss, 4) for loss in some] for name, some in losses.items()}
@@ -157,7 +167,7 @@ def print_sample(args, base, example, when):
     right = example["answer"].rstrip().splitlines()[-1].removeprefix("#### ").removeprefix("The answer is: ")
     room = base.model.config.max_position_embeddings - len(base.tokenizer.encode(text))
     if room > 0 and not args.no_sample:
-        with fast.eagerly(args.compile):
+        with measuring(args, base.model):
             done = complete(base.model, base.tokenizer, [text], min(128, room), template=args.template)
         shown = f"\n--- a held-out question, {when} training (right: {right})\n{text}{done[0]['text']}\n---\n"
         print(printable(shown), flush=True)
@@ -193,6 +203,7 @@ def main(argv=None):
     examples, source = load_examples(args.data)
     base = base_model.load(args.model, weights, device)
     model = base.model
+    torch.manual_seed(args.seed)  # for what draws by itself, as dropout would
     model.model.recompute = args.recompute
     args.recorded = not args.plain and graphs.wanted(args.graphs, model)
     args.multiple = fast.row_multiple(device, args.recorded, model.config.max_position_embeddings)
@@ -225,10 +236,10 @@ def carry_out(args, base, data, source, regularizer, originals, device, began, c
     progress = args.saved.progress if args.saved else resume.Progress()
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
     products = args.saved.products if args.saved else fast.products()
-    if args.saved:
-        resume.restore(args.resume, args.saved, model, optimizer, args.steps)
-        args.saved = None  # its file, which the next checkpoint replaces, is let go
     gflop = report.gflop_per_token(model, data.train, args.compile)
+    if args.saved:
+        resume.restore(args.resume, args.saved, model, optimizer, args.steps)  # torch's random state with it
+        args.saved = None  # its file, which the next checkpoint replaces, is let go
     report.describe(args, base, optimizer, regularizer, device, source, data, gflop[1])
     if args.dry_run:
         return report.describe_first_step(args, base, data, progress.step)

@@ -2,6 +2,7 @@
 
 The flags of a method are the arguments of its attach and regularize functions: see methods.py.
 """
+import argparse
 import math
 import sys
 
@@ -126,7 +127,7 @@ def add_method_flags(parser):
         kind = ({"action": "store_true", "default": None} if argument.kind is bool else
                 {"choices": [c for c in dict.fromkeys(c for a in having.values() for c in a.choices)] or None,
                  "type": {int: positive, float: at_least_zero}.get(argument.kind, str)})
-        groups[methods].add_argument(f"--{flag.replace('_', '-')}", help=text, **kind)
+        groups[methods].add_argument(f"--{flag.replace('_', '-')}", help=text.replace("%", "%%"), **kind)
 
 
 def default_text(having):
@@ -141,7 +142,11 @@ def default_text(having):
 
 def parse_arguments(argv):
     """The flags of a command line; with --resume those of the saved run, which come along as args.saved."""
-    parser, saved, argv = make_parser(), None, sys.argv[1:] if argv is None else argv
+    try:
+        parser = make_parser()
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error}: a method's argument has the name of a flag of every run: call it otherwise") from None
+    saved, argv = None, sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume:
         saved = resume.read(args.resume)
@@ -267,7 +272,10 @@ def complete_options(args, options, model, dtype, device):
     if args.params:
         fit = method(args.method).fit
         known = {key: value for key, value in options.items() if key in arguments(fit)}
-        options = {**options, **fit(model, args.params, **known)}
+        found = fit(model, args.params, **known)
+        if twice := sorted(found.keys() & options.keys()):
+            raise ValueError(f"--params chooses the {twice[0]}: give --params or --{twice[0].replace('_', '-')}, not both")
+        options = {**options, **found}
     if "extra" in options:
         names = options["extra"]
         if len({base_model.model_path(name).resolve() for name in names}) < len(names):

@@ -59,7 +59,7 @@ class Monitor:
                 records = [str(self.data.numbers[i]) for i in indices]
                 more = f" and {len(records) - 16} more" if len(records) > 16 else ""
                 said = ", ".join(f"{report.WORDS.get(name, name)} {value:g}" for name, value in numbers.items()
-                                 if isinstance(value, torch.Tensor))
+                                 if isinstance(value, torch.Tensor) or not math.isfinite(value))
                 said += f", gradient norm with R's part {taken:g}" if sound else ""
                 fix = "lower --gamma" if sound else f"lower --lr, now {self.args.lr:g}"
                 raise FloatingPointError(f"step {step}: {said}, on records {', '.join(records[:16])}{more} of the data;"

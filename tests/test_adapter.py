@@ -595,6 +595,36 @@ def test_every_setting_is_recorded_and_has_a_kind(method):
     assert model.adapter_config.keys() == {"method", *methods.arguments(METHODS[method].attach)}
 
 
+def test_what_a_copied_method_forgot_is_said():
+    """The name that it was copied under, or an argument: its file would be read as another's, or without what was given."""
+    model = attach(toy_model(), "lora")
+    with pytest.raises(ValueError, match="^pissa's attach: records the name 'lora'; end attach with adapter.record.model, 'pissa'"):
+        adapter_file.check_recorded("pissa", model)
+    del model.adapter_config["alpha"]
+    with pytest.raises(ValueError, match="^lora's attach: does not record alpha; end attach with"):
+        adapter_file.check_recorded("lora", model)
+    with pytest.raises(ValueError, match="the argument n of .*attach is int | float: one kind, or one and None"):
+        methods.arguments(two_kinds)
+
+
+def two_kinds(model, n: int | float = 1):
+    """What a flag cannot be."""
+
+
+def test_a_state_may_hold_whole_numbers():
+    """Indices or a mask: taken as they are, and refused where they should be others."""
+    first, second = [attach(toy_model(), "lora") for _ in range(2)]
+    for model in (first, second):
+        model.register_buffer("places", torch.arange(3))
+        model.register_buffer("mask", torch.tensor([True, False]))
+    first.places += 1
+    adapter.fill(second, {name: tensor.clone() for name, tensor in adapter.state(first).items()})
+    assert second.places.tolist() == [1, 2, 3] and second.mask.tolist() == [True, False]
+    for name, wrong in (("places", torch.ones(3)), ("mask", torch.ones(2, dtype=torch.int8))):
+        with pytest.raises(ValueError, match=f"{name} has dtype {wrong.dtype}, expected {getattr(first, name).dtype}"):
+            adapter.fill(second, {**adapter.state(first), name: wrong})
+
+
 @pytest.mark.parametrize("targets", [adapter.TARGETS, ["q_proj"]])
 @pytest.mark.parametrize("method", RANKED)
 def test_the_rank_for_a_budget_is_the_nearest(method, targets):

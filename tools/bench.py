@@ -169,6 +169,7 @@ def peer_steps(args, model, encoded):
     """The same in transformers + peft."""
     import peft
     model = peer_model(model, frozen_dtype(args)).train()
+    model.config.use_cache = False  # as their Trainer has it
     lora = peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(adapter.TARGETS))
     model = peft.get_peft_model(model, lora)
     if args.recompute:
@@ -218,12 +219,13 @@ def train_side(args):
 
 
 def memory_side(args):
-    """Peak memory of one training step on --batch rows of --length tokens, and how much of it is weights, and what
-    AdamW keeps of the trained ones: itself, a gradient and two moments. The rest is activations and the program."""
+    """Peak memory of a training step on --batch rows of --length tokens, and how much of it is weights, and what
+    AdamW keeps of the trained ones: itself, a gradient and two moments, which are there from the second step on. The
+    rest is activations and the program."""
     model, tokenizer = loaded_model(args)
     ids = torch.randint(0, model.config.vocab_size, (args.length,)).tolist()
     weights = sum(p.numel() for p in model.parameters()) * frozen_dtype(args).itemsize
-    args.steps = 0  # the one step that is not timed
+    args.steps = 1  # and one before it
     list((peer_steps if args.side in PEERS else our_steps)(args, model, [(ids, args.length // 3)] * args.batch))
     record = {"memory_gb": report.peak_memory(DEVICE), "weights_gb": 1e-9 * weights}
     if args.side not in PEERS:
@@ -435,8 +437,8 @@ def bench(args):
 def print_ratios(what, rounds):
     """Print how the first side compares with each of the others."""
     first, *others = rounds
-    keys = {"train": ("tokens_per_second", "memory_gb"), "generate": ("problems_per_second",), "init": ("seconds",),
-            "memory": ("memory_gb",)}.get(what, ())
+    keys = {"train": ("tokens_per_second",), "generate": ("problems_per_second",), "init": ("seconds",),
+            "memory": ("memory_gb",)}.get(what, ())  # of train not memory: the peer's random batches have longer rows
     for other in others if keys else ():
         ratios = [f"{key.replace('_', ' ')} {compare(rounds, key, first, other)}" for key in keys
                   if rounds[first][0][key] is not None]
@@ -473,7 +475,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--length", type=positive, help="tokens of a row of memory, and of a random Llama "
                                                         "(default: 256)")
     parser.add_argument("--compile", action="store_true", help="train, memory: as in train.py")
-    parser.add_argument("--graphs", choices=("auto", "on", "off"), default="auto", help="the same")
+    parser.add_argument("--graphs", choices=("auto", "on", "off"), default="off", help="the same; the few steps here "
+                        "would time recordings, for which see gpu")
     parser.add_argument("--recompute", action="store_true", help="train, memory: as in train.py, the peers too")
     parser.add_argument("--leave-out", choices=[*fast.NAMES, "all"], help="one of support/fast.py's forms, or all")
     parser.add_argument("--rounds", type=positive, help="(default: train, generate 3; else 1)")
@@ -482,7 +485,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if args.side is None:
         dtype = ["bfloat16" if DEVICE.type == "cuda" else "float32"]
-        defaults = {"rounds": 1, "rank": 16, "length": 256, "dtype": dtype, **DEFAULTS.get(args.what, {})}
+        defaults = {"rounds": 1, "rank": 16, "length": 256, "layers": 16, "dtype": dtype, **DEFAULTS.get(args.what, {})}
         for name, value in defaults.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)

@@ -136,6 +136,8 @@ def main(argv=None):
     for name, layer in adapter.adapted_layers(base.model):
         if layer.unmergeable:
             raise ValueError(f"{name} cannot be exported: {layer.unmergeable}; eval.py takes the run as it is")
+        if args.to == "peft" and not hasattr(layer, "lora_factors"):
+            raise ValueError(f"{name}'s change has no low rank, which a LoRA has: export it with --to hf")
     try:
         if args.to == "hf":
             adapter.merge(base.model)

@@ -6,6 +6,10 @@ The first two steps are not counted; then one is timed by operations and the sam
 beyond the operations is Python's and autograd's. Products (the only work that GFLOP count) stand beside the speed of
 square ones in the same process.
 """
+import support
+
+support.interruptible(__name__)  # before torch, which takes seconds to import
+
 import sys
 import time
 from collections import defaultdict
@@ -40,7 +44,7 @@ class Timed(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         taken = time.perf_counter() - started
         is_product = function.overloadpacket in PRODUCTS
-        place = caller()
+        place = "attention: in one operator" if "scaled_dot_product" in str(function) else caller()
         if is_product:
             names = [self.frozen[a.data_ptr()] for a in args[-2:] if a.data_ptr() in self.frozen]
             what = f"products: {names[0] if names else 'attention' if place.startswith('attention') else 'what trains'}"
@@ -70,7 +74,8 @@ def caller():
 
 def measure(args):
     """Print the table of one step of --method."""
-    fast.switch_on()
+    bench.DEVICE = torch.device("cpu")  # where an operation has ended when it returns
+    fast.switch_on(device="cpu")
     args.side, args.rank, args.steps = args.method, 16, 3  # and one step before these
     args.params = args.compile = args.width = args.recompute = None
     args.graphs = "off"

@@ -77,9 +77,15 @@ def check_config(path, config, fix=None):
 def check_recorded(method, model):
     """ValueError unless attach has recorded what it takes to do it again, without which a file could not be loaded."""
     config = json.loads(json.dumps(getattr(model, "adapter_config", {})))
-    check_config(f"{method}'s attach", config,
-                 "end attach with adapter.record(model, NAME, ...) and its own arguments, each with a default, and an "
-                 "annotation where that is None")
+    where, fix = f"{method}'s attach", (f"end attach with adapter.record(model, {method!r}, ...) and its own arguments, "
+                                        "each with a default, and an annotation where that is None (int, float, bool, "
+                                        "str, list, dict or Literal)")
+    check_config(where, config, fix)
+    if config["method"] != method:
+        raise fault(where, f"records the name {config['method']!r}", fix)
+    lacking = arguments(METHODS[method].attach).keys() - config.keys()
+    if lacking:
+        raise fault(where, f"does not record {', '.join(sorted(lacking))}", fix)
 
 
 def attach_saved(model, path, tensors, config, force=False):

@@ -5,6 +5,7 @@ What is refused stands in the table of tests/test_bad_input.py, flags of a run t
 import pytest
 import torch
 
+import adapter
 from methods import METHODS
 from support import flags
 
@@ -57,3 +58,17 @@ def test_what_is_given_beside_the_recipe_counts():
     assert (args.lr, args.batch, args.steps, args.epochs, args.rank, args.params) == (1e-3, 16, 3, None, None, 30_000)
     assert args.recipe_set == {"template": "alpaca", "limit": 100_000, "cut": (512, 512), "schedule": "cosine", "warmup": 0.03,
                                "weight_decay": 0.0, "clip": 1.0, "seed": 42, "gamma": 4e-4, "reduction": "mean"}
+
+
+def test_an_argument_named_like_a_flag_of_every_run_is_named(monkeypatch):
+    """Instead of argparse's traceback; a % in a method's help is one."""
+    def attach(model, warmup: int = 10):
+        pass
+    monkeypatch.setitem(METHODS, "mine", adapter.Method(attach, learning_rate=1e-3))
+    with pytest.raises(ValueError, match="^argument --warmup: .*: a method's argument has the name of a flag of every run: "):
+        flags.parse_arguments([])
+
+    def attach(model, share: float = 0.1):
+        pass
+    monkeypatch.setitem(METHODS, "mine", adapter.Method(attach, learning_rate=1e-3, help={"share": "10 % is usual"}))
+    assert "10 % is usual (default: 0.1)" in " ".join(flags.make_parser().format_help().split())

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import lora
 import train
 from data.batching import collate
 from methods import METHODS
@@ -382,3 +383,29 @@ def test_a_log_of_any_kind_is_mended(half, whole, tmp_path):
     (run / "log.jsonl").unlink()
     go_on(run)
     assert trace(run) == trace(whole)[-3:]
+
+
+def test_a_method_that_draws_goes_on_too(place, tmp_path, monkeypatch):
+    """Dropout: off where a loss is measured, the same for a seed, and after a stop as it would have been."""
+    class Dropped(lora.LoRALinear):
+        def forward(self, x):
+            return super().forward(torch.nn.functional.dropout(x, 0.3, self.training))
+    monkeypatch.setattr(lora, "LoRALinear", Dropped)
+    first, second = tmp_path / "first", tmp_path / "second"
+    result = begin(place.lora, first)
+    assert result["held_out_before"] == pytest.approx(loss_before(place), abs=1e-6)
+    with stopping(4), pytest.raises(Stopped):
+        begin(place.lora, second)
+    torch.rand(7)  # the state that another process would have
+    go_on(second)
+    assert_same(first, second)
+
+
+def loss_before(place):
+    """The base's held-out loss."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "LoRALinear", PLAIN)
+        return begin([*place.lora, "--steps", "1", "--overwrite"], place.folder / "plain")["held_out_before"]
+
+
+PLAIN = lora.LoRALinear

@@ -20,7 +20,8 @@ from weights.files import printable
 from weights.safetensors import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPTS = [["train.py"], ["eval.py"], *(["-m", f"tools.{name}"] for name in ("export", "compare", "bench", "draw", "plot"))]
+SCRIPTS = [["train.py"], ["eval.py"], *(["-m", f"tools.{name}"] for name in ("export", "compare", "bench", "draw", "plot", "spectra", "study", "page",
+                                                                              "where"))]
 
 
 def test_what_cannot_be_encoded_is_spelled_out(monkeypatch):

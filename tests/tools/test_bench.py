@@ -65,7 +65,7 @@ def test_a_process_of_its_own(measure):
 
 @pytest.mark.peers
 @pytest.mark.parametrize("what, sides, words", [
-    ("train", ["lora", "peer", "strict", "tuned"], ["lora / peer: tokens per second", "lora / strict: tokens per second", "memory gb"]),
+    ("train", ["lora", "peer", "strict", "tuned"], ["lora / peer: tokens per second", "lora / strict: tokens per second"]),
     ("memory", ["lora", "peer"], ["lora / peer: memory gb"]), ("init", ["pissa", "peer"], ["pissa / peer: seconds"]),
     ("generate", ["ours", "peer"], ["ours / peer: problems per second", "the same text: 5 of 5 problems"])])
 def test_beside_the_peer(what, sides, words, measure):
@@ -91,7 +91,13 @@ def test_the_peer_computes_as_its_trainer_does(dtype, tiny_gguf, monkeypatch):
     monkeypatch.setattr(bench, "peer_model", watched)
     bench.memory_side(bench.parse_arguments(["memory", "--side", "peer", "--model", str(tiny_gguf), "--batch", "2", "--length", "9",
                                              "--rank", "4", "--dtype", dtype]))
-    assert seen == [dtype == "bfloat16"]
+    assert seen == 2 * [dtype == "bfloat16"]
+
+
+def test_ratios_are_of_the_first_side():
+    """By hand: the median over rounds, and from the lowest to the highest."""
+    rounds = {"ours": [{"x": 2.0}, {"x": 9.0}, {"x": 4.0}], "peer": [{"x": 1.0}, {"x": 3.0}, {"x": 1.0}]}
+    assert bench.compare(rounds, "x", "ours", "peer") == "3.00 (2.00 to 4.00)"
 
 
 def test_what_each_fast_form_buys(monkeypatch, capsys):

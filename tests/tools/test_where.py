@@ -21,3 +21,5 @@ def test_the_shares_add_up(method, dtype, tiny_gguf, tmp_path, monkeypatch, caps
     shares = [float(share) for share in re.findall(r"(\S+) %(?:\s|$)", re.sub(r"GFLOP/s, \d+ %", "", out))]
     assert abs(sum(shares) - 100) < 1 and ("products: frozen layers" in out) == (method != "full")
     assert "products: what trains" in out and "optimizer" in out and "attention" in out
+    tokens, = re.findall(r", (\d+) tokens:", out)
+    assert where.bench.DEVICE.type == "cpu" and int(tokens) > 0
