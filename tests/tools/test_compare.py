@@ -94,11 +94,11 @@ def test_what_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
 def test_a_line_that_was_cut_spoils_no_other(tmp_path, capsys):
     """It is named and passed over, and the next record begins a line of its own."""
     results = tmp_path / "results.jsonl"
-    compare.add_record(results, {"name": "a"})
+    compare.add_record(results, {"name": "a", "flags": ""})
     with open(results, "a") as file:
         file.write('{"name": "b", "lo')
-    compare.add_record(results, {"name": "c"})
-    compare.add_record(results, {"name": "d"})
+    compare.add_record(results, {"name": "c", "flags": ""})
+    compare.add_record(results, {"name": "d", "flags": ""})
     assert [record["name"] for record in compare.read_records(results)] == ["a", "c", "d"]
     assert capsys.readouterr().err.startswith(f"{results}:2: not valid JSON") and results.read_text().count("\n") == 4
 
