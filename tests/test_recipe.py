@@ -49,7 +49,7 @@ def test_a_run_of_the_recipe(method, rate, own, llama2, tmp_path, capsys):
     assert set(line.removeprefix("recipe    paper sets ").split(", ")) == own | {
         "template alpaca", "limit 100000", "cut 512+512", "epochs 1.0", "batch 128", "schedule cosine", "warmup 0.03", "weight_decay 0.0",
         "clip 1.0", "seed 42", f"lr {rate}"}
-    assert "prompt alpaca" in out and "prompts cut at 512 tokens, answers at 512 (0 of them were longer)" in out
+    assert "prompt alpaca" in out and "prompts cut at 512 tokens, answers at 512 (0 answers were longer)" in out
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if '"lr"' in line]
     assert rates == pytest.approx([train.learning_rate(step, 2, rate, "cosine", 0.03) for step in range(2)])
 
