@@ -219,8 +219,8 @@ def attention(q, k, v, seen=None):
     kernels apply. oneDNN would copy the parts of the cache to multiply them, so it is kept out.
     """
     if seen is None:
-        if q.device.type == "cuda" and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:  # no fast kernel does
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        if q.device.type == "cuda" and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # else no kernel is fast
         return AttentionInPieces.apply(q, k, v) if onednn_multiplies(q) else plain_attention(q, k, v)
     if seen.shape[2] > 1:
         seen = seen.repeat(1, 1, q.shape[1] // k.shape[1], 1)  # (B, 1, H/K * T, S)

@@ -356,7 +356,7 @@ SIDES = {"train": train_side, "generate": generate_side, "init": init_side, "loa
 DEFAULTS = {  # of the flags that mean something else in some commands
     "train": {"batch": 16, "steps": 4, "rounds": 3, "methods": ["lora"]},
     "generate": {"batch": 128, "problems": 128, "rounds": 3},
-    "init": {"methods": ["lora"], "layers": 16},
+    "init": {"methods": ["lora"]},
     "memory": {"batch": 16, "methods": ["lora"]},
     "merged": {"batch": 16},
     "fast": {"batch": 16, "steps": 3, "problems": 64},
