@@ -31,6 +31,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,7 @@ def switch_off():
     for owner, attribute, plain, _ in FORMS.values():
         setattr(owner, attribute, plain)
     torch.backends.cuda.enable_cudnn_sdp(True)
+    WIDENED.clear()
     if has_onednn_switch():
         torch.backends.mkldnn.matmul.fp32_precision = "none"  # what a new process has
 
@@ -135,13 +137,41 @@ def fast_products(chosen=None):
     torch.backends.mkldnn.matmul.fp32_precision = chosen if is_exact else "ieee"
 
 
+def multiplies_bf16():
+    """Whether oneDNN multiplies bf16 matrices on this CPU: with AVX-512 or Arm's units for bf16. Elsewhere torch has
+    loops for them that take 7 to 250 times as long as fp32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def bf16_pays():
-    """Whether this CPU multiplies bf16 matrices at 1.5 times the speed of fp32 ones, or faster: some have units for
-    them (avx512_bf16, AMX), on others they take several times as long."""
+    """Whether this CPU multiplies bf16 matrices at 1.5 times the speed of fp32 ones, or faster: those with units for
+    them (avx512_bf16, AMX)."""
+    if not multiplies_bf16():
+        return False
     a = trial_matrix()
     b = a.bfloat16()
     times = trial({"fp32": lambda: a @ a, "bf16": lambda: b @ b})
     return 1.5 * times["bf16"] < times["fp32"]
+
+
+WIDENED = []  # the library of products that `widen_products` has put into torch's, while they are in use
+
+
+def widen_products():
+    """Have a CPU take its products of bf16 matrices in fp32 and round them once: what units for bf16 give too, but for
+    the order of the sums, and close to the speed of fp32 where there are none."""
+    if not WIDENED:
+        library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings(action="ignore"):  # that there is a product already
+            for name in ("mm", "addmm", "bmm"):
+                library.impl(name, functools.partial(widened, getattr(torch.ops.aten, name).out), "CPU")
+        WIDENED.append(library)
+
+
+def widened(product, *operands, **scales):
+    """product(*operands), an operator of torch that writes into `out`, in fp32 where they are bf16."""
+    wider = [x.float() if x.dtype == torch.bfloat16 else x for x in operands]
+    return product(*wider, **scales, out=wider[0].new_empty(0)).to(operands[0].dtype)
 
 
 def trial_matrix():

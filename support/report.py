@@ -15,7 +15,7 @@ from data import instructions
 from data.batching import answer_tokens, endless_batches, examples_sha256, token_count
 from methods import METHODS
 from model import Decoder
-from support.fast import CHUNK, eagerly, onednn_multiplies
+from support.fast import CHUNK, WIDENED, eagerly, onednn_multiplies
 from support.script import device_name, has_bf16_units, one_line
 from weights.files import printable
 
@@ -85,7 +85,9 @@ def hardware(device, weight):
         return device_name(device) + lacks
     if device.type == "mps":
         return "untried: this code has run on Linux only"
-    return f"{torch.get_num_threads()} threads" + ", fp32 products by oneDNN" * onednn_multiplies(weight)
+    how = ", products in fp32, as this CPU multiplies no bf16" if WIDENED else \
+        ", fp32 products by oneDNN" * onednn_multiplies(weight)
+    return f"{torch.get_num_threads()} threads{how}"
 
 
 def parameter_table(model):

@@ -17,8 +17,8 @@ from weights.files import atomic_write, printable
 
 def choose_device(device, dtype="auto", plain=False):
     """(device, dtype of frozen weights), as told or by what is there: CUDA before the CPU, and bf16 where it is fast
-    (which a `plain` run does not ask a CPU). A Mac's GPU (mps) is taken only where it is asked for: nobody has tried
-    it."""
+    (which a `plain` run does not ask a CPU). A CPU that multiplies no bf16 takes its products in fp32, except in a
+    `plain` run. A Mac's GPU (mps) is taken only where it is asked for: nobody has tried it."""
     here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here += ["mps"] * torch.backends.mps.is_available()
     if device == "auto":
@@ -29,6 +29,8 @@ def choose_device(device, dtype="auto", plain=False):
         kind = device.partition(":")[0]
         bf16 = has_bf16_units(device) if kind == "cuda" else kind == "cpu" and not plain and fast.bf16_pays()
         dtype = "bfloat16" if bf16 else "float32"
+    if dtype == "bfloat16" and device == "cpu" and not plain and not fast.multiplies_bf16():
+        fast.widen_products()
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # else CUDA graphs take a context on the first GPU, too
     return torch.device(device), getattr(torch, dtype)

@@ -505,6 +505,7 @@ def main():
         return bench(args)
     if args.side not in PEERS[:2]:
         fast.switch_on([name for name in fast.NAMES if args.leave_out not in (name, "all")])
+        choose_device(DEVICE.type, args.dtype, plain=args.leave_out == "all")
     print(json.dumps(SIDES[args.what](args)))
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods import METHODS
 from support import fast
-from support.script import Parser, positive, run_script
+from support.script import Parser, choose_device, positive, run_script
 from tools import bench
 from weights import base_model
 
@@ -74,8 +74,8 @@ def caller():
 
 def measure(args):
     """Print the table of one step of --method."""
-    bench.DEVICE = torch.device("cpu")  # where an operation has ended when it returns
     fast.switch_on(device="cpu")
+    bench.DEVICE, _ = choose_device("cpu", args.dtype)  # where an operation has ended when it returns
     args.side, args.rank, args.steps = args.method, 16, 3  # and one step before these
     args.params = args.compile = args.width = args.recompute = None
     args.graphs = "off"

@@ -332,15 +332,54 @@ def test_products_are_given_to_onednn_only_where_faster_and_exact(slow, rounds, 
     assert precision() == chosen
 
 
-@pytest.mark.parametrize("fp32, bf16, pays", [(3.0, 1.9, True), (3.0, 2.0, False), (1.0, 5.0, False), (0.0, 0.0, False)])
-def test_bf16_is_chosen_where_it_pays(fp32, bf16, pays, monkeypatch):
-    """On a CPU that multiplies it 1.5 times as fast; not for a plain run, nor where another is asked for. (The last clock stands still.)"""
-    monkeypatch.setattr(fast, "trial", lambda products: {"fp32": fp32, "bf16": bf16})
+@pytest.mark.parametrize("units, fp32, bf16, pays", [
+    (True, 3.0, 1.9, True), (True, 3.0, 2.0, False), (True, 1.0, 5.0, False), (True, 0.0, 0.0, False), (False, 3.0, 1.9, False)])
+def test_bf16_is_chosen_where_it_pays(units, fp32, bf16, pays, monkeypatch):
+    """On a CPU that multiplies it 1.5 times as fast; not for a plain run, nor where another is asked for. (One clock stands still.) Where
+    oneDNN does not multiply it no time is lost on a trial, and products of bf16 are widened where it is asked for, but by a plain run."""
+    tried = []
+    monkeypatch.setattr(fast, "trial", lambda products: tried.append(1) or {"fp32": fp32, "bf16": bf16})
+    monkeypatch.setattr(fast, "multiplies_bf16", lambda: units)
     monkeypatch.setattr(fast, "bf16_pays", bf16_pays)
     chosen = torch.bfloat16 if pays else torch.float32
     assert choose_device("cpu")[1] == choose_device("cpu", "auto")[1] == chosen
     assert choose_device("cpu", plain=True)[1] == choose_device("cpu", "float32")[1] == torch.float32
+    assert choose_device("cpu", "bfloat16", plain=True)[1] == torch.bfloat16 and not fast.WIDENED
     assert choose_device("cpu", "bfloat16")[1] == torch.bfloat16
+    assert bool(tried) == units and bool(fast.WIDENED) == (not units)
+
+
+def products_of(a, b, bias):
+    """Every way in which torch takes products here, with a of (4, 5, 6), b of (6, 3) and a bias (3,): by operators, as layers do with
+    and without a bias, in a batch, and of an empty row."""
+    return [a @ b, a[0] @ b, F.linear(a, b.T), F.linear(a, b.T, bias), F.linear(a[0], b.T, bias), torch.bmm(a, b.expand(4, 6, 3)),
+            torch.addmm(bias, a[0], b, beta=0.5, alpha=2), a[:0] @ b, a[0, :0] @ b]
+
+
+def test_widened_products_are_rounded_once(monkeypatch):
+    """bf16 products on a CPU without units for it: to the bit fp32's, rounded; their gradients too. Others stay as they are, also when
+    it is asked for twice; off again, they are torch's own."""
+    torch.manual_seed(0)
+    taken, widened = [], fast.widened
+    monkeypatch.setattr(fast, "widened", lambda *operands, **scales: taken.append(1) or widened(*operands, **scales))
+    inputs = [torch.randn(shape).bfloat16() for shape in ((4, 5, 6), (6, 3), (3,))]
+    other = {dtype: products_of(*(x.to(dtype) for x in inputs)) for dtype in (torch.float32, torch.float64, torch.int64)}
+    fast.widen_products()
+    fast.widen_products()
+    for dtype, expected in other.items():
+        assert all(torch.equal(y, z) and y.dtype == dtype for y, z in zip(products_of(*(x.to(dtype) for x in inputs)), expected))
+    for y, z in zip(products_of(*inputs), other[torch.float32], strict=True):
+        assert y.dtype == torch.bfloat16 and torch.equal(y, z.bfloat16())
+    leaves = [x.clone().requires_grad_() for x in inputs[:2]]
+    (leaves[0][0] @ leaves[1]).float().square().sum().backward()
+    a, b = (x.detach() for x in leaves)
+    g = (2 * (a[0] @ b).float()).bfloat16().float()
+    assert torch.equal(leaves[1].grad, (a[0].float().T @ g).bfloat16())
+    assert torch.equal(leaves[0].grad[0], (g @ b.float().T).bfloat16())
+    fast.switch_off()
+    count = len(taken)
+    products_of(*inputs)
+    assert count and len(taken) == count
 
 
 FAULTS = """

@@ -143,7 +143,8 @@ def test_a_comparison_that_is_stopped_ends_its_run(kind, tiny_gguf, tmp_path):
     command = [sys.executable, "-m", "tools.compare", "--methods", "lora", "--data", write_sums(tmp_path / "data"), "--results",
                tmp_path / "results.jsonl", "--", "--model", tiny_gguf, "--steps", "1000000", "--batch", "4", "--held-out", "8"]
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(compare.ROOT)}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in a shell's background
     logs = tmp_path / "runs" / "compare"
     while not [*logs.glob("*/log.jsonl")] or next(logs.glob("*/log.jsonl")).read_text().count("grad_norm") < 3:
         assert process.poll() is None
