@@ -26,8 +26,15 @@ from tests.runs import Stopped, assert_same, begin, contents, ends, go_on, logge
 from tests.toy import attach, same, snapshot, toy_examples, toy_model
 from weights import adapter_file, base_model
 
-IGNORED = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a shell sets it for what runs in the background
-heard = pytest.mark.skipif(IGNORED, reason="SIGINT is ignored here")
+
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals are heard, also where the shell has set them to be ignored: for what runs in the background, and by nohup."""
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {kind: signal.signal(kind, handler) for kind, handler in heard.items()}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
 
 
 # ---- told to stop ---------------------------------------------------------------------------------------------------
@@ -35,8 +42,7 @@ heard = pytest.mark.skipif(IGNORED, reason="SIGINT is ignored here")
 @pytest.mark.parametrize("kind, owner, name, call, step", [
     (signal.SIGTERM, train, "accumulate_gradients", 1, 1), (signal.SIGTERM, torch.optim.AdamW, "zero_grad", 2, 2),
     (signal.SIGTERM, report, "log_line", 4, 5), (signal.SIGTERM, resume, "save", 1, 3), (signal.SIGTERM, os, "fsync", 2, 3),
-    pytest.param(signal.SIGINT, train, "accumulate_gradients", 3, 3, marks=heard),
-    pytest.param(signal.SIGINT, train, "measure", 2, 4, marks=heard)])
+    (signal.SIGINT, train, "accumulate_gradients", 3, 3), (signal.SIGINT, train, "measure", 2, 4)])
 def test_a_signal_ends_the_run_after_a_checkpoint(kind, owner, name, call, step, place, whole, tmp_path, monkeypatch, capsys):
     """Wherever it comes, the step is finished, or the next one is; what was saved and said leads to the same end."""
     handlers, run = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)], tmp_path / "run"
@@ -80,7 +86,6 @@ def test_a_signal_that_is_ignored_stays_so(place, whole, tmp_path, monkeypatch):
     assert_same(whole, tmp_path / "run")
 
 
-@heard
 @pytest.mark.parametrize("owner, name, call, times, left", [
     (train, "accumulate_gradients", 3, 2, 2), (resume, "save", 2, 2, 2), (base_model, "load", 1, 1, None),
     (adapter_file, "save", 1, 1, 6)], ids=["in a step", "as it saves", "before", "after"])
