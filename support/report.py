@@ -253,8 +253,8 @@ def result_of(args, regularizer, base, data, source, progress, losses, adapter_p
             "tokens_per_second": per_second(progress.tokens, seconds), "seconds_in_steps": seconds,
             "seconds": progress.seconds,
             "memory_gb": peak_memory(device), "device": device_name(device), "threads": torch.get_num_threads(),
-            "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "torch": torch.__version__,
-            "python": platform.python_version(), "command": command}
+            "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "products_widened": bool(WIDENED),
+            "torch": torch.__version__, "python": platform.python_version(), "command": command}
 
 
 def print_result(args, result, adapter_path):

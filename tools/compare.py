@@ -28,8 +28,8 @@ from weights.files import LOCK, fault, holder, json_object, read_json, try_lock,
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("method", "lr", "seed", "held_out_loss", "held_out_examples", "report_loss", "report_losses", "report_tokens",
         "prose_loss", "prose_losses", "forgot", "prose_sha256", "trainable_parameters", "steps", "batch", "gamma",
-        "tokens", "seconds_in_steps", "seconds", "memory_gb", "threads", "dtype", "autocast", "model", "base_sha256",
-        "data_sha256", "device", "torch", "python")
+        "tokens", "seconds_in_steps", "seconds", "memory_gb", "threads", "dtype", "autocast", "products_widened",
+        "model", "base_sha256", "data_sha256", "device", "torch", "python")
 # Neither has a size that a budget could choose sensibly: full trains all there is, and Mo-SARA reaches LoRA's budgets
 # only with nearly all singular vectors, whose frozen copies then cost as much as the model.
 OWN_SIZE = ("full", "mosara")

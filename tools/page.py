@@ -260,7 +260,9 @@ def made(records):
     for words, reports in (("chooses a rate", False), ("is reported", True)):
         if seconds := [record["seconds"] for record in runs if ("report_losses" in record) == reports]:
             said.append(f"a run that {words} takes {median(seconds) / 60:.0f} minutes")
-    return f"{'; '.join(said)}; {len(records)} runs."
+    widened = sum(record.get("products_widened", False) for record in ended)
+    of_them = f", {widened} of them with products of bf16 taken in fp32" if widened else ""
+    return f"{'; '.join(said)}; {len(records)} runs{of_them}."
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------

@@ -71,13 +71,18 @@ def test_a_continued_run_multiplies_with_the_same_library(first, then, place, tm
         assert "fp32 products none, when it began " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("units", [True, False], ids=["units", "no units"])
 @pytest.mark.parametrize("method", ["full", "sorsa", "mosara"])
-def test_a_continued_run_in_bf16(method, place, tmp_path):
-    """The same, to the bit, where the frozen weights are bf16, or full fine-tuning multiplies in it."""
+def test_a_continued_run_in_bf16(method, units, place, tmp_path, monkeypatch, capsys):
+    """The same, to the bit, where the frozen weights are bf16, or full fine-tuning multiplies in it; also on a CPU that multiplies none,
+    which is said and recorded."""
+    monkeypatch.setattr(fast, "multiplies_bf16", lambda: units)
     flags = place.flags(method, "--dtype", "bfloat16")
     begin(flags, tmp_path / "whole")
     interrupted(flags, tmp_path / "parts", 2)
     assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert ("products in fp32, as this CPU multiplies no bf16" in capsys.readouterr().out) == (not units)
+    assert json.loads((tmp_path / "parts" / "result.json").read_text())["products_widened"] == (not units)
 
 
 @pytest.mark.parametrize("more", [

@@ -213,6 +213,13 @@ def test_the_whole_page_of_a_finished_study(best):
         assert [(seed, found["lr"]) for seed, found in at_it.items()] == [("1", 3e-4)]
 
 
+def test_runs_whose_products_were_widened_are_counted():
+    """Those on CPUs that multiply no bf16; older records do not say it, and of runs that diverged nothing is."""
+    records = [{"products_widened": True}, {"products_widened": False}, {}, {"error": "lower --lr"}]
+    assert page.made(records).endswith("; 4 runs, 1 of them with products of bf16 taken in fp32.")
+    assert page.made(records[1:]).endswith("; 3 runs.")
+
+
 def test_a_study_that_is_not_finished_says_so():
     """Before the first run, and after some."""
     for records in ([], study_of(valley({}))[:30]):
