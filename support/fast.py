@@ -139,7 +139,7 @@ def fast_products(chosen=None):
 
 def multiplies_bf16():
     """Whether oneDNN multiplies bf16 matrices on this CPU: with AVX-512 or Arm's units for bf16. Elsewhere torch has
-    loops for them that take 7 to 250 times as long as fp32."""
+    loops for them that take 7 to 70 times as long as fp32, and more for larger ones (results/speed.md)."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
