@@ -29,7 +29,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class AdaptedLinear(nn.Module):
     """The `nn.Linear` it replaces, frozen: the same `weight` (out, in) and `bias` (out,) tensors, no copy made.
 
-    Methods keep their factors in fp32 on the weight's device and cast them to the dtype of x where they meet it.
+    Methods keep their factors in fp32 on the weight's device and cast them to the dtype of x where they meet it. What
+    the method's `forward` adds, it adds in place (nothing else holds the base's output).
     """
 
     unmergeable = None
@@ -110,27 +111,26 @@ def find_linears(model, targets, rank=1):
     """[(name, nn.Linear)] in module order: those whose name, or the end of it behind one of its dots, is one of
     `targets`, where * and [0-9] stand for what they do in file names: q_proj, layers.2[0-9].mlp.*
 
-    The default TARGETS stand for those of the seven that the model has (GPT-2 has no gate_proj). What derives from
-    nn.Linear is left out: its parent may read the weight past its forward (nn.MultiheadAttention does).
+    The default TARGETS stand for those of the seven that the model has (GPT-2 has no gate_proj). The out_proj of an
+    nn.MultiheadAttention, which reads its weight past its forward, is left out.
 
     Raises ValueError, before anything has changed, if a method is already attached, if there is no target, if one
-    matches nothing, or a weight that is used elsewhere too (a head tied to the embedding, one linear at two places), or
-    that is no matrix of usable numbers, or that an nn.TransformerEncoderLayer will read past the adapter, or if `rank`
-    is not a whole number in 1 .. min(out, in) of every match.
+    matches nothing or what `check_replaceable` refuses, or if `rank` is no int in 1 .. min(out, in) of every match.
     """
     refuse_a_second(model)
     if type(model) is nn.Linear:
         raise ValueError("the model is itself a linear, in whose place nothing can be put: give nn.Sequential(model)")
-    if isinstance(targets, str):
+    if not isinstance(targets, (list, tuple)):
         raise ValueError(f"targets is {targets!r}: give a list of names, as in ['q_proj', 'v_proj']")
-    targets = list(targets)
-    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
-    names = [name.rpartition(".")[2] for name, _ in linears]
-    if tuple(targets) == TARGETS and set(TARGETS) & set(names):
-        targets = [target for target in TARGETS if target in names]
+
     def matches(name, target):
         return fnmatchcase(f".{name}", f"*.{target}")
 
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)
+               and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)]
+    names = [name.rpartition(".")[2] for name, _ in linears]
+    if tuple(targets) == TARGETS and set(TARGETS) & set(names):
+        targets = [target for target in TARGETS if target in names]
     for target in targets:
         if not any(matches(name, target) for name, _ in linears):
             raise ValueError(f"target {target!r} matches no linear layer: this model has "
@@ -138,22 +138,36 @@ def find_linears(model, targets, rank=1):
     found = [(name, linear) for name, linear in linears if any(matches(name, target) for target in targets)]
     users = Counter(place(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, linear in found:
-        if users[place(linear.weight)] > 1:
-            raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
-        if "weight" not in dict(linear.named_parameters()):
-            raise ValueError(f"{name}'s weight is computed from other tensors, by pruning or weight norm: make it "
-                             "plain first, as with torch.nn.utils.prune.remove or remove_weight_norm")
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            raise ValueError(f"{name} lies in an nn.TransformerEncoderLayer, which in eval mode reads its weight and "
-                             "leaves the adapter out: call torch.backends.mha.set_fastpath_enabled(False) first")
-        check_numbers(name, linear.weight)
+        check_replaceable(name, linear, model.get_submodule(name.rpartition(".")[0]), users[place(linear.weight)])
     if not found:
         raise ValueError("no targets given: name the linear layers to adapt, as in targets=['q_proj', 'v_proj']")
     name, smallest = min(((n, min(m.weight.shape)) for n, m in found), key=lambda pair: pair[1])
     if type(rank) is not int or not 1 <= rank <= smallest:
-        raise ValueError(f"rank {rank} is out of range: it must be 1 .. {smallest}, the smaller side of {name}")
+        raise ValueError(f"rank {rank!r} is out of range: it must be 1 .. {smallest}, the smaller side of {name}, "
+                         "as an int")
     return found
+
+
+def check_replaceable(name, linear, parent, users):
+    """ValueError where a layer of a method could not stand in for `linear`: where it is more than an nn.Linear
+    (quantised, parametrized, with hooks or a forward of its own, which would be lost), or has a weight that is used
+    elsewhere too (a head tied to the embedding, one linear at two places: `users` counts them), that is computed, that
+    `parent` reads past the forward, or that is no matrix of usable numbers."""
+    if users > 1:
+        raise ValueError(f"{name} shares its weight with another module: adapting the one would change the other")
+    if type(linear) is not nn.Linear:
+        raise ValueError(f"{name} is a {type(linear).__name__}, which is more than the nn.Linear it derives from: make "
+                         "it a plain one, or name targets without it")
+    if "weight" not in dict(linear.named_parameters()):
+        raise ValueError(f"{name}'s weight is computed from other tensors, by pruning or weight norm: make it plain "
+                         "first, as with torch.nn.utils.prune.remove or remove_weight_norm")
+    if "forward" in vars(linear) or any(hooks for key, hooks in vars(linear).items() if key.endswith("_hooks")):
+        raise ValueError(f"{name} has hooks, or a forward of its own, which its replacement would not have: remove "
+                         "them, attach, and put them on again")
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(f"{name} lies in an nn.TransformerEncoderLayer, which in eval mode reads its weight and "
+                         "leaves the adapter out: call torch.backends.mha.set_fastpath_enabled(False) first")
+    check_numbers(name, linear.weight)
 
 
 def place(parameter):
@@ -187,9 +201,9 @@ def cast_frozen(model, dtype):
 
 
 def replace(model, name, layer):
-    """Put `layer` in the place of the module called `name`."""
+    """Put `layer` in the place of the module called `name`, in its mode, train or eval."""
     parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, layer)
+    setattr(model.get_submodule(parent), last, layer.train(model.get_submodule(name).training))
 
 
 def record(model, method, **config):
@@ -218,9 +232,21 @@ def scaling(alpha, rank):
     return 1.0 if alpha is None else alpha / rank
 
 
+def check_choice(what, value, choices):
+    """ValueError unless `value`, the argument called `what`, is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"unknown {what} {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 def uniform_factor(rank, inner, generator):
-    """LoRA's A (rank, in) at the start: uniform in +-1/sqrt(in), drawn on the CPU."""
-    return (2 * torch.rand(rank, inner, generator=generator) - 1) * inner ** -0.5
+    """LoRA's A (rank, in) at the start: uniform in +-1/sqrt(in), drawn as `gaussian` draws."""
+    drawn = torch.rand(rank, inner, generator=generator, device="cpu", dtype=torch.float32)
+    return (2 * drawn - 1) * inner ** -0.5
+
+
+def gaussian(*shape, generator):
+    """N(0, 1) in fp32, drawn on the CPU whatever torch's defaults are: a seed gives every device the same."""
+    return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def nearest_rank(linears, params, count):
@@ -266,8 +292,7 @@ def principal_triplets(weight, rank, svd="gram"):
                  single vectors less exactly where one singular value dwarfs a flat rest.
     The sign that an SVD leaves free is fixed: the entry of largest magnitude in each row of Vt is positive.
     """
-    if svd not in ("exact", "gram"):
-        raise ValueError(f"unknown svd {svd!r}: choose exact or gram")
+    check_choice("svd", svd, ("exact", "gram"))
     device, weight = weight.device, with_fp64(weight)
     with full_precision(weight.device.type):
         if svd == "exact":
@@ -306,9 +331,10 @@ def fix_signs(Vt):
 
 @torch.no_grad()
 def subtract(weight, up, down):
-    """weight <- weight - up @ down in place: computed in fp32, rounded once to the weight's dtype."""
+    """weight <- weight - up @ down: computed in fp32, rounded once to the weight's dtype. The parameter stays, with
+    new numbers: a state dict of the base that was taken before keeps the old ones."""
     with full_precision(weight.device.type):
-        weight.copy_(weight.float() - up @ down)
+        weight.data = (weight.float() - up @ down).to(weight.dtype)
 
 
 # ---- counting and merging -------------------------------------------------------------------------------------------
@@ -360,8 +386,9 @@ def merge(model):
 
 def state(model):
     """{name: tensor}: what attach added to the model, and what trains. With model.adapter_config and the base it is all
-    that is needed to rebuild: attach with that config less "method", and saved=state, then `fill`. ValueError unless
-    it is the model that attach was given."""
+    that is needed to rebuild: attach with that config less "method", and saved=state, then `fill`. (Buffers of the base
+    that a forward changes, as BatchNorm's, are not in it.) These are the model's own tensors, which go on training:
+    clone what is to be kept. ValueError unless it is the model that attach was given."""
     if "base_keys" not in vars(model):
         raise ValueError("no method is attached to this model itself: give the one that attach was given, and no "
                          "wrapper or part of it")

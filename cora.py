@@ -121,9 +121,8 @@ def attach_init(model, rank: int = 16, alpha: float | None = None, targets: list
 
 def prepare(model, rank, alpha, targets, basis, a_init, extra, seed, saved):
     """([(name, linear, key of its group, A (r, in))], {key: B (out, r)}, alpha / r); the errors of `attach`."""
-    for what, choice, choices in (("a_init", a_init, AInit.__args__), ("basis", basis, Basis.__args__)):
-        if choice not in choices:
-            raise ValueError(f"unknown {what} {choice!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+    adapter.check_choice("a_init", a_init, AInit.__args__)
+    adapter.check_choice("basis", basis, Basis.__args__)
     if saved is None and not isinstance(extra, dict) and extra:
         raise ValueError("extra is {name: state dict} of further models, not their names alone")
     if basis == "random" and extra:
@@ -157,7 +156,7 @@ def common_basis(members, rank, basis, extra, generator):
     """B (out, r) of one group, fp32: orthonormal columns, in each the entry of largest magnitude positive."""
     first = members[0][1].weight
     if basis == "random":
-        B = torch.linalg.qr(torch.randn(first.shape[0], rank, generator=generator)).Q.to(first.device)  # (out, r)
+        B = torch.linalg.qr(adapter.gaussian(len(first), rank, generator=generator)).Q.to(first.device)  # (out, r)
     elif basis == "weights":
         J = torch.cat(weights_of(members, extra), dim=1)  # (out, sum in)
         B = adapter.principal_triplets(J, rank)[0]

@@ -109,8 +109,8 @@ def attach(model, rank: int = 64, alpha: float | None = None, targets: list = ad
         weight = members[0][1].weight
         out, inner = weight.shape
         scales[key] = adapter.scaling(3 / inner ** 0.5 if alpha is None else alpha, rank)
-        A = torch.randn(inner, rank, generator=generator)  # (in, r)
-        B = torch.randn(out, rank, generator=generator)  # (out, r)
+        A = adapter.gaussian(inner, rank, generator=generator)  # (in, r)
+        B = adapter.gaussian(out, rank, generator=generator)  # (out, r)
         A, B = (factor.to(weight.device, torch.float32) for factor in (A, B))
         shared[key] = LoTRFactors(A, B, core_only)
     adapter.freeze(model)
@@ -125,8 +125,7 @@ def attach(model, rank: int = 64, alpha: float | None = None, targets: list = ad
 
 def make_groups(linears, group_by):
     """{key: [(name, linear)]}: the layers that share A and B, by their shape or by their projection's name."""
-    if group_by not in ("shape", "name"):
-        raise ValueError(f"unknown group_by {group_by!r}: choose shape or name")
+    adapter.check_choice("group_by", group_by, ("shape", "name"))
 
     def key(name, linear):
         return f"{linear.in_features}x{linear.out_features}" if group_by == "shape" else name.rpartition(".")[2]

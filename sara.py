@@ -152,10 +152,8 @@ def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Litera
     Raises ValueError on an unknown target, init or ranks, a threshold outside 0 < m <= 1, `ks` or `norms` that do not
     fit this model, or a second attach.
     """
-    if init not in ("lam", "lora"):
-        raise ValueError(f"unknown init {init!r}: choose lam or lora")
-    if ranks not in ("spectrum", "even"):
-        raise ValueError(f"unknown ranks {ranks!r}: choose spectrum or even")
+    adapter.check_choice("init", init, ("lam", "lora"))
+    adapter.check_choice("ranks", ranks, ("spectrum", "even"))
     linears = adapter.find_linears(model, targets)
     if ks is None:
         ks = choose_ranks(linears, threshold)
@@ -168,8 +166,8 @@ def attach(model, threshold: float = 0.05, targets: list = TARGETS, init: Litera
     for name, linear in linears:
         k, (out, inner) = ks[name], linear.weight.shape
         if init == "lam":
-            A = 0.02 * torch.randn(k, inner, generator=generator)  # (k, in)
-            B = 0.02 * torch.randn(out, k, generator=generator)  # (out, k)
+            A = 0.02 * adapter.gaussian(k, inner, generator=generator)  # (k, in)
+            B = 0.02 * adapter.gaussian(out, k, generator=generator)  # (out, k)
             lam = torch.zeros(k)
         else:
             A, lam, B = adapter.uniform_factor(k, inner, generator), torch.ones(k), torch.zeros(out, k)
@@ -247,8 +245,7 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
     Raises ValueError on an unknown target or v_mode, a threshold outside 0 < m <= 1, sets or a router rank outside
     1 .. 1000, `ks` or `norms` that do not fit this model, or a second attach.
     """
-    if v_mode not in ("branch", "output"):
-        raise ValueError(f"unknown v_mode {v_mode!r}: choose branch or output")
+    adapter.check_choice("v_mode", v_mode, ("branch", "output"))
     if not (1 <= sets <= 1000 and 1 <= router_rank <= 1000):
         raise ValueError(f"sets {sets} and router_rank {router_rank} are out of range: both must be 1 .. 1000")
     routed = sets > 1 and not equal_gates
@@ -264,11 +261,12 @@ def attach_mosara(model, threshold: float = 0.5, targets: list = TARGETS, sets: 
     generator = torch.Generator().manual_seed(seed)
     for (name, linear), (U, Vt) in zip(linears, bases):
         k = ks[name]
-        Lam, v = torch.randn(sets, k, generator=generator), torch.zeros(linear.out_features)  # (n, k), (out,)
+        Lam = adapter.gaussian(sets, k, generator=generator)  # (n, k)
+        v = torch.zeros(linear.out_features)  # (out,)
         router = []
         if routed:
-            router = [torch.randn(k, router_rank, generator=generator) / k ** 0.5,  # (k, q)
-                      torch.randn(router_rank, sets, generator=generator) / router_rank ** 0.5]  # (q, n)
+            router = [adapter.gaussian(k, router_rank, generator=generator) / k ** 0.5,  # (k, q)
+                      adapter.gaussian(router_rank, sets, generator=generator) / router_rank ** 0.5]  # (q, n)
         adapter.replace(model, name, MoSARALinear(linear, U, Vt, Lam, v, *router, v_mode=v_mode))
     adapter.record(model, "mosara", threshold=threshold, targets=list(targets), sets=sets, router_rank=router_rank,
                    v_mode=v_mode, equal_gates=equal_gates, seed=seed, ks=ks, norms=norms)

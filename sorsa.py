@@ -153,8 +153,7 @@ def require_layers(model, reduction):
     """ValueError unless there are SORSA layers, and `reduction` is one of the two."""
     if not any(isinstance(layer, SORSALinear) for _, layer in adapter.adapted_layers(model)):
         raise ValueError("this model has no SORSA layers: attach them first with sorsa.attach(model)")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"unknown reduction {reduction!r}: choose mean or sum")
+    adapter.check_choice("reduction", reduction, ("mean", "sum"))
 
 
 METHODS = {"sorsa": adapter.Method(

@@ -420,6 +420,7 @@ def test_targets_that_cannot_be_are_refused(method):
     refused("lm_head shares its weight with another module", method, targets=["lm_head"])
     refused("no targets given", method, targets=[])
     refused("targets is 'q_proj': give a list of names", method, targets="q_proj")
+    refused("targets is .*generator.*: give a list of names", method, targets=(name for name in ["q_proj"]))
     attach(toy_model(tie_word_embeddings=False), method, targets=["lm_head"])
 
 
@@ -442,6 +443,54 @@ def test_linears_that_cannot_be_replaced_are_refused(method):
     with pytest.raises(ValueError, match=r"the model is itself a linear.*: give nn.Sequential\(model\)"):
         METHODS[method].attach(nn.Linear(8, 8), **{**options, "targets": ["*"]})
     assert not adapter.adapted_layers(model) and not hasattr(model, "adapter_config")
+
+
+def test_a_linear_that_is_more_than_one_is_refused():
+    """Its hooks, its own forward, or what its class adds would be gone, and the output at step 0 another: also where other targets
+    are plain, and where none is."""
+    def hooked(linear):
+        linear.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+    def patched(linear):
+        linear.forward = lambda x: x
+
+    for more, said in ((hooked, "has hooks, or a forward of its own"), (patched, "has hooks, or a forward of its own"),
+                       (nn.utils.parametrizations.spectral_norm, "is a ParametrizedLinear, which is more than the nn.Linear")):
+        for names in (("q_proj",), ("q_proj", "v_proj")):
+            model = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+            more(model["q_proj"])
+            with pytest.raises(ValueError, match=f"^q_proj {said}"):
+                METHODS["lora"].attach(model, rank=2)
+            assert not adapter.adapted_layers(model) and not hasattr(model, "adapter_config")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_start_hangs_on_no_default_of_torch(method):
+    """Factors are drawn on the CPU and in fp32, so that a seed gives the same, whatever device and dtype tensors have by default."""
+    model = perturb(toy_model())
+    expected, other = snapshot(attach(copy.deepcopy(model), method)), copy.deepcopy(model)
+    torch.set_default_dtype(torch.float64)
+    try:
+        attach(other, method)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(other.state_dict(), expected)
+    drawn = adapter.gaussian(3, 4, generator=torch.Generator().manual_seed(0))
+    bounded = adapter.uniform_factor(3, 4, torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        assert torch.equal(adapter.gaussian(3, 4, generator=torch.Generator("cpu").manual_seed(0)), drawn)
+        assert torch.equal(adapter.uniform_factor(3, 4, torch.Generator("cpu").manual_seed(0)), bounded)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attach_leaves_earlier_copies_of_the_base_alone(method):
+    """A state dict that was taken before still is the base's, and so is a model that shares its tensors; layers keep their mode."""
+    model, sharing = toy_model(), toy_model()
+    taken, before = model.state_dict(), snapshot(model)
+    sharing.load_state_dict(taken, assign=True)
+    attach(model.eval(), method)
+    assert same(taken, before) and same(sharing.state_dict(), before)
+    assert not any(layer.training for _, layer in adapter.adapted_layers(model))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -67,7 +67,8 @@ def run(job, data, folder):
     refuses its flags. A run that diverged is a result too, with its error and no loss."""
     record, saved = {"name": job.name, "flags": " ".join(job.flags)}, folder / resume.FILE
     (folder / run_folder.RESULT).unlink(missing_ok=True)  # of an earlier run
-    begin = [*(["--data", data] if data else []), *job.flags, "--out", folder, "--overwrite", "--no-sample"]
+    data = ["--data", data] if data else []
+    begin = [*data, "--log-every", "1", *job.flags, "--out", folder, "--overwrite", "--no-sample"]
     going_on = saved.is_file()
     done = finished("train", ["--resume", folder] if going_on else begin, folder)
     if done.returncode and re.search("lower --(lr|gamma)", done.stderr):
@@ -252,11 +253,11 @@ def main(argv):
     print("| method | size | peak lr | parameters | held-out before | after | s/step | peak GB |\n" + "|---" * 8 + "|")
     jobs = []
     for method in args.methods:
-        size = ["--params", str(args.params)] if args.params and method not in OWN_SIZE else []
-        size += ["--targets", args.targets] if args.targets and method != "full" else []
+        budget = ["--params", str(args.params)] if args.params and method not in OWN_SIZE else []
+        budget += ["--targets", args.targets] if args.targets and method != "full" else []
         for lr in args.lrs:
             rate = [] if lr is None else ["--lr", str(lr)]
-            jobs += [Job(method, ("--data", args.data, "--method", method, *size, *rate, "--seed", str(seed), *extra))
+            jobs += [Job(method, ("--data", args.data, "--method", method, *budget, *rate, "--seed", str(seed), *extra))
                      for seed in args.seeds]
     there = {key_of(record): record for record in read_records(args.results)}
     for record in [there[job.key] for job in jobs if job.key in there]:

@@ -47,10 +47,11 @@ def paired(d, comparisons=1):
     return Interval(d.mean(), d.mean() - reach, d.mean() + reach, S)
 
 
-def over_seeds(d):
-    """The Interval of the mean of differences d (seeds,), where there is one number per seed."""
+def over_seeds(d, comparisons=1):
+    """The Interval of the mean of differences d (seeds,), where there is one number per seed; comparisons: as above."""
     d = np.asarray(d, dtype=float)
-    reach = t_quantile(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.inf
+    p = 1 - 0.025 / comparisons
+    reach = t_quantile(p, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.inf
     return Interval(d.mean(), d.mean() - reach, d.mean() + reach, len(d))
 
 

@@ -138,12 +138,12 @@ def measured_at(records):
                    for step in run["held_out_loss"]})
 
 
-def ahead(records, name, other, step):
+def ahead(records, name, other, step, comparisons=1):
     """The Interval, over seeds, of the loss of `name` on the selection slice after a step less that of `other`; None
-    where no seed has both."""
+    where no seed has both. comparisons: as of intervals.paired."""
     a, b = (reported(records, which) for which in (name, other))
     lead = [a[seed]["held_out_loss"][str(step)] - b[seed]["held_out_loss"][str(step)] for seed in a if seed in b]
-    return over_seeds(lead) if lead else None
+    return over_seeds(lead, comparisons) if lead else None
 
 
 def leads(records):
@@ -171,7 +171,8 @@ def convergence(records):
     def reached(name, loss):
         found = [steps_to(run, loss) for run in reported(records, name).values()]
         there = [number for number in found if number is not None]
-        return spread(there, ".1f") if there else "never" if found else ""
+        never = f", {len(found) - len(there)} never" * (len(there) < len(found))
+        return spread(there, ".1f") + never if there else "never" if found else ""
 
     def measured(name, step):
         return over_runs(records, name, lambda run: run["held_out_loss"][str(step)])
@@ -179,7 +180,8 @@ def convergence(records):
     header = ["", *(f"after {step} steps" for step in steps), *(f"{loss:.2f} after" for loss in LEVELS)]
     rows = [[f"`{name}`", *(measured(name, step) for step in steps), *(reached(name, loss) for loss in LEVELS)]
             for name in METHODS]
-    return f"{table(header, rows)}\n\nBy intervals over the seeds, {leads(records) or NOT_YET}."
+    return (f"{table(header, rows)}\n\nBy intervals over the seeds alone, each as if it were the only one, "
+            f"{leads(records) or NOT_YET}.")
 
 
 def movement(records):
@@ -194,10 +196,10 @@ def movement(records):
                 f"{mean['kappa_start']:.4f} → {mean['kappa']:.4f}" if "kappa" in mean else "-",
                 f"{mean['u_error']:.1e}, {mean['v_error']:.1e}" if "u_error" in mean else "-"]
 
-    names = [name for name in (*METHODS, *ARMS) if name in WITH_SPECTRA]
-    names += [name for name in sorted(WITH_SPECTRA) if name not in names]
+    shown = [name for name in (*METHODS, *ARMS) if name in WITH_SPECTRA]
+    shown += [name for name in sorted(WITH_SPECTRA) if name not in shown]
     header = ["", "loss", "ΔΣ", "ΔD", "&#124;dW&#124; / &#124;W&#124;", "κ(W_p)", "‖UᵀU − I‖, ‖VᵀV − I‖"]
-    return table(header, [[f"`{name}`", *cells(name)] for name in names])
+    return table(header, [[f"`{name}`", *cells(name)] for name in shown])
 
 
 def depth(records):
@@ -260,8 +262,9 @@ def made(records):
     for words, reports in (("chooses a rate", False), ("is reported", True)):
         if seconds := [record["seconds"] for record in runs if ("report_losses" in record) == reports]:
             said.append(f"a run that {words} takes {median(seconds) / 60:.0f} minutes")
-    widened = sum(record.get("products_widened", False) for record in ended)
-    of_them = f", {widened} of them with products of bf16 taken in fp32" if widened else ""
+    widened = [record["name"] for record in ended if record.get("products_widened")]
+    of_them = (f", {len(widened)} of them with products of bf16 taken in fp32 (of {names(dict.fromkeys(widened))})"
+               if widened else "")
     return f"{'; '.join(said)}; {len(records)} runs{of_them}."
 
 
@@ -296,18 +299,21 @@ def moved_less(text, number, name, other=None, form=".3g", error=0.0):
             return f"- {text}: {none_of(records, name, other or name)}."
         mine, its = [number(a[seed]) for seed in seeds], [number(b[seed]) if other else 0.0 for seed in seeds]
         found = over_seeds([x - y for x, y in zip(mine, its)])
+        agreed = " (the seeds agree: the interval is the records' rounding)" if found.high - found.low < error else ""
         found = found._replace(low=found.low - error, high=found.high + error)
-        reach = f" [{found.low:+{form}}, {found.high:+{form}}]" if found.seeds > 1 else ""
+        reach = f" [{found.low:+{form}}, {found.high:+{form}}]{agreed}" if found.seeds > 1 else ""
         said = f"{fmean(mine):{form}}, and {fmean(its):{form}} for `{other}`: " if other else ""
         return f"- {text}: **{judged(found, 'not seen here')}**; {said}{found.mean:+{form}}{reach}."
     return verdict
 
 
 def sooner(other):
-    """A verdict on the claim that SORSA converges faster than another: that its loss is lower on the way."""
+    """A verdict on the claim that SORSA converges faster than another: that its loss is lower on the way, all looks
+    taken at once."""
     def verdict(records):
         text = f"SORSA converges faster than `{other}`, a lower loss on the way"
-        found = {step: ahead(records, "sorsa", other, step) for step in measured_at(records)[1:-1]}
+        looks = measured_at(records)[1:-1]
+        found = {step: ahead(records, "sorsa", other, step, len(looks)) for step in looks}
         if None in found.values() or not found:
             return f"- {text}: {none_of(records, 'sorsa', other)}."
         return f"- {text}: " + "; ".join(f"after {step} steps **{judged(interval, 'not seen here')}**, {interval}"
@@ -356,18 +362,24 @@ def forgotten(records):
     return f"- At these rates more than `lora` forget: {told(1)}. Less: {told(-1)}."
 
 
-def answers(name, said):
-    """A verdict on which methods give more right answers than LoRA, or fewer."""
+def answers(name, said, lower=None):
+    """A verdict on which methods give more right answers than LoRA, or fewer; `lower` names LoRA's accuracy at a lower
+    rate, beside which they are set as well."""
+    def told(found, lora):
+        tests = {method: beside(evaluation, lora) for method, evaluation in found.items()}
+        apart = told_apart(lambda comparisons: {method: (mine - its, p * comparisons < 0.05)
+                                                for method, (mine, its, p) in tests.items()})
+        return f"{apart(1)}. Fewer: {apart(-1)}."
+
     def verdict(records):
         found = {method: evaluation[0] for method in METHODS
                  if (evaluation := evaluations(records, f"{method}, {name}"))}
         lacking, lora = names([method for method in METHODS if method not in found]), found.pop("lora", None)
         if not lora or not found:
             return f"- {said}: {NOT_YET}."
-        tests = {method: beside(evaluation, lora) for method, evaluation in found.items()}
-        told = told_apart(lambda comparisons: {method: (mine - its, p * comparisons < 0.05)
-                                               for method, (mine, its, p) in tests.items()})
-        return (f"- {said}, one training seed: more answers right than `lora`: {told(1)}. Fewer: {told(-1)}."
+        at_lower = lower and evaluations(records, f"lora, {lower}")
+        return (f"- {said}, one training seed: more answers right than `lora`: {told(found, lora)}"
+                + (f" More than `lora` at a rate of 0.003: {told(found, at_lower[0])}" if at_lower else "")
                 + f" {lacking}: {NOT_YET}." * (lacking != "none"))
     return verdict
 
@@ -390,7 +402,7 @@ def growth_of_kappa(found):
 SORSA_BELOW_LORA = claim("SORSA ends at a lower loss than LoRA", "sorsa", "lora")
 VERDICTS = (
     overall, rate_ratio,
-    answers("practice", "Practice problems"), answers("equations", "GSM-8K by equations"),
+    answers("practice", "Practice problems", LOWER), answers("equations", "GSM-8K by equations"),
     sooner("lora"), sooner("pissa"), SORSA_BELOW_LORA,
     claim("SORSA ends at a lower loss than PiSSA", "sorsa", "pissa"),
     claim("SORSA's regularizer lowers its loss", "sorsa", "sorsa, gamma 0"),

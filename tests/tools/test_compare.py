@@ -161,6 +161,18 @@ def test_a_comparison_that_is_stopped_ends_its_run(kind, tiny_gguf, tmp_path):
     assert "stopped by SIGTERM" in (run / "output.txt").read_text()
 
 
+def test_the_loss_of_every_step_is_logged(tmp_path, monkeypatch):
+    """Also on a GPU, where train.py logs every tenth by itself."""
+    asked = []
+
+    def finished(script, arguments, folder):
+        asked.extend(arguments)
+        return subprocess.CompletedProcess([], 1, stderr="error: lower --lr")
+    monkeypatch.setattr(compare, "finished", finished)
+    compare.run(compare.Job("lora", ("--steps", "20")), "practice", tmp_path)
+    assert asked[:6] == ["--data", "practice", "--log-every", "1", "--steps", "20"]
+
+
 RESULT = {"method": "sara", "lr": 0.03, "held_out_before": 1.4, "held_out_after": 0.8, "trainable_parameters": 99, "steps": 2,
           "seconds_in_steps": 2.0, "adapter": {"method": "sara", "threshold": 0.05, "norms": {}, "ks": {
               f"model.layers.{layer}.self_attn.{name}_proj": k for layer, name, k in [(0, "q", 3), (0, "v", 5), (1, "q", 2), (1, "v", 7)]}}}

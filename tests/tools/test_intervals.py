@@ -40,6 +40,8 @@ def test_an_interval_by_hand():
     seeds = over_seeds([1.0, 2.0, 6.0])
     assert seeds.mean == 3 and seeds.high - 3 == pytest.approx(4.30265 * np.std([1, 2, 6], ddof=1) / 3 ** 0.5, rel=1e-4)
     assert seeds.low == pytest.approx(6 - seeds.high) and not over_seeds([1.0]).sure
+    looks = over_seeds([1.0, 2.0, 6.0], comparisons=5)  # t for 99 %, of two degrees of freedom
+    assert looks.high - 3 == pytest.approx(9.92484 * np.std([1, 2, 6], ddof=1) / 3 ** 0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("a, b, expected", [
