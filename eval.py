@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import platform
+import shlex
 import time
 from pathlib import Path
 
@@ -126,7 +127,9 @@ def load_run(run, model, force=False):
     `force` takes an adapter that was trained on another base."""
     path = run / run_folder.ADAPTER if run.is_dir() else run
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file: give a folder that a finished train.py run has left")
+        why = (f"this run has not ended: wait for it, or go on with python train.py --resume {shlex.quote(str(run))}"
+               if (run / resume.FILE).is_file() else "give a folder that a finished train.py run has left")
+        raise FileNotFoundError(f"{path}: no such file: {why}")
     if path.suffix != ".safetensors" or path.name == resume.FILE:
         raise ValueError(f"{path} is no adapter: give the folder of a finished run; a base model goes behind --model, "
                          "an unfinished run behind train.py's --resume")
@@ -195,8 +198,8 @@ def settle(args, on_cpu):
     args.data, args.template = args.data or of_run, args.template or run.get("template", "plain")
     args.answers = args.answers or run.get("answers", "full")
     args.max_new = args.max_new or (1024 if args.benchmark == "math" else 256)
-    if args.limit is None:  # what a run held out is measured whole
-        args.limit = 128 if on_cpu and not (args.benchmark == "loss" and args.data == of_run) else 0
+    if args.limit is None and args.benchmark != "loss":  # for a loss it hangs on whose records they are
+        args.limit = 128 if on_cpu else 0
     args.out = args.out or (folder_of(args.run) if args.run else None)
     if args.ask is None:
         check_folder(args.out or Path("runs"), "--out")
@@ -230,26 +233,34 @@ def answer_all(args, base, examples, shots):
 
 
 def held_out_examples(args, base, run):
-    """(encoded examples, a description of them): of the run's own file those that it held out, of
-    another the first --limit."""
+    """(encoded examples, a description of them, whether the run held them out): of its own file, wherever that lies
+    now, all those that it held out, of another the first --limit."""
     told, source = instructions.load(args.data)
     stripped = run.get("strip_annotations") is True and args.answers == "full"
     examples = batching.without_annotations(told) if stripped else told
     longest, held_out = run.get("max_tokens", 512), run.get("held_out")
     if type(longest) is not int or not 1 <= longest <= base.model.config.max_position_embeddings:
         longest = base.model.config.max_position_embeddings
-    if run.get("data") == str(Path(args.data).resolve()) and type(held_out) is int and 0 < held_out < len(examples):
-        places = batching.split(range(len(examples)), held_out)[1]
-        if run.get("held_out_sha256") not in (None, batching.texts_sha256([told[i] for i in places])):
+    own, places = False, range(len(examples))
+    if type(held_out) is int and 0 < held_out < len(examples):
+        apart = batching.split(places, held_out)[1]
+        named = run.get("data") == str(Path(args.data).resolve())
+        sha256 = run.get("held_out_sha256", "")  # "": of a run before there was one
+        same = sha256 == batching.texts_sha256([told[i] for i in apart])
+        if named and sha256 and not same:
             raise ValueError(f"{args.data} is not the file that the run was trained on any more, so that which of its "
                              "records were held out is not known: put that file back, or copy this one and name the "
                              "copy with --data")
-        source = f"{source}: the {len(places)} that the run held out"
-        if args.limit and args.limit < len(places):
-            places, source = places[:args.limit], f"{source}, the first {args.limit} of them"
-    else:
-        places = range(len(examples))[:args.limit or None]
+        if same or named:
+            own, places, source = True, apart, f"{source}: the {len(apart)} that the run held out"
+    limit = args.limit
+    if limit is None:
+        limit = 0 if own or base.model.lm_head.weight.device.type != "cpu" else 128
+    if not own:
+        places = places[:limit or None]
         source = f"{source}: the first {len(places)}"
+    elif 0 < limit < len(places):
+        places, source = places[:limit], f"{source}, the first {limit} of them"
     chosen = list(batching.in_form(examples, places, args.answers).values())
     if args.answers == "equations":
         source = f"{source}, {len(chosen)} of them with annotations"
@@ -258,18 +269,20 @@ def held_out_examples(args, base, run):
         cut = (None, None)
     encoded = batching.encode_examples(base.tokenizer, chosen, longest, args.template, cut, f"{args.data}: ",
                                        "give other --data")
-    return list(encoded.values()), source
+    return list(encoded.values()), source, own
 
 
-def evaluate_loss(args, base, run, described):
-    """The mean loss per answer token on a file of instructions and responses, printed: its summary."""
-    encoded, source = held_out_examples(args, base, run)
+def evaluate_loss(args, base, run, described, path):
+    """The mean loss per answer token on a file of instructions and responses, printed: its summary. ValueError, before
+    it is measured, where the file `path` has that of more."""
+    encoded, source, own = held_out_examples(args, base, run)
+    keep_a_larger(path, len(encoded))
     print(f"data      {one_line(source)}; {batching.answer_tokens(encoded):,} answer tokens, prompt "
           f"{args.template}{base.tokenizer.chat_text}, answers {args.answers}")
     device, context = base.model.lm_head.weight.device, base.model.config.max_position_embeddings
     loss = mean_loss(base.model, encoded, min(args.batch, 8), device, fast.row_multiple(device, False, context))
-    print(f"\nheld-out loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only GSM-8K's and "
-          "MATH's answers are scored)")
+    print(f"\n{'held-out ' * own}loss per answer token {loss:.4f} on {len(encoded)} examples (no accuracy: only "
+          "GSM-8K's and MATH's answers are scored)")
     return {**described, "source": source, "n": len(encoded), "loss": loss, "template": args.template,
             "answers": args.answers}
 
@@ -309,13 +322,13 @@ def worked_problems(args):
 
 
 def keep_a_larger(path, n):
-    """ValueError where the summary `path` of more than n problems would be replaced. One that cannot be read may go."""
+    """ValueError where the summary `path` of more than n examples would be replaced. One that cannot be read may go."""
     there = 0
     if path.is_file():
         with contextlib.suppress(ValueError):
             there = read_json(path).get("n")
     if type(there) is int and there > n:
-        raise ValueError(f"{path} is of {there} problems, and {n} would take its place: name another folder with --out")
+        raise ValueError(f"{path} is of {there} examples, and {n} would take its place: name another folder with --out")
 
 
 def evaluate_accuracy(args, base, described, path):
@@ -342,8 +355,8 @@ def evaluate_accuracy(args, base, described, path):
     return summary, records
 
 
-def print_accuracy(summary, path):
-    """Print what a user wants to know of a summary; its records are in the file `path`."""
+def print_accuracy(summary):
+    """Print what a user wants to know of a summary."""
     print(f"\naccuracy on {summary['n']} problems (standard error)")
     for rule, accuracy in summary["accuracy"].items():
         print(f"  {rule:<9} {100 * accuracy:6.2f} %  (+- {100 * summary['standard_error'][rule]:.2f})")
@@ -355,7 +368,7 @@ def print_accuracy(summary, path):
     if summary["skipped"]:
         print(f"skipped: {summary['skipped']} questions that do not fit the model's context with {summary['max_new']} "
               "new tokens; they count as wrong")
-    print(f"{summary['new_tokens']:,} new tokens in {summary['seconds']:.1f} s   predictions: {path}")
+    print(f"{summary['new_tokens']:,} new tokens in {summary['seconds']:.1f} s", flush=True)
 
 
 def answer_one(args, base, shown):
@@ -392,15 +405,16 @@ def main(argv=None):
     for path in filter(Path.is_dir, files):
         raise ValueError(f"{path} is a folder, and a file is to be written there: name another folder with --out")
     if args.benchmark in ("loss", "forgetting"):
-        summary = (evaluate_loss(args, base, run, described) if args.benchmark == "loss" else
+        summary = (evaluate_loss(args, base, run, described, files[-1]) if args.benchmark == "loss" else
                    evaluate_forgetting(args, base, device, dtype, described))
         out.mkdir(parents=True, exist_ok=True)
     else:
         summary, records = evaluate_accuracy(args, base, described, files[-1])
+        print_accuracy(summary)  # first: whether it can be written is not sure
         out.mkdir(parents=True, exist_ok=True)
         with atomic_write(files[0]) as file:
             file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-        print_accuracy(summary, files[0])
+        print(f"predictions: {files[0]}")
     write_json(files[-1], summary)
     return summary
 

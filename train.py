@@ -164,7 +164,9 @@ def losses_one_by_one(args, model, data):
 def print_sample(args, base, example, when):
     """The model's answer to a held-out question."""
     text = prompting.prompt(example["question"], template=args.template)
-    right = example["answer"].rstrip().splitlines()[-1].removeprefix("#### ").removeprefix("The answer is: ")
+    lines = example["answer"].strip().splitlines()
+    marks = [mark for mark in ("#### ", "The answer is: ") if lines[-1].startswith(mark)]
+    right = lines[-1].removeprefix(marks[0]) if marks else lines[0][:80]
     room = base.model.config.max_position_embeddings - len(base.tokenizer.encode(text))
     if room > 0 and not args.no_sample:
         with measuring(args, base.model):

@@ -22,9 +22,19 @@ def is_file(data):
 def load(path):
     """(examples, source) of a JSON list, or of a .jsonl file with one record per line: dicts of question and answer.
 
-    Raises FileNotFoundError for a missing file, ValueError naming the file and the record at fault.
+    Raises FileNotFoundError for a missing file, ValueError naming the file and the records at fault.
     """
-    examples = [example(record, where) for where, record in read_records(path)]
+    examples, faults = [], {}
+    for where, record in read_records(path):
+        try:
+            examples.append(example(record, where))
+        except ValueError as fault:
+            faults[where] = fault
+    if faults:
+        first, *others = faults
+        names = ", ".join(where.removeprefix(f"{path}:").strip() for where in others[:20])
+        more = f" (and {len(others)} more: {names}{', ...' * (len(others) > 20)})" if others else ""
+        raise ValueError(f"{faults[first]}{more}")
     return examples, f"{path}, {len(examples)} records"
 
 
@@ -37,6 +47,8 @@ def read_records(path):
         with open(path, "rb") as file:
             lines = [(f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip()]
         records = [(where, parse(line, where)) for where, line in lines]
+        if records and isinstance(records[0][1], list):
+            raise ValueError(f"{path}: expected a JSON object per line (a list of records goes into a .json file)")
     else:
         values = parse(path.read_bytes(), path)
         if not isinstance(values, list):
@@ -55,7 +67,9 @@ def parse(text, where):
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}; mend it or take it out") from None
+        fix = ("one record per line goes into a .jsonl file" if str(error).startswith("Extra data: line 2") else
+               "mend it or take it out")
+        raise ValueError(f"{where}: not valid JSON: {error}; {fix}") from None
 
 
 def is_text(value):

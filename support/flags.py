@@ -257,7 +257,7 @@ def method_options(args):
     options = {flag: value for flag, value in given.items() if flag in attach}
     for flag in options:
         if attach[flag].kind is list:
-            options[flag] = [name for name in options[flag].split(",") if name]
+            options[flag] = [name.strip() for name in options[flag].split(",") if name.strip()]
             if not options[flag]:
                 raise ValueError(f"--{flag.replace('_', '-')} is empty: give names with commas, as in --targets "
                                  "q_proj,v_proj")

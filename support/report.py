@@ -15,7 +15,7 @@ from data import instructions
 from data.batching import answer_tokens, endless_batches, examples_sha256, token_count
 from methods import METHODS
 from model import Decoder
-from support.fast import CHUNK, WIDENED, eagerly, onednn_multiplies
+from support.fast import CHUNK, WIDENED, eagerly, onednn_multiplies, products
 from support.script import device_name, has_bf16_units, one_line
 from weights.files import printable
 
@@ -47,7 +47,8 @@ def describe(args, base, optimizer, regularizer, device, source, data, gflop):
         print(f"          {one_line(note)}")
     print(f"data      {one_line(source)}")
     without = f"{data.unannotated} left out (without annotations), " if args.answers == "equations" else ""
-    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {without}{data.left_out} left out "
+    kept = f"{len(data.report)} kept for --report, " if data.report else ""
+    print(f"          {len(encoded)} to train on, {len(held_out)} held out, {kept}{without}{data.left_out} left out "
           f"(longer than {args.max_tokens} tokens)")
     annotations = ("alone (answers equations)" if args.answers == "equations" else
                    "removed" if args.strip_annotations else "kept")
@@ -75,7 +76,9 @@ def describe(args, base, optimizer, regularizer, device, source, data, gflop):
     if regularizer.get("gamma"):
         print(f"          regularizer times gamma / peak lr = {regularizer['gamma'] / args.lr:g}, after clipping")
     saves = "" if args.save_every == args.eval_every else f", a checkpoint every {args.save_every}"
-    print(f"out       {args.out}; held-out loss every {args.eval_every} steps{saves}", flush=True)
+    also = ", with that on general text" * args.forgetting
+    also += f", spectra every {args.spectra_every}" if args.spectra_every else ""
+    print(f"out       {args.out}; held-out loss every {args.eval_every} steps{also}{saves}", flush=True)
 
 
 def hardware(device, weight):
@@ -254,6 +257,7 @@ def result_of(args, regularizer, base, data, source, progress, losses, adapter_p
             "seconds": progress.seconds,
             "memory_gb": peak_memory(device), "device": device_name(device), "threads": torch.get_num_threads(),
             "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."), "products_widened": bool(WIDENED),
+            "products": products(),
             "torch": torch.__version__, "python": platform.python_version(), "command": command}
 
 

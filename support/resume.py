@@ -86,6 +86,7 @@ def checkpoint(folder):
         why = ("this run is finished: eval.py measures it, another run takes another --out"
                if (folder / "result.json").is_file() else
                f"nothing was saved before it stopped; {AGAIN}" if folder.is_dir() else
+               f"{folder} is a file: name the folder of a run, as in runs/sorsa" if folder.exists() else
                "there is no such folder: name that of a run, as in runs/sorsa")
         raise FileNotFoundError(f"{path}: no such file, so there is nothing to continue: {why}")
     return path

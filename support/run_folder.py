@@ -25,7 +25,10 @@ def holds_a_run(folder):
 def check_out(args):
     """ValueError, before anything is loaded, if --out is no folder, or another process writes its run there, or it
     cannot take this run."""
-    check_folder(args.out or Path("runs"), "--out")
+    if not args.resume:
+        check_folder(args.out or Path("runs"), "--out")
+    elif not args.dry_run:
+        check_folder(args.resume, "--resume", "copy the run to a folder where you may write, and resume it there")
     if args.out and (process := holder(args.out / LOCK)):
         raise in_use(args.out, process)
     check_free(args)

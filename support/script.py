@@ -138,7 +138,7 @@ def write_json(path, record):
         file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
-def check_folder(path, flag):
+def check_folder(path, flag, fix="name another folder"):
     """ValueError unless `path` is a folder that can be written to, or can be made; makes nothing."""
     there = next((folder for folder in (path, *path.parents) if folder.exists()), None)
     if there is None:  # a drive of Windows
@@ -147,7 +147,7 @@ def check_folder(path, flag):
         where = "is a file" if there == path else f"cannot be made, {there} is a file"
         raise ValueError(f"{flag} {path} {where}: name a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag} {path}: no permission to write into {there}: name another folder")
+        raise ValueError(f"{flag} {path}: no permission to write into {there}: {fix}")
 
 
 def one_line(message):

@@ -95,11 +95,22 @@ def test_printed_counts_are_right(run, known, capsys):
     assert "answer     63.64 %  (+- 14.50)" in out and "metamath    9.09 %  (+- 8.67)" in out and "cap of 256 tokens: 9.1 %" in out
 
 
+def test_an_accuracy_that_cannot_be_written_is_seen(run, known, monkeypatch, capsys):
+    """A disk that is full after hours of answers."""
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+    known([""] * 11)
+    monkeypatch.setattr(evaluation, "atomic_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(run)
+    assert "accuracy on 11 problems" in capsys.readouterr().out
+
+
 def test_a_larger_evaluation_is_not_lost(run, known):
     """Fewer problems do not take its place, unless they go elsewhere; as many do, and so does anything over a broken file."""
     prompts = known([""] * 11)
     before = evaluate(run) and predictions(run)
-    with pytest.raises(ValueError, match="eval.json is of 11 problems, and 2 would take its place: name another folder with --out"):
+    with pytest.raises(ValueError, match="eval.json is of 11 examples, and 2 would take its place: name another folder with --out"):
         evaluate(run, "--limit", 2)
     assert predictions(run) == before and len(prompts) == 11
     known([""] * 11)
@@ -334,7 +345,7 @@ def test_a_run_on_equations_of_a_file(some_without, tiny_gguf, tmp_path, capsys)
     assert summary["loss"] == pytest.approx(result["held_out_after"], rel=1e-5) and summary["answers"] == "equations"
     assert summary["n"] == result["held_out_examples"] < 9
     assert f"the 9 that the run held out, {summary['n']} of them with annotations; " in capsys.readouterr().out
-    assert evaluate(run, "--answers", "full", "--limit", 2)["n"] == 2
+    assert evaluate(run, "--answers", "full", "--limit", 2, "--out", run / "few")["n"] == 2
     whole = evaluate(run, "--answers", "full")
     assert whole["n"] == 9 and whole["answers"] == "full" and whole["loss"] != summary["loss"]
     train_tiny(tiny_gguf, file, tmp_path / "bare", "--steps", "1", "--held-out", "9", "--strip-annotations")
@@ -344,6 +355,28 @@ def test_a_run_on_equations_of_a_file(some_without, tiny_gguf, tmp_path, capsys)
         file.write_text("\n".join(changed))
         with pytest.raises(ValueError, match="train.jsonl is not the file that the run was trained on any more, .*: put that file back"):
             evaluate(run)
+
+
+def test_held_out_records_are_known_by_what_they_say(tiny_gguf, tmp_path, monkeypatch, capsys):
+    """Wherever their file lies now, and however it is named: all of them, also where they are more than a CPU takes of another file.
+    A smaller measurement does not take the place of that."""
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path / "own.jsonl", "prompt", "completion", 160)
+    result = train_tiny(tiny_gguf, "own.jsonl", tmp_path / "run", "--steps", "1", "--held-out", "140")
+    capsys.readouterr()
+    (tmp_path / "own.jsonl").rename("moved.jsonl")
+    (tmp_path / "linked.jsonl").symlink_to("moved.jsonl")
+    shutil.copy("moved.jsonl", "own.jsonl")
+    for name in ("moved.jsonl", "linked.jsonl", tmp_path / "own.jsonl", "own.jsonl"):
+        summary = evaluate("run", "--data", name)
+        assert summary["n"] == 140 and summary["loss"] == pytest.approx(result["held_out_after"], rel=1e-5), name
+    assert capsys.readouterr().out.count("\nheld-out loss per answer token ") == 4
+    with pytest.raises(ValueError, match="eval-loss.json is of 140 examples, and 7 would take its place: name another folder with --out"):
+        evaluate("run", "--limit", 7)
+    assert evaluate("run", "--limit", 7, "--out", "few")["n"] == 7
+    write_records(tmp_path / "other.jsonl", "prompt", "completion", 150)
+    assert evaluate("run", "--data", "other.jsonl", "--out", "other")["n"] == 128
+    assert "\nloss per answer token " in capsys.readouterr().out
 
 
 def test_what_else_a_run_on_a_file_can_be_measured_by(made, tiny_gguf, tmp_path):

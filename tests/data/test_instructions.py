@@ -62,7 +62,7 @@ LINE = json.dumps(QUERY).encode()
     ("a.json", b"", ": not valid JSON: "), ("a.json", b"<html>\nplease log in\n</html>", ": not valid JSON: "),
     ("a.json", b"[" + LINE, ": not valid JSON: "), ("a.json", b'[{"query": "\xff", "response": "r"}]', ": not valid JSON: "),
     ("a.json", b"[" * 200_000, ": not valid JSON: "), ("a.json", b'["\\uD800"]', ": not valid JSON: "),
-    ("a.json", LINE + b"\n" + LINE, ": not valid JSON: "),
+    ("a.json", LINE + b"\n" + LINE, f": not valid JSON: Extra data: line 2 column 1 (char {len(LINE) + 1}); one record per line goes into a .jsonl file"),
     ("a.jsonl", b"\n\r\n" + LINE + b"\n \n" + LINE[:-9], ":5: not valid JSON: "),
     ("a.jsonl", b"[" * 200_000, ":1: not valid JSON: "), ("a.jsonl", LINE + b'\n{"query": "\xff"}\n', ":2: not valid JSON: "),
     ("a.json", LINE, ": expected a JSON list of records (one record per line goes into a .jsonl file)"),
@@ -73,6 +73,19 @@ def test_a_file_without_records_is_an_error(tmp_path, name, content, message):
     """Other text, half a file, no list, endless nesting, half a letter, nothing: one line with the file, and the line in it."""
     (tmp_path / name).write_bytes(content)
     assert fault(instructions.load, tmp_path / name).startswith(message)
+
+
+@pytest.mark.parametrize("name, places", [("a.json", "record 5, record 7"), ("a.jsonl", "5, 7")])
+def test_all_records_at_fault_are_named_at_once(tmp_path, name, places):
+    """What is wrong with the first, and where the others are."""
+    records = [QUERY] * 3 + [{**QUERY, "response": ""}, {"query": 1, "response": "r"}, QUERY, []]
+    lines = [json.dumps(record) for record in records]
+    (tmp_path / name).write_text("\n".join(lines) if name == "a.jsonl" else f"[{','.join(lines)}]")
+    said = fault(instructions.load, tmp_path / name)
+    assert "4: its 'response' is '', expected a text that is not empty: mend the record or take it out" in said
+    assert said.endswith(f" (and 2 more: {places})")
+    (tmp_path / "list.jsonl").write_text(f"[{','.join(lines)}]")
+    assert "expected a JSON object per line (a list of records goes into a .json file)" in fault(instructions.load, tmp_path / "list.jsonl")
 
 
 # ---- records --------------------------------------------------------------------------------------------------------

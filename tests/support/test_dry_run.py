@@ -48,6 +48,27 @@ def test_a_dry_run_shows_what_the_run_will_do(method, place, batches, tmp_path, 
         assert records[number - 1]["question"] in question and answer == records[number - 1]["answer"] + "<|im_end|>"
 
 
+def test_the_plan_names_what_is_measured_and_counts_every_example(place, tmp_path, capsys):
+    """Trained on, held out, kept for the report and left out are all there are."""
+    begin(place.flags("lora", "--report", "5", "--forgetting", "--spectra-every", "2"), tmp_path / "run", "--dry-run")
+    printed = capsys.readouterr().out
+    counts = re.search(r"(\d+) to train on, (\d+) held out, (\d+) kept for --report, (\d+) left out", printed)
+    assert sum(map(int, counts.groups())) == 40 and counts[3] == "5"
+    assert re.search(r"\nout .*; held-out loss every \d+ steps, with that on general text, spectra every 2", printed)
+
+
+def test_the_right_answer_beside_a_sample(tiny_gguf, tmp_path, capsys):
+    """GSM-8K's and MetaMathQA's number; of anything else the first line, and no more of it than fits."""
+    for answer, right in (("5+5=10\n#### 10", "10"), ("It is 3.\nThe answer is: 3", "3"), ("def f():\n    return 3\n}", "def f():"),
+                          ("word " * 30, ("word " * 30)[:80])):
+        records = [{"question": f"q{i}", "answer": answer} for i in range(6)]
+        (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, records)))
+        train.main(["--method", "lora", "--targets", "q_proj, v_proj,", "--rank", "2", "--model", str(tiny_gguf), "--data",
+                    str(tmp_path / "own.jsonl"), "--held-out", "2", "--steps", "1", "--batch", "2", "--device", "cpu", "--out",
+                    str(tmp_path / "run"), "--overwrite"])
+        assert f"a held-out question, after training (right: {right})\n" in capsys.readouterr().out
+
+
 def test_a_dry_run_of_what_goes_on(half, place, batches, tmp_path, capsys):
     """With --resume it shows the batch of the next step, or that all are made; the run is as it was."""
     run, tokenizer = copied(half, tmp_path / "run"), base_model.load(str(place.model)).tokenizer

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import eval as evaluation
 import lora
 import train
 from data.batching import collate
@@ -293,11 +294,25 @@ def test_what_does_not_go_with_resume(more, words, half, tmp_path, capsys):
     assert status == 2 and words in said and contents(run) == contents(half)
 
 
+def test_a_folder_that_cannot_be_written_to(half, monkeypatch, capsys):
+    """It can be copied and the copy resumed; a dry run, which writes nothing, needs no leave."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    status, said = ends(capsys, go_on, half)
+    assert status == 2 and f"--resume {half}: no permission to write into {half}: copy the run to a folder where you may write" in said
+    go_on(half, "--dry-run")
+
+
+def test_an_unfinished_run_is_not_measured(half, capsys):
+    """What is to be done is said."""
+    status, said = ends(capsys, evaluation.main, [str(half)])
+    assert status == 2 and f"this run has not ended: wait for it, or go on with python train.py --resume {half}" in said
+
+
 def test_where_there_is_nothing_to_continue(whole, tmp_path, capsys):
     """A finished run, a folder that holds none, and no folder are told apart."""
     (tmp_path / "empty").mkdir()
     for folder, words in ((whole, "this run is finished"), (tmp_path / "empty", "nothing was saved before it stopped"),
-                          (tmp_path / "no", "there is no such folder"), (whole / "log.jsonl", "there is no such folder")):
+                          (tmp_path / "no", "there is no such folder"), (whole / "log.jsonl", f"{whole / 'log.jsonl'} is a file: name the folder")):
         status, said = ends(capsys, go_on, folder)
         assert status == 2 and f"{folder / resume.FILE}: no such file, so there is nothing to continue: {words}" in said
 
