@@ -16,9 +16,9 @@ from statistics import fmean, median, stdev
 from support.script import Parser, run_script
 from tools.compare import ROOT, read_records, size
 from tools.intervals import mcnemar, over_seeds
-from tools.study import (ALPHA, ARMS, ASKED, DEPTHS, LONGER, LOWER, METHODS, OTHER_RANK, OWN_SIZE, RECORDS, SEEDS,
-                         STEPS, WITH_SPECTRA, best_rate, by_rate, default_rate, difference, diverged, evaluations,
-                         losses_by_rate, most_right, reported, spectra)
+from tools.study import (AGAIN, ALPHA, ARMS, ASKED, DEPTHS, LONGER, LOWER, METHODS, OTHER_RANK, OWN_SIZE, RECORDS,
+                         SEEDS, STEPS, WITH_SPECTRA, best_rate, by_rate, default_rate, difference, diverged,
+                         evaluations, losses_by_rate, most_right, reported, spectra)
 from weights.files import atomic_write
 
 NOT_YET = "not run yet"
@@ -222,6 +222,8 @@ def accuracy(records):
             for method in METHODS]
     best, nothing = most_right(records, "equations"), ["", "", ""]
     rows.append(["`lora` at a rate of 0.003", *cells("lora", LOWER, ASKED[0]), *nothing])
+    rows += [[f"`{method}` made again on an H100", *cells(method, AGAIN, ASKED[0]), *nothing]
+             for method in METHODS if evaluations(records, f"{method}, {AGAIN}")]
     rows.append([f"`{best}`, three epochs" if best else "the best, three epochs", *nothing,
                  *cells(best, LONGER, "equations")[:2], ""])  # no p: other steps than LoRA's, and the best of many
     header = [text for name in ASKED for text in (f"{name}, %", "with calculator, %", "p")]

@@ -86,6 +86,7 @@ ACCURACY = {
 *ASKED, LONGER = ACCURACY  # of every method; of the one alone whose equations are right most often
 # Longer runs may want a lower rate than the short ones that chose it: LoRA's, beside which all stand, is tried at one.
 LOWER = f"{ASKED[0]}, rate 3e-3"
+AGAIN = f"{ASKED[0]}, on an H100"  # how the records of runs are called that were made there as well, with the same seed
 
 
 # ---- what is to be run ----------------------------------------------------------------------------------------------

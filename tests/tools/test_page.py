@@ -165,6 +165,17 @@ def test_right_answers_beside_lora():
     assert said + " `full`, `lotr`: not run yet.\n" in page.verdicts(some)
 
 
+def test_a_run_made_on_two_devices_stands_there_twice():
+    """Beside the same LoRA; it is none of the plan's, and no verdict counts it."""
+    records = study_of(valley({}))
+    first, = [found for found in records if found["name"] == "lora, practice"]
+    again = {**first, "name": f"lora, {study.AGAIN}", "evaluations": [{"accuracy": 0.75, "n": 4, "right": "1110", "capped": 0.0}] * 2}
+    assert "made again" not in page.accuracy(records)
+    assert "| `lora` made again on an H100 | 75.0 ± 21.7 | 75.0 ± 21.7 | 1.000 |  |  |  |" in page.accuracy([*records, again])
+    assert page.verdicts([*records, again]) == page.verdicts(records)
+    assert study.jobs([*records, again]) == study.jobs(records)
+
+
 def test_looks_on_the_way_are_taken_together():
     """A lead that is sure as one look is not as one of three."""
     records = study_of(valley({}))
