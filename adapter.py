@@ -29,8 +29,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class AdaptedLinear(nn.Module):
     """The `nn.Linear` it replaces, frozen: the same `weight` (out, in) and `bias` (out,) tensors, no copy made.
 
-    Methods keep their factors in fp32 on the weight's device and cast them to the dtype of x where they meet it. What
-    the method's `forward` adds, it adds in place (nothing else holds the base's output).
+    Methods keep their factors in fp32 on the weight's device and cast them to the dtype of x where they meet it. They
+    add to the base's output in place, which saves a tensor of its size.
     """
 
     unmergeable = None
