@@ -269,8 +269,8 @@ def loss_by_rate(records):
 def loss_by_forgetting(records):
     """Held-out loss after training against what the loss on other text has risen by, at each rate."""
     return rate_panels("What each method learns and what it forgets",
-                       "A point per learning rate, one seed, filled: the best; at the top: higher; x is linear to 0.01",
-                       of_each(records, forgetting), "forgot {0:+.4f}",
+                       "A point per rate; filled: the best, above: what it forgets; at the top: higher; x: linear to 0.01",
+                       of_each(records, forgetting), "{0:+.4f}",
                        "forgotten: rise of the loss on Python's manual (nats per token)",
                        {"value": "symlog", "linthresh": 0.01}, "{x:g}")
 
