@@ -269,7 +269,8 @@ def loss_by_rate(records):
 def loss_by_forgetting(records):
     """Held-out loss after training against what the loss on other text has risen by, at each rate."""
     return rate_panels("What each method learns and what it forgets",
-                       "A point per rate; filled: the best, above: what it forgets; at the top: higher; x: linear to 0.01",
+                       "A point per rate; filled: the best, above: what it forgets; at the top: higher; "
+                       "x: linear to 0.01",
                        of_each(records, forgetting), "{0:+.4f}",
                        "forgotten: rise of the loss on Python's manual (nats per token)",
                        {"value": "symlog", "linthresh": 0.01}, "{x:g}")
