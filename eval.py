@@ -232,35 +232,40 @@ def answer_all(args, base, examples, shots):
     return [next(answers) if fit else SKIPPED for fit in fits]
 
 
+def held_out_places(args, run, told):
+    """Where in the records `told` of the file --data those lie that the run held out, known by what they say, wherever
+    the file lies now; None for another file. ValueError for the run's own file where it says something else now."""
+    held_out = run.get("held_out")
+    if type(held_out) is not int or not 0 < held_out < len(told):
+        return None
+    places = batching.split(range(len(told)), held_out)[1]
+    named = run.get("data") == str(Path(args.data).resolve())
+    sha256 = run.get("held_out_sha256")  # None: of a run before there was one
+    same = sha256 == batching.texts_sha256([told[i] for i in places])
+    if named and sha256 is not None and not same:
+        raise ValueError(f"{args.data} is not the file that the run was trained on any more, so that which of its "
+                         "records were held out is not known: put that file back, or copy this one and name the copy "
+                         "with --data")
+    return places if same or named else None
+
+
 def held_out_examples(args, base, run):
-    """(encoded examples, a description of them, whether the run held them out): of its own file, wherever that lies
-    now, all those that it held out, of another the first --limit."""
+    """(encoded examples, a description of them, whether the run held them out): of its own file all those that it held
+    out, of another the first; --limit of them where that is given."""
     told, source = instructions.load(args.data)
     stripped = run.get("strip_annotations") is True and args.answers == "full"
-    examples = batching.without_annotations(told) if stripped else told
-    longest, held_out = run.get("max_tokens", 512), run.get("held_out")
+    examples, apart = batching.without_annotations(told) if stripped else told, held_out_places(args, run, told)
+    longest, own, limit = run.get("max_tokens", 512), apart is not None, args.limit
     if type(longest) is not int or not 1 <= longest <= base.model.config.max_position_embeddings:
         longest = base.model.config.max_position_embeddings
-    own, places = False, range(len(examples))
-    if type(held_out) is int and 0 < held_out < len(examples):
-        apart = batching.split(places, held_out)[1]
-        named = run.get("data") == str(Path(args.data).resolve())
-        sha256 = run.get("held_out_sha256", "")  # "": of a run before there was one
-        same = sha256 == batching.texts_sha256([told[i] for i in apart])
-        if named and sha256 and not same:
-            raise ValueError(f"{args.data} is not the file that the run was trained on any more, so that which of its "
-                             "records were held out is not known: put that file back, or copy this one and name the "
-                             "copy with --data")
-        if same or named:
-            own, places, source = True, apart, f"{source}: the {len(apart)} that the run held out"
-    limit = args.limit
-    if limit is None:
+    if limit is None:  # what a run held out is measured whole
         limit = 0 if own or base.model.lm_head.weight.device.type != "cpu" else 128
-    if not own:
-        places = places[:limit or None]
+    places = (apart if own else range(len(examples)))[:limit or None]
+    if own:
+        first = f", the first {limit} of them" * (len(places) < len(apart))
+        source = f"{source}: the {len(apart)} that the run held out{first}"
+    else:
         source = f"{source}: the first {len(places)}"
-    elif 0 < limit < len(places):
-        places, source = places[:limit], f"{source}, the first {limit} of them"
     chosen = list(batching.in_form(examples, places, args.answers).values())
     if args.answers == "equations":
         source = f"{source}, {len(chosen)} of them with annotations"

@@ -179,13 +179,13 @@ def test_a_run_made_on_two_devices_stands_there_twice():
 def test_looks_on_the_way_are_taken_together():
     """A lead that is sure as one look is not as one of three."""
     records = study_of(valley({}))
-    for seed, lead in zip(study.SEEDS, (0.040, 0.045, 0.050)):
+    for seed, lead in zip(study.SEEDS, (0.030, 0.045, 0.060)):
         found = study.reported(records, "sorsa")[seed]
         found["held_out_loss"] = {"0": 1.4, "16": 0.9 - lead, "64": 0.8}
-    assert "on the way: after 16 steps **holds here**, -0.0450 [-0.0574, -0.0326]." in page.verdicts(records)
+    assert "on the way: after 16 steps **holds here**, -0.0450 [-0.0823, -0.0077]." in page.verdicts(records)
     for found in [found for name in ("sorsa", "lora", "pissa") for found in study.reported(records, name).values()]:
         found["held_out_loss"] |= {"32": 0.9, "48": 0.9}
-    assert "on the way: after 16 steps **holds here**, -0.0450 [-0.0671, -0.0229];" in page.verdicts(records)
+    assert "on the way: after 16 steps **not seen here**, -0.0450 [-0.1112, +0.0212];" in page.verdicts(records)
 
 
 def test_steps_to_a_loss():
