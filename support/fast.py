@@ -1,8 +1,8 @@
 """What makes it fast, beside the plain text: train.py and eval.py switch it on, --plain leaves it off.
 
-`switch_on` puts the functions of this file in the places of the plain ones in model.py and support/loss.py, and sets
-the process up for a CPU. Both forms give the same losses to rounding; the tests hold each function here against the
-plain one, forward and gradient.
+`switch_on` puts the functions of this file in the places of the plain ones in model.py, support/loss.py and
+support/graphs.py, and sets the process up for a CPU. Both forms give the same losses to rounding; the tests hold each
+function here against the plain one, forward and gradient.
 
 What each buys, by `python -m tools.bench fast --steps 2 --data gsm8k`, one round on 2 cores of an AMD EPYC, LoRA
 r = 16, fp32, batch 16 (records in results/bench.jsonl; two runs of one thing differ by 5 % and more):
@@ -19,7 +19,7 @@ r = 16, fp32, batch 16 (records in results/bench.jsonl; two runs of one thing di
     all of it            269                6.48
 
 `rotate`, `norm` and `swiglu` save memory, and kernels where a GPU waits for them; what `malloc` saves differs from day
-to day (0 to 10 %).
+to day (0 to 10 %). `decode` is for a GPU alone.
 
 Shapes: B rows, T tokens, S cached slots, H query heads, K key/value heads, D head_dim, d hidden_size, V vocab_size.
 """
@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import model as decoder
-from support import loss
+from support import graphs, loss
 
 CACHED = 1 << 21  # numbers, 8 MB of fp32: so much stays in a processor's cache from one pass to the next
 QUERIES = 64  # about so many of a row are looked at together
@@ -229,7 +229,9 @@ class Rotation(torch.autograd.Function):
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
         first, second = x.chunk(2, dim=-1)
-        y = torch.mul(x, torch.cat((cos, cos), dim=-1), out=x.new_empty(x.shape))  # contiguous, as x may not be
+        # A CPU's attention wants heads apart, a GPU's takes them as x has them, which saves a copy of the gradient.
+        y = x.new_empty(x.shape) if x.device.type == "cpu" else torch.empty_like(x)
+        torch.mul(x, torch.cat((cos, cos), dim=-1), out=y)
         for half, other, sign in zip(y.chunk(2, dim=-1), (second, first), (-1, 1)):
             half.addcmul_(other, sin, value=sign)
         return y.view_as(y)
@@ -426,10 +428,15 @@ class FrozenHeadLoss(torch.autograd.Function):
         return upstream * gradient, None, None
 
 
+def decoding(step, device):
+    """graphs.decoding: recorded on a GPU."""
+    return graphs.RecordedStep(step, device) if device.type == "cuda" else step
+
+
 FORMS = {name: (owner, attribute, getattr(owner, attribute), fast) for name, owner, attribute, fast in (
     ("rotate", decoder, "rotate", rotate), ("attention", decoder, "attention", attention),
     ("norm", decoder.RMSNorm, "forward", norm_forward), ("swiglu", decoder.MLP, "forward", mlp_forward),
-    ("head", loss, "head_loss", head_loss))}  # name: (where, under what name, the plain form, the fast one)
+    ("head", loss, "head_loss", head_loss), ("decode", graphs, "decoding", decoding))}  # name: (where, under what name, the plain form, the fast one)
 NAMES = (*FORMS, "malloc", "onednn")
 
 

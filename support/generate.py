@@ -1,9 +1,12 @@
 """Greedy generation in batches, from a KV cache."""
+import functools
+
 import torch
 
 from data import prompting
 from data.calculator import insertion
 from model import KVCache
+from support import graphs
 from support.fast import row_multiple
 
 CHECK_EVERY = 8  # decode steps between two looks, on a GPU, at which rows have finished: each look waits for it
@@ -32,10 +35,12 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
     new = ends[0].repeat(len(prompts), max_new)  # (B, max_new)
     alive = torch.arange(len(prompts), device=device)  # the prompt that each row of the cache belongs to
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # when it was last looked at
-    forced, running, tokens = [[] for _ in prompts], len(prompts), 0
+    next_step = graphs.decoding(functools.partial(_step, model), device)
+    forced = None if force is None else Forced(force, len(prompts))
+    running, tokens = len(prompts), 0
     for step in range(max_new):
-        if force is not None:
-            chosen = _forced_choice(chosen, new, alive.tolist(), step, forced, force)
+        if forced:
+            chosen = forced.choice(chosen, alive)
         new[alive, step] = chosen
         tokens += running
         if step + 1 == max_new:
@@ -52,10 +57,15 @@ def generate_batch(model, prompts, eos_id, max_new=256, is_done=None, force=None
             if running < len(alive) and running <= LEFT.get(device.type, 1) * len(alive):
                 order = cache.keep(unfinished)
                 alive, chosen = alive[order], chosen[order]
-        hidden = model.model(chosen[:, None], cache)  # (rows alive, 1, d)
+        chosen = next_step(chosen, cache)  # (rows alive,)
         cache.advance(1, 1)
-        chosen = model.lm_head(hidden[:, 0]).max(-1).indices  # (rows alive,)
     return [_through_first(ids, ends.tolist()) for ids in new[:, :step + 1].tolist()]
+
+
+def _step(model, chosen, cache):
+    """The model's choice (B,) of what follows the tokens `chosen` (B,), which go into the cache."""
+    hidden = model.model(chosen[:, None], cache)  # (B, 1, d)
+    return model.lm_head(hidden[:, 0]).max(-1).indices
 
 
 def _mark(finished, rows, new, ends, is_done):
@@ -96,15 +106,24 @@ def _through_first(ids, ends):
     return ids[:next((place + 1 for place, i in enumerate(ids) if i in ends), None)]
 
 
-def _forced_choice(chosen, new, alive, step, forced, force):
-    """`chosen`, with the tokens that wait in a row's queue in place of the model's; `force` fills empty queues."""
-    chosen, so_far = chosen.clone(), new[:, :step].tolist()
-    for i, row in enumerate(alive):
-        if not forced[row] and step:
-            forced[row] = list(force(so_far[row]) or ())
-        if forced[row]:
-            chosen[i] = forced[row].pop(0)
-    return chosen
+class Forced:
+    """Which tokens `force`, given what a row has so far, puts in place of the model's choices."""
+
+    def __init__(self, force, rows):
+        self.force = force
+        self.so_far, self.waiting = [[] for _ in range(rows)], [[] for _ in range(rows)]  # of every row: ids
+
+    def choice(self, chosen, alive):
+        """`chosen` (rows alive,), with the tokens that wait for a row in place of the model's."""
+        ids, rows = chosen.tolist(), alive.tolist()
+        for place, row in enumerate(rows):
+            so_far, waiting = self.so_far[row], self.waiting[row]
+            if so_far and not waiting:
+                waiting.extend(self.force(so_far) or ())
+            if waiting:
+                ids[place] = waiting.pop(0)
+            so_far.append(ids[place])
+        return torch.tensor(ids, device=chosen.device)
 
 
 def generate(model, prompts, eos_id, max_new=256, batch=64, is_done=None, force=None, progress=None):

@@ -1,11 +1,12 @@
-"""CUDA graphs: the decoder's forward and backward pass, recorded once for each shape of a batch and then replayed.
+"""CUDA graphs: the decoder's passes in training, and the steps of generation, recorded for a shape and then replayed.
 
 A training step of the default model with LoRA starts 5,000 kernels. On an H100 they run for 36 ms at 32 examples a
 step; to start them one by one takes Python, autograd and the driver 160 ms. A graph starts them all with one call.
 
-Recorded is what the decoder does with tokens (B, T), its gradients included; the loss, clipping and the optimizer stay
-as they are. A replay reads and writes the memory that the recording did: so the tokens are copied to where they were
-then, and every gradient is kept in one place for good.
+Of training is recorded what the decoder does with tokens (B, T), its gradients included; the loss, clipping and the
+optimizer stay as they are. A replay reads and writes the memory that the recording did: so the tokens are copied to
+where they were then, and every gradient is kept in one place for good. Of generation it is the step from one token of
+every row to the next, which starts 1,500 kernels.
 """
 import torch
 
@@ -94,6 +95,45 @@ class Side:
         with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
             work()
         return graph.replay
+
+
+def decoding(step, device):
+    """How `generate_batch` takes a step: as it is written. (support/fast.py puts RecordedStep here.)"""
+    return step
+
+
+class RecordedStep:
+    """`step(chosen, cache)`, which makes of the tokens `chosen` (B,) of a KVCache's rows their next ones (B,): recorded
+    where it has the same shapes a second time. What it returns holds until the next call."""
+
+    def __init__(self, step, device):
+        self.step, self.side = step, Side(device)
+        self.recordings = {}  # of all shapes so far, though rows leave and more slots are seen: they share their memory
+
+    def __call__(self, chosen, cache):
+        shapes = len(chosen), cache.slots(1)
+        if shapes not in self.recordings:
+            self.recordings[shapes] = None
+            return self.step(chosen, cache)
+        if self.recordings[shapes] is None:
+            self.recordings[shapes] = StepRecording(self.step, chosen, cache, self.side)
+        return self.recordings[shapes].again(chosen)
+
+
+class StepRecording:
+    """A step from tokens of one shape (B,), over a cache."""
+
+    def __init__(self, step, chosen, cache, side):
+        self.chosen, self.following = chosen.clone(), None
+        self.replay = side.record(lambda: self.run(step, cache))
+
+    def run(self, step, cache):
+        self.following = step(self.chosen, cache)
+
+    def again(self, chosen):
+        self.chosen.copy_(chosen)
+        self.replay()
+        return self.following
 
 
 class Replay(torch.autograd.Function):

@@ -18,8 +18,9 @@ class Again:
 
     def record(self, work):
         Again.recorded += 1
+        with_gradients = torch.is_grad_enabled()
 
         def again():
-            with torch.enable_grad():
+            with torch.set_grad_enabled(with_gradients):
                 work()
         return again

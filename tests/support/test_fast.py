@@ -133,8 +133,8 @@ def test_bf16_is_rounded_no_more_than_in_the_plain_form(name, case, in_pieces, m
 
 
 def test_every_form_is_compared():
-    """A new one needs a case above."""
-    assert {name for name, _ in CASES} == set(fast.FORMS)
+    """A new one needs a case above; "decode", which is for a GPU, has its own in test_graphs.py."""
+    assert {name for name, _ in CASES} == set(fast.FORMS) - {"decode"}
 
 
 ANGLES = torch.randn(2, 1, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,6 @@
-"""The decoder recorded and replayed, on a CPU: a recording that runs the same again stands in for a CUDA graph."""
+"""What is recorded and replayed, on a CPU: a recording that runs the same again stands in for a CUDA graph."""
 import copy
+import itertools
 import types
 
 import pytest
@@ -9,7 +10,7 @@ import adapter
 import train
 from methods import METHODS
 from model import KVCache
-from support import graphs
+from support import generate, graphs
 from tests.again import Again
 from tests.toy import attach, perturb, tokens, toy_examples, toy_model
 
@@ -75,6 +76,22 @@ def test_the_longest_batch_is_recorded_first():
     assert all(p.grad is None for p in model.parameters()) and Again.recorded == 2
     train.accumulate_gradients(args, model, [max(examples, key=lambda pair: len(pair[0]))] * 3)
     assert Again.recorded == 2
+
+
+@pytest.mark.parametrize("force", [None, lambda ids: [11, 12] if len(ids) in (3, 50) else None])
+def test_generation_is_the_same(force, monkeypatch):
+    """Token for token, with rows that leave together now and then and a cache that is seen further and further; a step is
+    recorded once for each pair of these shapes that comes twice."""
+    model, prompts = toy_model(seed=3), [tokens(1, 1 + (7 * i) % 40, seed=i)[0].tolist() for i in range(13)]
+    monkeypatch.setitem(generate.LEFT, "cpu", 0.7)
+    shapes, step = [], generate._step
+    monkeypatch.setattr(generate, "_step", lambda model, chosen, cache:
+                        shapes.append((len(chosen), cache.slots(1))) or step(model, chosen, cache))
+    plain = [generate.generate(model, prompts, eos, 90, batch=9, force=force) for eos in (5, 13, -1)]
+    twice = sum(len(list(group)) > 1 for _, group in itertools.groupby(shapes))
+    monkeypatch.setattr(graphs, "decoding", graphs.RecordedStep)
+    assert [generate.generate(model, prompts, eos, 90, batch=9, force=force) for eos in (5, 13, -1)] == plain
+    assert Again.recorded == twice > 8
 
 
 def test_what_is_recorded_by_default():
