@@ -6,7 +6,7 @@ step; to start them one by one takes Python, autograd and the driver 160 ms. A g
 Of training is recorded what the decoder does with tokens (B, T), its gradients included; the loss, clipping and the
 optimizer stay as they are. A replay reads and writes the memory that the recording did: so the tokens are copied to
 where they were then, and every gradient is kept in one place for good. Of generation it is the step from one token of
-every row to the next, which starts 1,500 kernels.
+every row to the next, which an H200 does in 8 ms at 1319 rows and its host starts in 27.
 """
 import torch
 
@@ -37,6 +37,9 @@ class RecordedDecoder:
         device = self.gradients[0].device
         self.followed = torch.zeros((), device=device, requires_grad=True)  # leads autograd to Replay
         self.recordings, self.side = {}, Side(device)
+        # An embedding that is the head has gradients of two streams; `Replay` waits for both, and torch need not warn.
+        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
     def forward(self, tokens, cache=None):
         if cache is not None or not torch.is_grad_enabled() or not self.trains:

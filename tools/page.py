@@ -58,14 +58,19 @@ def over_runs(records, name, number, form=".4f"):
     return spread([number(run) for run in runs], form) + f", {lost} diverged" * bool(lost)
 
 
+def of_runs(records, name, key="device"):
+    """What the records of a method's or an arm's reported runs say of `key`: a set."""
+    return {run.get(key) for run in reported(records, name).values()}
+
+
 def line_of(records, name, other):
-    """The cells of what is reported of a method or arm beside another."""
+    """The cells of what is reported of a method or arm beside another, with a dagger if that was made elsewhere."""
     run = next(iter(reported(records, name).values()), None)
     loss = over_runs(records, name, lambda run: run["report_loss"])
     if run is None:
         return [f"`{name}`", "-", "-", "-", loss, "-", "-"]
     beside = difference(records, name, other) if name != other else None
-    return [f"`{name}`", size(run), f"{run['trainable_parameters']:,}", f"{run['lr']:g}", loss, str(beside or "-"),
+    return [f"`{name}`" + " †" * (of_runs(records, name) != of_runs(records, other)), size(run), f"{run['trainable_parameters']:,}", f"{run['lr']:g}", loss, str(beside or "-"),
             over_runs(records, name, lambda run: run["forgot"], "+.4f")]
 
 
@@ -75,7 +80,15 @@ def results_table(records, names, other):
         return fmean([run["report_loss"] for run in reported(records, name).values()] or [math.inf])
 
     header = ["", "size", "trained parameters", "rate", "loss", f"difference to `{other}` [95 % interval]", "forgot"]
-    return table(header, [line_of(records, name, other) for name in sorted(names, key=loss)])
+    rows = table(header, [line_of(records, name, other) for name in sorted(names, key=loss)])
+    here = of_runs(records, other)
+    elsewhere = [name for name in names if here and of_runs(records, name) - here]
+    if not elsewhere:
+        return rows
+    there = set.union(*(of_runs(records, name) for name in elsewhere))
+    texts = [of_runs(records, name, "prose_sha256") for name in (other, *elsewhere)]
+    return (f"{rows}\n\n† Made on {', '.join(sorted(there))}, `{other}` on {', '.join(sorted(here))}"
+            + "; \"forgot\" is of the manual of another Python" * any(text != texts[0] for text in texts) + ".")
 
 
 def methods(records):
@@ -212,6 +225,22 @@ def depth(records):
     return table(["last blocks", "`lotr`", "`lora`", "difference [95 % interval]"], rows)
 
 
+def twice(records):
+    """The losses of runs that were made on two devices, with the same flags, and so the same seed and data."""
+    pairs = {}
+    for record in records:
+        if "error" not in record:
+            pairs.setdefault(record["flags"], []).append(record)
+
+    def losses(record):
+        report = [f"{record['report_loss']:.4f} on the report's"] if "report_loss" in record else []
+        return f"{record.get('device')}: " + ", ".join([f"{record['held_out_after']:.4f}", *report])
+
+    rows = [[f"`{min((run['name'] for run in runs), key=len)}`", *sorted(map(losses, runs))]
+            for runs in pairs.values() if len({run.get("device") for run in runs}) == 2]
+    return table(["", "loss after training on one", "on the other"], rows)
+
+
 def accuracy(records):
     """Right answers, in %, and McNemar's p against LoRA without the calculator."""
     def cells(method, name, beside):
@@ -287,7 +316,8 @@ def claim(text, name, other, unseen="not seen here", losses="report_losses"):
         interval = difference(records, name, other, losses)
         if interval is None:
             return f"- {text}: {none_of(records, name, other)}."
-        return f"- {text}: **{judged(interval, unseen)}**; difference to `{other}` {interval}."
+        return (f"- {text}: **{judged(interval, unseen)}**; difference to `{other}` {interval}"
+                + ", which was made on another device" * (of_runs(records, name) != of_runs(records, other)) + ".")
     return verdict
 
 
@@ -455,7 +485,8 @@ BLOCKS = {"verdicts": verdicts, "methods": methods, "convergence": convergence, 
           "forgetting": forgetting,
           "sorsa": arms_of("sorsa"), "movement": movement, "sara": arms_of("sara"), "mosara": arms_of("mosara"),
           "cora": arms_of("cora", "lora", "lora, r 8"), "cora-init": arms_of("cora-init", "lora"),
-          "lotr": arms_of("lotr", "lora"), "depth": depth, "accuracy": accuracy, "made": made}
+          "lotr": arms_of("lotr", "lora"), "depth": depth, "accuracy": accuracy, "twice": twice,
+          "made": made}
 PAGES = {"RESULTS.md": BLOCKS, "README.md": {"summary": summary}}
 
 

@@ -176,6 +176,25 @@ def test_a_run_made_on_two_devices_stands_there_twice():
     assert study.jobs([*records, again]) == study.jobs(records)
 
 
+def test_what_was_made_on_another_device_is_marked():
+    """An arm beside its method, in its row, below the table and in the verdict; forgetting only where the text was another. Runs
+    that were made on both are a table of their own."""
+    records = [{**found, "device": "cpu", "prose_sha256": "a"} for found in study_of(valley({}))]
+    assert "†" not in page.BLOCKS["mosara"](records) and page.twice(records).count("\n") == 1
+    arm = [found for found in records if found["name"] == "mosara, router of rank 2"]
+    for found in arm:
+        found["device"] = "NVIDIA"
+    said = page.BLOCKS["mosara"](records)
+    assert "| `mosara, router of rank 2` † | r 4 |" in said and said.endswith("\n\n† Made on NVIDIA, `mosara` on cpu.")
+    arm[0]["prose_sha256"] = "b"
+    assert page.BLOCKS["mosara"](records).endswith('on cpu; "forgot" is of the manual of another Python.')
+    assert "with an inner width of 2: **not seen here**; difference to `mosara` +0.0000 [+0.0000, +0.0000], which was made on another" in (
+        page.verdicts(records))
+    again = {**arm[0], "name": "mosara, router of rank 2, on a CPU", "device": "cpu", "held_out_after": 0.5, "report_loss": 2.0}
+    assert page.twice([*records, again]).endswith(
+        f"\n| `mosara, router of rank 2` | NVIDIA: 0.8000, {arm[0]['report_loss']:.4f} on the report's | cpu: 0.5000, 2.0000 on the report's |")
+
+
 def test_looks_on_the_way_are_taken_together():
     """A lead that is sure as one look is not as one of three."""
     records = study_of(valley({}))
