@@ -48,8 +48,8 @@ def arguments(function):
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:  # float | None
             kinds = set(typing.get_args(hint)) - {types.NoneType}
             if len(kinds) != 1:
-                raise ValueError(f"the argument {name} of {function.__module__}.{function.__name__} is {hint}: one kind, "
-                                 "or one and None, is what a flag can have")
+                raise ValueError(f"the argument {name} of {function.__module__}.{function.__name__} is {hint}: one "
+                                 "kind, or one and None, is what a flag can have")
             hint, = kinds
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         kind = type(choices[0]) if choices else list if hint is tuple else typing.get_origin(hint) or hint

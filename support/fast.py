@@ -436,7 +436,8 @@ def decoding(step, device):
 FORMS = {name: (owner, attribute, getattr(owner, attribute), fast) for name, owner, attribute, fast in (
     ("rotate", decoder, "rotate", rotate), ("attention", decoder, "attention", attention),
     ("norm", decoder.RMSNorm, "forward", norm_forward), ("swiglu", decoder.MLP, "forward", mlp_forward),
-    ("head", loss, "head_loss", head_loss), ("decode", graphs, "decoding", decoding))}  # name: (where, under what name, the plain form, the fast one)
+    ("head", loss, "head_loss", head_loss),
+    ("decode", graphs, "decoding", decoding))}  # name: (where, under what name, the plain form, the fast one)
 NAMES = (*FORMS, "malloc", "onednn")
 
 

@@ -145,7 +145,8 @@ def parse_arguments(argv):
     try:
         parser = make_parser()
     except argparse.ArgumentError as error:
-        raise ValueError(f"{error}: a method's argument has the name of a flag of every run: call it otherwise") from None
+        raise ValueError(f"{error}: a method's argument has the name of a flag of every run: call it "
+                         "otherwise") from None
     saved, argv = None, sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume:
@@ -274,7 +275,8 @@ def complete_options(args, options, model, dtype, device):
         known = {key: value for key, value in options.items() if key in arguments(fit)}
         found = fit(model, args.params, **known)
         if twice := sorted(found.keys() & options.keys()):
-            raise ValueError(f"--params chooses the {twice[0]}: give --params or --{twice[0].replace('_', '-')}, not both")
+            raise ValueError(f"--params chooses the {twice[0]}: give --params or --{twice[0].replace('_', '-')}, "
+                             "not both")
         options = {**options, **found}
     if "extra" in options:
         names = options["extra"]

@@ -25,6 +25,8 @@ def wanted(graphs, model):
     return graphs == "on" or graphs == "auto" and small
 
 
+# ---- training -------------------------------------------------------------------------------------------------------
+
 class RecordedDecoder:
     """What `model.model` does from here on with whole rows in training; without gradients, or over a cache, it does
     what it did. To be made once all that trains is attached and on its device."""
@@ -100,6 +102,27 @@ class Side:
         return graph.replay
 
 
+class Replay(torch.autograd.Function):
+    """Tokens (B, T) -> hidden states (B, T, d) by a Recording; its backward pass adds to the parameters' gradients."""
+
+    @staticmethod
+    def forward(ctx, followed, recording, tokens):
+        ctx.recording = recording
+        recording.tokens.copy_(tokens)
+        recording.forward()
+        return recording.hidden.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_hidden):
+        ctx.recording.side.join()  # there autograd adds up the gradient of a head that is the embedding, too
+        ctx.recording.d_hidden.copy_(d_hidden)
+        ctx.recording.backward()
+        return None, None, None
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
 def decoding(step, device):
     """How `generate_batch` takes a step: as it is written. (support/fast.py puts RecordedStep here.)"""
     return step
@@ -111,7 +134,9 @@ class RecordedStep:
 
     def __init__(self, step, device):
         self.step, self.side = step, Side(device)
-        self.recordings = {}  # of all shapes so far, though rows leave and more slots are seen: they share their memory
+        # Of all shapes so far, though none comes again once rows have left or more slots are seen: they share memory,
+        # which torch gives up with the last recording, and can't take again.
+        self.recordings = {}
 
     def __call__(self, chosen, cache):
         shapes = len(chosen), cache.slots(1)
@@ -137,22 +162,3 @@ class StepRecording:
         self.chosen.copy_(chosen)
         self.replay()
         return self.following
-
-
-class Replay(torch.autograd.Function):
-    """Tokens (B, T) -> hidden states (B, T, d) by a Recording; its backward pass adds to the parameters' gradients."""
-
-    @staticmethod
-    def forward(ctx, followed, recording, tokens):
-        ctx.recording = recording
-        recording.tokens.copy_(tokens)
-        recording.forward()
-        return recording.hidden.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_hidden):
-        ctx.recording.side.join()  # there autograd adds up the gradient of a head that is the embedding, too
-        ctx.recording.d_hidden.copy_(d_hidden)
-        ctx.recording.backward()
-        return None, None, None

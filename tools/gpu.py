@@ -269,8 +269,8 @@ def as_written(task):
 
 
 def recorded(task):
-    """The gradient of every method, replayed from a recording, against that as written, with other rows and weights than
-    those that were recorded; then epochs."""
+    """The gradient of every method, replayed from a recording, against that as written, with other rows and weights
+    than those that were recorded; then epochs."""
     rows = [(ids[:40], 9) for ids, _ in task.examples(8)]
     first, examples = rows[:4], rows[4:]
     for method in METHODS:
@@ -354,8 +354,8 @@ def large(task):
 
 
 def peers(task):
-    """transformers + peft, on random batches as its users would, and on ours: of shapes that are new in the first steps,
-    as in an epoch, and seldom later."""
+    """transformers + peft, on random batches as its users would, and on ours: of shapes that are new in the first
+    steps, as in an epoch, and seldom later."""
     if not importlib.util.find_spec("peft"):
         return task.fact(skipped="transformers and peft are not installed")
     cases(task, PEERS[:2], task.batches[1:], 60)

@@ -70,8 +70,9 @@ def line_of(records, name, other):
     if run is None:
         return [f"`{name}`", "-", "-", "-", loss, "-", "-"]
     beside = difference(records, name, other) if name != other else None
-    return [f"`{name}`" + " †" * (of_runs(records, name) != of_runs(records, other)), size(run), f"{run['trainable_parameters']:,}", f"{run['lr']:g}", loss, str(beside or "-"),
-            over_runs(records, name, lambda run: run["forgot"], "+.4f")]
+    elsewhere = of_runs(records, name) != of_runs(records, other)
+    return [f"`{name}`" + " †" * elsewhere, size(run), f"{run['trainable_parameters']:,}", f"{run['lr']:g}", loss,
+            str(beside or "-"), over_runs(records, name, lambda run: run["forgot"], "+.4f")]
 
 
 def results_table(records, names, other):
