@@ -5,8 +5,9 @@ step; to start them one by one takes Python, autograd and the driver 160 ms. A g
 
 Of training is recorded what the decoder does with tokens (B, T), its gradients included; the loss, clipping and the
 optimizer stay as they are. A replay reads and writes the memory that the recording did: so the tokens are copied to
-where they were then, and every gradient is kept in one place for good. Of generation it is the step from one token of every row to the
-next: of 512 rows it took 26 ms to start its kernels, and 5.5 to replay them (results/speed.md has the two cards).
+where they were then, and every gradient is kept in one place for good. Of generation it is the step from one token of
+every row to the next: of 512 rows it took 26 ms to start its kernels, and 5.5 to replay them (results/speed.md says on
+which cards).
 """
 import torch
 
