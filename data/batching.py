@@ -99,7 +99,8 @@ def encode_data(args, examples, base):
     fix = ("that is the model's context; --cut them, or give other --data" if args.max_tokens == context else
            LONGER)
     encoded = [encode_examples(base.tokenizer, list(part.values()), args.max_tokens, args.template,
-                               args.cut or (None, None), fix=fix) for part in told]
+                               args.cut or (None, None), where, fix)
+               for part, where in zip(told, ("", "--held-out: ", "--report: "))]
     kept, held_out, *report = [list(part.values()) for part in encoded]
     report = report[0] if report else []
     prose_pieces = prose.pieces(base.tokenizer, context) if args.forgetting else []

@@ -96,8 +96,11 @@ def test_what_flags_make_of_the_data(tiny_gguf):
     assert batching.token_count(bare.train) < batching.token_count(whole.train) and len(few.train) == 5
     for number, (ids, start) in zip(short.numbers, short.train):
         assert base.tokenizer.decode(ids[:start]) == f"Question: {'?' * number}\nAnswer:"
-    with pytest.raises(ValueError, match="all 16 examples have more than 5 tokens: raise --max-tokens"):
+    with pytest.raises(ValueError, match="^all 16 examples have more than 5 tokens: raise --max-tokens"):
         encode(max_tokens=5)
+    shortest = min(len(ids) for ids, _ in whole.held_out)
+    with pytest.raises(ValueError, match=f"^--held-out: all 4 examples have more than {shortest - 1} tokens: raise --max-tokens"):
+        encode(max_tokens=shortest - 1)
 
 
 def test_equations_are_told_and_the_split_stays(tiny_gguf):
