@@ -368,7 +368,7 @@ def others(task):
 
 # {name: (function, limit in seconds)}
 PARTS = {"machine": (machine, 40), "correct": (correct, 90), "recorded": (recorded, 110), "step": (step, 60),
-         "answers": (answers, 60), "peers": (peers, 150), "large": (large, 90), "compiled": (compiled, 150),
+         "answers": (answers, 60), "large": (large, 90), "peers": (peers, 150), "compiled": (compiled, 150),
          "as_written": (as_written, 120), "with_cudnn": (with_cudnn, 120), "others": (others, 90)}
 
 
