@@ -63,6 +63,13 @@ def of_runs(records, name, key="device"):
     return {run.get(key) for run in reported(records, name).values()}
 
 
+def elsewhere(records, name, other):
+    """Where runs of a method or an arm were made, and none of those beside it: a set, empty where there is nothing
+    beside it."""
+    here = of_runs(records, other)
+    return here and of_runs(records, name) - here
+
+
 def line_of(records, name, other):
     """The cells of what is reported of a method or arm beside another, with a dagger if that was made elsewhere."""
     run = next(iter(reported(records, name).values()), None)
@@ -70,8 +77,8 @@ def line_of(records, name, other):
     if run is None:
         return [f"`{name}`", "-", "-", "-", loss, "-", "-"]
     beside = difference(records, name, other) if name != other else None
-    elsewhere = of_runs(records, name) != of_runs(records, other)
-    return [f"`{name}`" + " †" * elsewhere, size(run), f"{run['trainable_parameters']:,}", f"{run['lr']:g}", loss,
+    dagger = " †" * bool(elsewhere(records, name, other))
+    return [f"`{name}`{dagger}", size(run), f"{run['trainable_parameters']:,}", f"{run['lr']:g}", loss,
             str(beside or "-"), over_runs(records, name, lambda run: run["forgot"], "+.4f")]
 
 
@@ -82,12 +89,11 @@ def results_table(records, names, other):
 
     header = ["", "size", "trained parameters", "rate", "loss", f"difference to `{other}` [95 % interval]", "forgot"]
     rows = table(header, [line_of(records, name, other) for name in sorted(names, key=loss)])
-    here = of_runs(records, other)
-    elsewhere = [name for name in names if here and of_runs(records, name) - here]
-    if not elsewhere:
+    marked = [name for name in names if elsewhere(records, name, other)]
+    if not marked:
         return rows
-    there = set.union(*(of_runs(records, name) for name in elsewhere))
-    texts = [of_runs(records, name, "prose_sha256") for name in (other, *elsewhere)]
+    there, here = set().union(*(elsewhere(records, name, other) for name in marked)), of_runs(records, other)
+    texts = [of_runs(records, name, "prose_sha256") for name in (other, *marked)]
     return (f"{rows}\n\n† Made on {', '.join(sorted(there))}, `{other}` on {', '.join(sorted(here))}"
             + "; \"forgot\" is of the manual of another Python" * any(text != texts[0] for text in texts) + ".")
 
@@ -318,7 +324,7 @@ def claim(text, name, other, unseen="not seen here", losses="report_losses"):
         if interval is None:
             return f"- {text}: {none_of(records, name, other)}."
         return (f"- {text}: **{judged(interval, unseen)}**; difference to `{other}` {interval}"
-                + ", which was made on another device" * (of_runs(records, name) != of_runs(records, other)) + ".")
+                + ", which was made on another device" * bool(elsewhere(records, name, other)) + ".")
     return verdict
 
 
