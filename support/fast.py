@@ -132,8 +132,8 @@ def fast_products(chosen=None):
 
     is_exact = (product("bf16") - exact).norm() < 1e-6 * exact.norm()
     if chosen not in ("ieee", "bf16"):
-        times = trial({precision: functools.partial(product, precision) for precision in ("ieee", "bf16")})
-        chosen = "bf16" if times["bf16"] < 0.75 * times["ieee"] else "ieee"
+        fast, default = (functools.partial(product, precision) for precision in ("bf16", "ieee"))
+        chosen = "bf16" if takes_less_than(0.75, fast, default) else "ieee"
     torch.backends.mkldnn.matmul.fp32_precision = chosen if is_exact else "ieee"
 
 
@@ -150,8 +150,7 @@ def bf16_pays():
         return False
     a = trial_matrix()
     b = a.bfloat16()
-    times = trial({"fp32": lambda: a @ a, "bf16": lambda: b @ b})
-    return 1.5 * times["bf16"] < times["fp32"]
+    return takes_less_than(1 / 1.5, lambda: b @ b, lambda: a @ a)
 
 
 WIDENED = []  # the library of products that `widen_products` has put into torch's, while they are in use
@@ -179,19 +178,22 @@ def trial_matrix():
     return torch.rand(512, 512, generator=torch.Generator()) - 0.5
 
 
-def trial(products):
-    """{name: seconds} of the functions {name: product}: the least of six calls in turns, by the time of one thread
-    alone, so that other processes do not change which is faster."""
-    times, threads = {name: [] for name in products}, torch.get_num_threads()
+def takes_less_than(share, function, other):
+    """Whether one function takes less than a share of another's time: in most of twelve pairs of calls, each in one thread
+    alone and by its own clock. A run and its repetition must choose alike on a CPU that other processes share: of two
+    that are equally fast a pair's ratio says so, where the least times of each lie up to a third apart."""
+    def seconds(function):
+        started = time.thread_time()
+        function()
+        return time.thread_time() - started
+
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        for name in 6 * [*products]:
-            started = time.thread_time()
-            products[name]()
-            times[name].append(time.thread_time() - started)
+        pairs = [(seconds(function), seconds(other)) for _ in range(12)]
     finally:
         torch.set_num_threads(threads)
-    return {name: min(taken) for name, taken in times.items()}
+    return sum(one < share * two for one, two in pairs) > 6
 
 
 def eager_on_cpu(x):

@@ -16,10 +16,20 @@ from weights import base_model  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session")
+def onednn_is_faster():
+    """Whether this CPU's fp32 products are oneDNN's: tried once for all tests."""
+    fast.fast_products()
+    found = fast.products() == "bf16"
+    fast.switch_off()
+    return found
+
+
 @pytest.fixture(autouse=True)
-def plain_forms(monkeypatch):
+def plain_forms(onednn_is_faster, monkeypatch):
     """What a script switches on for its process (support/fast.py) is not there in the next test; --dtype auto is fp32 on every CPU."""
     monkeypatch.setattr(fast, "bf16_pays", lambda: False)
+    monkeypatch.setattr(fast, "takes_less_than", lambda *_: onednn_is_faster)
     yield
     fast.switch_off()
 

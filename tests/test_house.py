@@ -171,13 +171,14 @@ def test_what_a_fork_forgets_to_record_is_said_before_training(fork, tiny_gguf, 
 @pytest.mark.parametrize("optimizer", ["SGD(decay_groups(model, args.weight_decay), lr=args.lr, momentum=0.9)", "SGD(decay_groups(model, args.weight_decay), lr=args.lr)",
                                        "Adafactor(decay_groups(model, args.weight_decay), lr=args.lr)"])
 def test_a_new_optimizer_is_one_line_with_resume(fork, tiny_gguf, tmp_path, optimizer):
-    """The plan names it; a run that was stopped goes on to the same adapter, to the last bit. A run cannot change it."""
+    """The plan names it; from its checkpoint a run goes on to the same adapter, to the last bit. A run cannot change it."""
     change(fork / "train.py", "AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)", optimizer)
-    common = ["train.py", "--method", "lora", "--lr", "0.05", "--model", tiny_gguf, "--data", write_sums(tmp_path / "sums"),
-              "--held-out", 4, "--no-sample", "--steps", 4, "--save-every", 2]
-    assert f"{optimizer.partition('(')[0]}, peak lr 0.05" in run(fork, *common, "--out", tmp_path / "whole")
-    stop = "import sys, train, support.resume as r; save = r.save\ndef stop(*a): save(*a); sys.exit(0)\nr.save = stop; train.main(sys.argv[1:])"
-    run(fork, "-c", stop, *common[1:], "--out", tmp_path / "parts")
+    keep = ("import shutil, sys, train, support.resume as r; save = r.save\n"
+            f"def keep(path, *a):\n r.save = save; save(path, *a); shutil.copytree(path.parent, {str(tmp_path / 'parts')!r})\n"
+            "r.save = keep; train.main(sys.argv[1:])")
+    assert f"{optimizer.partition('(')[0]}, peak lr 0.05" in run(
+        fork, "-c", keep, "--method", "lora", "--lr", "0.05", "--model", tiny_gguf, "--data", write_sums(tmp_path / "sums"),
+        "--held-out", 4, "--no-sample", "--steps", 4, "--save-every", 2, "--out", tmp_path / "whole")
     assert (tmp_path / "parts" / "checkpoint.safetensors").exists()
     other = subprocess.run([sys.executable, "train.py", "--resume", tmp_path / "parts"], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 2 and f"began with {optimizer.partition('(')[0]}, train.py now has AdamW" in other.stderr

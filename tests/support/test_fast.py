@@ -1,5 +1,6 @@
 """Each fast form against the plain one, forward and gradient; whole steps and texts; what is switched on and off again."""
 import copy
+import itertools
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from data import batching
 from methods import METHODS
 from model import KVCache
 from support import fast, generate, loss, report
-from support.fast import bf16_pays  # before conftest puts another in its place
+from support.fast import bf16_pays, takes_less_than  # before conftest puts others in their place
 from support.script import choose_device
 from tests.toy import attach, perturb, tokens, toy_examples, toy_model
 
@@ -328,8 +329,28 @@ def test_products_are_given_to_onednn_only_where_faster_and_exact(slow, rounds, 
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", pretended)
     monkeypatch.setattr(fast.time, "thread_time", lambda: clock[0])
+    monkeypatch.setattr(fast, "takes_less_than", takes_less_than)
     fast.fast_products(before)
     assert precision() == chosen
+
+
+@pytest.mark.parametrize("share, took, other, expected", [
+    (0.75, [1.0], [2.0], True), (0.75, [1.5], [2.0], False), (0.75, [2.0], [1.0], False), (0.75, [0.0], [0.0], False),
+    (0.75, [1.0, 1.3], [1.3, 1.0], False),  # alike, on a CPU that others share
+    (0.75, [1.0, 1.0, 3.0], [2.0], True), (0.75, [1.0, 1.0, 0.1], [1.0], False)])  # one in three disturbed
+def test_the_faster_of_two_functions_is_that_of_most_pairs(share, took, other, expected, monkeypatch):
+    """Whatever a single call takes, and on a clock that stands still; the threads are again as many as they were."""
+    clock, threads = [0.0], torch.get_num_threads()
+
+    def taking(seconds):
+        seconds = itertools.cycle(seconds)
+
+        def function():
+            assert torch.get_num_threads() == 1
+            clock[0] += next(seconds)
+        return function
+    monkeypatch.setattr(fast.time, "thread_time", lambda: clock[0])
+    assert takes_less_than(share, taking(took), taking(other)) == expected and torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("units, fp32, bf16, pays", [
@@ -338,7 +359,7 @@ def test_bf16_is_chosen_where_it_pays(units, fp32, bf16, pays, monkeypatch):
     """On a CPU that multiplies it 1.5 times as fast; not for a plain run, nor where another is asked for. (One clock stands still.) Where
     oneDNN does not multiply it no time is lost on a trial, and products of bf16 are widened where it is asked for, but by a plain run."""
     tried = []
-    monkeypatch.setattr(fast, "trial", lambda products: tried.append(1) or {"fp32": fp32, "bf16": bf16})
+    monkeypatch.setattr(fast, "takes_less_than", lambda share, *_: tried.append(1) or bf16 < share * fp32)
     monkeypatch.setattr(fast, "multiplies_bf16", lambda: units)
     monkeypatch.setattr(fast, "bf16_pays", bf16_pays)
     chosen = torch.bfloat16 if pays else torch.float32
