@@ -118,8 +118,9 @@ def fast_products(chosen=None):
     """Let oneDNN multiply fp32 matrices on the CPU where it is as exact as torch's default, MKL, and clearly faster, or
     where it was `chosen` before: "bf16", and not "ieee".
 
-    MKL has a slow path for CPUs that are not Intel's: on an AMD one oneDNN is twice as fast. Its switch also permits
-    rounding to bf16, which it makes use of on some CPUs: so one product is checked against fp64, and timed.
+    MKL has a slow path for CPUs that are not Intel's: on an AMD one with AVX-512 oneDNN is twice as fast (on one without
+    as fast). Its switch also permits rounding to bf16, which it makes use of on some CPUs: so one product is checked
+    against fp64, and timed.
     """
     if not has_onednn_switch():
         return
@@ -179,9 +180,9 @@ def trial_matrix():
 
 
 def takes_less_than(share, function, other):
-    """Whether one function takes less than a share of another's time: in most of twelve pairs of calls, each in one thread
-    alone and by its own clock. A run and its repetition must choose alike on a CPU that other processes share: of two
-    that are equally fast a pair's ratio says so, where the least times of each lie up to a third apart."""
+    """Whether one function takes less than a share of another's time: in most of twelve pairs of calls, in one thread and
+    by its own clock. A run and its repetition should choose alike, also on a CPU that other processes share: they
+    disturb single calls, and now and then the least time of each, but hardly most of the pairs in the same sense."""
     def seconds(function):
         started = time.thread_time()
         function()
