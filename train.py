@@ -193,7 +193,8 @@ def main(argv=None):
     options, regularizer = method_options(args)
     method = METHODS[args.method]
     if not args.plain:
-        fast.switch_on(chosen=args.saved and args.saved.products, device=args.device)
+        names = [name for name in fast.NAMES if (name, args.graphs) != ("decode", "off")]
+        fast.switch_on(names, args.saved and args.saved.products, args.device)
     device, dtype = choose_device(args.device, args.dtype, args.plain)
     # Full fine-tuning keeps fp32 weights, where small steps survive, and multiplies in --dtype.
     weights = torch.float32 if args.method == "full" else dtype
