@@ -79,7 +79,7 @@ def make_parser():
     add("--compile", action="store_true", help="torch.compile every block: a minute or two at the start")
     add("--graphs", choices=("auto", "on", "off"), default="auto", help="record what a GPU does, once per shape of a "
         "batch, and replay it (support/graphs.py); auto: on a CUDA GPU, for models of less than 2 billion weights, "
-        "without --recompute; off: nor steps of generation")
+        "without --recompute; off: no step of generation either")
 
     add = parser.add_argument_group("reporting").add_argument
     add("--held-out", type=positive, default=64, help="training examples kept apart to measure the loss")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import train
-from support import resume
+from support import fast, resume
 from support.script import run_script
 from tests.toy import SIZES, write_sums
 from weights import adapter_file, files
@@ -92,6 +92,11 @@ def trace(out):
 def logged_steps(out):
     """The steps with a line of the log."""
     return [line["step"] for line in trace(out) if "loss" in line]
+
+
+def in_use():
+    """The names of support/fast.py's forms that are in their places now."""
+    return {name for name, (owner, attribute, _, form) in fast.FORMS.items() if getattr(owner, attribute) is form}
 
 
 def without_clock(record):

@@ -13,6 +13,7 @@ from sorsa import regularize
 from support import fast, resume
 from support.loss import answer_loss
 from support.monitor import Monitor
+from tests.runs import in_use
 from tests.toy import SIZES, attach, perturb, toy_examples, toy_model, write_sums
 from tools import export
 from weights import adapter_file, base_model
@@ -222,8 +223,7 @@ def test_how_it_is_computed_changes_no_loss(method, flag, run, tmp_path):
     for name, given in (("usual", []), ("other", [flag])):
         fast.switch_off()
         result = run(name, "--method", method, *given)
-        in_use = {name for name, (owner, attribute, _, form) in fast.FORMS.items() if getattr(owner, attribute) is form}
-        assert in_use == set(fast.FORMS) - left_out.get("".join(given), set())
+        assert in_use() == set(fast.FORMS) - left_out.get("".join(given), set())
         losses.append([result["held_out_before"], result["held_out_after"], *(line["loss"] for line in log_of(tmp_path / name))])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

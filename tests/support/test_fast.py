@@ -20,6 +20,7 @@ from model import KVCache
 from support import fast, generate, loss, report
 from support.fast import bf16_pays, takes_less_than  # before conftest puts others in their place
 from support.script import choose_device
+from tests.runs import in_use
 from tests.toy import attach, perturb, tokens, toy_examples, toy_model
 
 ROOT = Path(fast.__file__).parent.parent
@@ -229,11 +230,6 @@ def test_a_text_with_everything_on(changes):
 
 
 # ---- on and off -----------------------------------------------------------------------------------------------------
-
-def in_use():
-    """The names of the fast forms that are in their places now."""
-    return {name for name, (owner, attribute, _, form) in fast.FORMS.items() if getattr(owner, attribute) is form}
-
 
 def state():
     """What is in use, in this process as a whole."""
